@@ -1,0 +1,313 @@
+"""Weights in and out: every layout LLaVA is found in, read strictly, written in the one that loads everywhere.
+
+The problem. The same tensor has had many names: `language_model.model.layers.0...` (llava-hf, as on the hub),
+`model.language_model.layers.0...` (newer transformers), `model.layers.0...` (original LLaVA, and every text-only
+Llama or Vicuna), with the vision tower under `vision_tower.vision_model.`, `vision_tower.` or in a folder of its
+own. And the commonest failure of all is silent: a key the loader did not know, left at its random initialisation.
+
+The trick. (1) `canonical` maps every known name to this code's own, so there is one loader. (2) The model is
+built without memory (device "meta") and each tensor goes straight from the memory-mapped file to its place,
+device and dtype, so two copies never exist. (3) Strict: a missing, extra or misshapen key, or a NaN, is an error
+that lists them; nothing is guessed and nothing is left out.
+
+    llava-hf          config.json, *.safetensors (or .bin, read with weights_only), tokenizer.json
+    original LLaVA    the same with mm_projector keys; its vision tower lies in a second folder (see find_tower)
+    Llama / Vicuna    text only
+
+`save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained and vLLM load (a text-only
+model goes out as LlamaForCausalLM), whole or not at all.
+
+Previous: model.py.  Next: records.py (one record, and every file people already have).
+"""
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common import HERE, BadInput, write_whole
+from model import Config, Llava, TextConfig
+from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
+
+SHARD_BYTES = 5 << 30
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+                   "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
+TAKE_TOKENIZER = ("no tokenizer.json in {folder}: copy it there from a llava-hf folder of the same model (for LLaVA-1.5: "
+                  "llava-hf/llava-1.5-7b-hf or -13b-hf; for a text-only Llama: its own transformers folder)")
+
+
+# ---- names --------------------------------------------------------------------------------------------------
+
+RENAME = [(re.compile(pattern), to) for pattern, to in [
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),                   # original LLaVA that carries its tower
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),            # original LLaVA
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.(language_model|vision_tower|multi_modal_projector)\.", r"\1."),   # transformers from 4.52 on
+    (r"^language_model\.model\.", "language_model."),                             # llava-hf as on the hub
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^model\.(embed_tokens|layers|norm)\.", r"language_model.\1."),             # Llama, Vicuna, original LLaVA
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+]]
+BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")       # stored by old versions, derived here
+
+
+def canonical(key: str) -> str:
+    """A checkpoint's name for a tensor -> ours.  language_model.model.norm.weight -> language_model.norm.weight"""
+    for pattern, to in RENAME:
+        key = pattern.sub(to, key)
+    return key
+
+
+def hub_name(key: str, text_only: bool) -> str:
+    """Our name -> llava-hf's on the hub (or LlamaForCausalLM's), which every version of transformers and vLLM reads."""
+    if key.startswith("vision_tower."):
+        return key.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if key.startswith("language_model."):
+        return key.replace("language_model.", "model." if text_only else "language_model.model.", 1)
+    return key if text_only or not key.startswith("lm_head.") else "language_model." + key
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------
+
+def text_config(raw: dict) -> TextConfig:
+    c = {k: raw[k] for k in TextConfig.__dataclass_fields__ if raw.get(k) is not None}
+    heads, hidden = c.get("num_attention_heads", 32), c.get("hidden_size", 4096)
+    c.setdefault("num_key_value_heads", heads)
+    c.setdefault("head_dim", hidden // heads)
+    for key in ("attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise BadInput(f"config.json: {key} is true; this Llama has no biases")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise BadInput(f"config.json: hidden_act {raw['hidden_act']!r}; a Llama uses silu")
+    # transformers 5 says rope_parameters, earlier versions rope_theta and rope_scaling ("type" before "rope_type")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise BadInput(f"config.json: rope_type {rope['rope_type']!r}; known: default, linear, llama3")
+    return TextConfig(**c, rope=rope)
+
+
+def vision_config(raw: dict, feature_layer: int) -> VisionConfig:
+    c = VisionConfig(**{k: raw[k] for k in VisionConfig.__dataclass_fields__ if raw.get(k) is not None},
+                     feature_layer=feature_layer)
+    if c.hidden_act not in ACTIVATIONS:
+        raise BadInput(f"config.json: vision hidden_act {c.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
+    return c
+
+
+def read_config(folder: Path) -> tuple[Config, Path | None]:
+    """config.json -> (Config, the second folder that holds the vision tower or None)."""
+    raw = read_json(folder / "config.json")
+    if "text_config" in raw:                                                     # llava-hf
+        if raw.get("vision_feature_select_strategy", "default") != "default":
+            raise BadInput(f"{folder}/config.json: vision_feature_select_strategy must be 'default' (no class token)")
+        layer = raw.get("vision_feature_layer", -2)
+        if not isinstance(layer, int):
+            raise BadInput(f"{folder}/config.json: vision_feature_layer {layer} is not one layer")
+        text = text_config(raw["text_config"])
+        text.tie_word_embeddings = bool(raw.get("tie_word_embeddings") or text.tie_word_embeddings)
+        image_token = raw.get("image_token_index", raw.get("image_token_id", 32000))
+        return Config(text, vision_config(raw["vision_config"], layer), image_token), None
+    if "mm_vision_tower" in raw:                                                 # original LLaVA
+        if raw.get("mm_projector_type") != "mlp2x_gelu":
+            raise BadInput(f"{folder}/config.json: mm_projector_type {raw.get('mm_projector_type')!r}; "
+                           "LLaVA-1.5 has mlp2x_gelu")
+        tower = find_tower(folder, raw["mm_vision_tower"])
+        tower_raw = read_json(tower / "config.json")
+        vision = vision_config(tower_raw.get("vision_config", tower_raw), raw.get("mm_vision_select_layer", -2))
+        text = text_config(raw)
+        return Config(text, vision, image_token=text.vocab_size), tower
+    if raw.get("model_type") in ("llama", "vicuna") or "LlamaForCausalLM" in raw.get("architectures", []):
+        return Config(text_config(raw), None, image_token=-1), None
+    raise BadInput(f"{folder}/config.json: model_type {raw.get('model_type')!r} is neither LLaVA nor Llama")
+
+
+def find_tower(folder: Path, name: str) -> Path:
+    """The original layout names its vision tower; it is looked for beside the checkpoint."""
+    places = [folder / "vision_tower", folder.parent / Path(name).name, folder / name, Path(name)]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise BadInput(f"{folder} is an original LLaVA checkpoint; its vision tower {name} was looked for in "
+                   + ", ".join(map(str, places)) + ": put the CLIP folder in one of them")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: --ckpt takes a folder with config.json, weights and tokenizer.json") from None
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from None
+
+
+# ---- in -------------------------------------------------------------------------------------------------------
+
+def resolve(ckpt: str) -> Path:
+    """--ckpt names a folder; 'toy' is the miniature shipped beside this file."""
+    folder = HERE / "toy" if ckpt == "toy" else Path(ckpt)
+    if not folder.is_dir():
+        hint = "; build it with: python toy.py" if ckpt == "toy" else ""
+        raise BadInput(f"--ckpt {ckpt}: no such folder{hint}")
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """safetensors first; .bin only where there are none."""
+    for pattern, index in (("*.safetensors", "model.safetensors.index.json"),
+                           ("pytorch_model*.bin", "pytorch_model.bin.index.json")):
+        if (folder / index).is_file():
+            names = sorted(set(read_json(folder / index)["weight_map"].values()))
+            absent = [n for n in names if not (folder / n).is_file()]
+            if absent:
+                raise BadInput(f"{folder}/{index} names files that are missing: {', '.join(absent)}")
+            return [folder / n for n in names]
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    raise BadInput(f"{folder}: no *.safetensors and no pytorch_model*.bin")
+
+
+def tensors(path: Path):
+    """Yield (name, load) pairs; `load()` reads that one tensor."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as f:
+                for key in f.keys():
+                    yield key, lambda key=key: f.get_tensor(key)
+        else:
+            for key, value in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
+                yield key, lambda value=value: value
+    except BadInput:
+        raise
+    except Exception as error:  # a truncated or foreign file raises many types
+        raise BadInput(f"{path}: cannot be read ({str(error).splitlines()[0]}); download it again") from None
+
+
+def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Llava:
+    """A checkpoint folder -> the model, in evaluation mode, its vision tower frozen.
+
+    Raises BadInput listing every missing, extra or misshapen key, and every tensor with a NaN or infinity.
+    """
+    folder = resolve(str(ckpt))
+    config, tower = read_config(folder)
+    with torch.device("meta"):
+        model = Llava(config)
+    places = dict(model.named_parameters())
+    loaded, wrong = {}, []
+    sources = [(f, canonical) for f in weight_files(folder)]
+    if tower:
+        sources += [(f, lambda key: "vision_tower." + key.removeprefix("vision_model.")) for f in weight_files(tower)]
+    for file, rename in sources:
+        second = tower is not None and file.parent == tower
+        for key, read in tensors(file):
+            name = rename(key)
+            if BUFFERS.search(key) or (second and re.match(r"(text_model|text_projection|visual_projection|logit_scale)", key)):
+                continue                                       # a whole CLIP folder also holds its text half
+            tied_copy = name == "lm_head.weight" and config.text.tie_word_embeddings
+            if name not in places and not tied_copy:
+                wrong.append(f"extra      {key}")
+                continue
+            value = read()
+            shape = places["language_model.embed_tokens.weight" if tied_copy else name].shape
+            if value.shape != shape:
+                wrong.append(f"misshapen  {key}: {tuple(value.shape)}, config.json says {tuple(shape)}")
+            elif not torch.isfinite(value).all():
+                wrong.append(f"not finite {key}: holds NaN or infinity")
+            elif not tied_copy:
+                loaded[name] = value.to(device=device, dtype=dtype)
+    wrong += [f"missing    {name}" for name in places if name not in loaded and not any(name in w for w in wrong)]
+    if wrong:
+        more = f"\n  ... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise BadInput(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(wrong[:20]) + more)
+    if tower and config.text.vocab_size == config.image_token:
+        make_room(config, loaded)
+        with torch.device("meta"):
+            model = Llava(config)
+    model.load_state_dict(loaded, strict=not config.text.tie_word_embeddings, assign=True)
+    if config.text.tie_word_embeddings:
+        model.lm_head.weight = model.language_model.embed_tokens.weight
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("vision_tower."))
+    return model.eval()
+
+
+def make_room(config: Config, loaded: dict[str, Tensor]) -> None:
+    """Original LLaVA has no ids for <image> and <pad>; llava-hf does. Two rows are added, copies of <unk>'s (id 0),
+    so that they are as improbable as <unk> and the other log-probs stay as they were."""
+    for name in ("language_model.embed_tokens.weight", "lm_head.weight"):
+        if name in loaded:
+            loaded[name] = torch.cat([loaded[name], loaded[name][:1].expand(2, -1)])
+    config.text.vocab_size += 2
+
+
+# ---- out ------------------------------------------------------------------------------------------------------
+
+def config_json(config: Config, dtype: torch.dtype) -> dict:
+    """Our Config -> config.json, readable by transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+    t, v = config.text, config.vision
+    text = {k: getattr(t, k) for k in TextConfig.__dataclass_fields__ if k != "rope"}
+    scaling = None if t.rope["rope_type"] == "default" else {k: x for k, x in t.rope.items() if k != "rope_theta"}
+    text |= {"model_type": "llama", "hidden_act": "silu", "rope_theta": t.rope["rope_theta"], "rope_scaling": scaling,
+             "rope_parameters": t.rope, "attention_bias": False, "mlp_bias": False}
+    name = str(dtype).removeprefix("torch.")
+    if v is None:
+        return text | {"architectures": ["LlamaForCausalLM"], "torch_dtype": name}
+    vision = {k: getattr(v, k) for k in VisionConfig.__dataclass_fields__ if k != "feature_layer"}
+    return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "torch_dtype": name,
+            "text_config": text, "vision_config": vision | {"model_type": "clip_vision_model", "num_channels": 3},
+            "image_token_index": config.image_token, "image_seq_length": v.patches, "projector_hidden_act": "gelu",
+            "vision_feature_layer": v.feature_layer, "vision_feature_select_strategy": "default",
+            "multimodal_projector_bias": True, "tie_word_embeddings": t.tie_word_embeddings}
+
+
+def processor_json(config: Config) -> dict[str, dict]:
+    """The files that make transformers' processor see what we saw: pad to square, then resize."""
+    size = config.vision.image_size
+    image = {"image_processor_type": "LlavaImageProcessor", "do_convert_rgb": True, "do_pad": True, "do_resize": True,
+             "size": {"height": size, "width": size}, "resample": 3, "do_center_crop": False,
+             "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
+             "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    processor = {"processor_class": "LlavaProcessor", "patch_size": config.vision.patch_size, "image_token": "<image>",
+                 "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return {"preprocessor_config.json": image, "processor_config.json": processor}
+
+
+def save(model: Llava, folder: str | Path, tokenizer_from: str | Path) -> Path:
+    """Write `folder` whole or not at all: weights in llava-hf names, configs, tokenizer files copied along."""
+    folder, config = Path(folder), model.config
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    named = {hub_name(name, config.vision is None): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    shards, room = [{}], SHARD_BYTES
+    for name, value in named.items():
+        if value.nbytes > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = value
+        room -= value.nbytes
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):
+        save_file(shard, aside / file, metadata={"format": "pt"})
+    documents = {"config.json": config_json(config, model.head.dtype)} | (processor_json(config) if config.vision else {})
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        documents["model.safetensors.index.json"] = {"weight_map": weight_map, "metadata": {
+            "total_size": sum(x.nbytes for x in named.values())}}
+    for name, document in documents.items():
+        write_whole(aside / name, json.dumps(document, indent=1) + "\n")
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_from) / name).is_file():
+            shutil.copyfile(Path(tokenizer_from) / name, aside / name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(aside, folder)
+    return folder

@@ -1,0 +1,113 @@
+"""The boring lines, named so: flags, seeds, files that appear whole or not at all, one way to say no.
+
+Nothing here is about preferences or images. Every script's settings are one dataclass; `flags` turns its
+fields into --flags and its trailing comments into --help, so that default, type and help have one source.
+"""
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message names the file, the record's id and the remedy."""
+
+
+def main(settings: type, run) -> None:
+    """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with 1."""
+    try:
+        run(flags(settings))
+    except BadInput as problem:
+        sys.exit(f"{Path(sys.argv[0]).name}: {problem}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; finished files are whole, the rest can be run again")
+
+
+def flags(settings: type, argv: list[str] | None = None):
+    """Build the dataclass `settings` from --name value flags; an unknown flag or a wrong type is an error."""
+    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", "".join(map(inspect.getsource, settings.__mro__[-2::-1])), re.M))
+    parser = argparse.ArgumentParser(description=inspect.getdoc(settings), allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(settings):
+        note = f"{notes.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, metavar=field.type.__name__,
+                            help=note)
+    return settings(**vars(parser.parse_args(argv)))
+
+
+# ---- where and how to compute ----------------------------------------------------------------------------
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """'auto' means the GPU if there is one; fp32 on the CPU, bf16 elsewhere."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}; try --device cpu") from None
+    if dtype == "auto":
+        dtype = "float32" if where.type == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise BadInput(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    return where, DTYPES[dtype]
+
+
+def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) -> float:
+    """Learning-rate factor of step 0, 1, ..., steps-1: linear warm-up over a share of the steps, then cosine."""
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears complete or not at all: written aside, flushed to disk, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    with open(aside, "w", encoding="utf8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with open(path, encoding="utf8") as f:
+        return [json.loads(line) for line in f if line.strip()]
+
+
+def sha(*parts: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()[:16]
+
+
+def describe_run(settings, **more) -> dict:
+    """What a run's config.json holds: settings, versions, commit, command, and whatever else tells runs apart."""
+    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "settings": dataclasses.asdict(settings),
+            "commit": commit.stdout.strip() or "unknown", "python": platform.python_version(),
+            "torch": torch.__version__, "threads": torch.get_num_threads(), **more}

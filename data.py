@@ -1,0 +1,249 @@
+"""What the loss sees: template, tokens, labels, trees, packs.
+
+The problem. A log-prob is only as right as the tokens it is taken over. Most published bugs in preference
+training are off-by-ones here: a slice at position 575, a lost first token, a missing </s>, a prompt tokenised
+differently in training and in generation.
+
+The trick: there is one way to turn a conversation into ids, and training, reference scores, sampling and
+evaluation all call it. A record becomes a *tree*: one prompt, n answers.
+
+    text     A chat ... questions. USER: <image>\\nWhat color? ASSISTANT: red</s>
+    prompt   <s> A chat ... USER: [img] x 576 What color? ASSISTANT:           ids(prompt), image expanded at once
+    answer   red </s>                                                          ids(prompt + " red</s>") minus ids(prompt)
+
+That the second line begins with the first is checked for every answer, so the tokens trained on are those that
+generation sees. Labels live in this expanded index space from the start; nothing is ever shifted by image size.
+
+A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at row 0:
+
+    row        0  1  2 | 3  4 | 5          E is scored but never an input: nobody reads what follows it
+    ids        7  8  9 | a  b | c
+    positions  0  1  2 | 3  4 | 3          each answer continues where the prompt ended
+    own        0  0  0 | 3  3 | 5
+    [lo, hi)   empty   | 0..3 | 0..3       both answers see the prompt, neither sees the other
+    rows       2 3 4   ->  targets a b E   the prompt's last row predicts the first token of every answer
+               2 5     ->  targets c E
+
+Template: vicuna_v1, exactly (FastChat `get_prompt`, LLaVA `conv_vicuna_v1`).
+Previous: records.py.  Next: sft.py (the first loss).
+"""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import kernels
+from checkpoint import TAKE_TOKENIZER
+from common import BadInput
+from kernels import Mask
+from model import Config, Llava
+from records import image_path
+from vision import load_image, preprocess
+
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+
+# ---- text -----------------------------------------------------------------------------------------------------
+
+def template(messages: list[dict]) -> str:
+    """A conversation ending with the user -> the prompt, up to and including the last "ASSISTANT:"."""
+    text = SYSTEM + " "
+    for m in messages:
+        text += f" {m['content']}</s>" if m["role"] == "assistant" else f"USER: {m['content']} ASSISTANT:"
+    return text
+
+
+class Tokens:
+    """A checkpoint's tokenizer.json with the few ids this code needs, and the image expansion.
+
+    encode(text) is what transformers' tokenizer gives for the same file, <image> repeated once per patch.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise BadInput(TAKE_TOKENIZER.format(folder=folder))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception
+            raise BadInput(f"{path}: cannot be read ({error})") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.eos = self.tokenizer.token_to_id("</s>")
+        if self.eos is None:
+            raise BadInput(f"{path}: has no </s>, which ends every answer in the vicuna_v1 template")
+        self.image = self.tokenizer.token_to_id("<image>")
+        self.patches = config.vision.patches if config.vision else 0
+        if config.vision and self.image != config.image_token:
+            raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
+                           "take tokenizer.json from the llava-hf folder of the same model")
+        self.bos = self.tokenizer.token_to_id("<s>") if wants_bos(folder) else None
+        self.source = path
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text).ids
+        if self.bos is not None and ids[:1] != [self.bos]:
+            ids = [self.bos] + ids
+        if self.image is None:
+            return ids
+        return [i for t in ids for i in ([t] * self.patches if t == self.image else [t])]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def wants_bos(folder: Path) -> bool:
+    """tokenizer_config.json may ask for <s> where tokenizer.json's post-processor does not add it itself."""
+    path = Path(folder) / "tokenizer_config.json"
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf8")).get("add_bos_token"))
+
+
+# ---- trees ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Tree:
+    """One prompt and its n answers as ids; `history` are spans [a, b) of earlier assistant turns in the prompt."""
+    id: str
+    prompt: list[int]
+    answers: list[list[int]]                      # each ends with </s>
+    images: list[Path] = field(default_factory=list)
+    history: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """What it costs in a pack."""
+        return len(self.prompt) + sum(len(a) - 1 for a in self.answers)
+
+
+def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = False, max_length: int = 0) -> Tree:
+    """A record and some answers' texts -> a tree. Raises BadInput with the reason it cannot be used.
+
+    history      also mark the earlier assistant turns, so that instruction tuning can score them
+    max_length   longest prompt + answer in tokens; what is longer is refused, never cut (0: no limit)
+    """
+    messages = record["messages"]
+    if record["images"] and not tokens.patches:
+        raise BadInput("has images, but this checkpoint is text-only")
+    text = template(messages)
+    prompt = tokens.encode(text)
+    tree = Tree(record["id"], prompt, [], [image_path(record["root"], name) for name in record["images"]])
+    for answer in answers:
+        tree.answers.append(after(tokens, prompt, text, f" {answer}</s>"))
+        length = len(prompt) + len(tree.answers[-1])
+        if max_length and length > max_length:
+            raise BadInput(f"is {length} tokens long (prompt {len(prompt)}, answer {len(tree.answers[-1])}), more than "
+                           f"--max_length {max_length}; shorten it or raise the limit")
+    if history:
+        for k, m in enumerate(messages):
+            if m["role"] == "assistant":
+                before = template(messages[:k])
+                start = len(tokens.encode(before))
+                tree.history.append((start, start + len(after(tokens, prompt[:start], before, f" {m['content']}</s>"))))
+    return tree
+
+
+def after(tokens: Tokens, prompt: list[int], text: str, more: str) -> list[int]:
+    """The ids that `more` adds to the prompt; the prompt's own must not change, or generation would see others."""
+    whole = tokens.encode(text + more)
+    if whole[:len(prompt)] != prompt:
+        raise BadInput("the tokenizer merges the prompt's end with the answer's beginning, so that training would see "
+                       "other tokens than generation")
+    ids = whole[len(prompt):]
+    if ids[-1:] != [tokens.eos] or ids.count(tokens.eos) != 1:
+        raise BadInput("the answer must end with exactly one </s>")
+    return ids
+
+
+# ---- packs ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Pack:
+    """Several trees in one row of T tokens; N scored tokens of A answers. See the head's worked example."""
+    ids: Tensor          # (T,)
+    positions: Tensor    # (T,)
+    mask: Mask           # three (T,) vectors
+    rows: Tensor         # (N,) the hidden state that predicts targets[i]
+    targets: Tensor      # (N,)
+    owner: Tensor        # (N,) which of the pack's A answers it belongs to
+    answers: int         # A; a tree's history counts to its first answer
+    pixels: Tensor | None
+
+    def to(self, device) -> "Pack":
+        move = lambda x: None if x is None else x.to(device)
+        return Pack(*(move(x) for x in (self.ids, self.positions)), self.mask.to(device),
+                    *(move(x) for x in (self.rows, self.targets, self.owner)), self.answers, move(self.pixels))
+
+
+def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
+    """Lay trees one after another. `pixels` (images of all trees in order, 3, S, S)."""
+    ids, positions, lo, hi, own, rows, targets, owner = ([] for _ in range(8))
+    answers = 0
+    for tree in trees:
+        start, P = len(ids), len(tree.prompt)
+        ids += tree.prompt
+        positions += range(P)
+        lo += [0] * P
+        hi += [0] * P
+        own += [start] * P
+        for a, b in tree.history:
+            rows += range(start + a - 1, start + b - 1)
+            targets += tree.prompt[a:b]
+            owner += [answers] * (b - a)
+        for answer in tree.answers:
+            at, inputs = len(ids), answer[:-1]                            # </s> is predicted, never read
+            ids += inputs
+            positions += range(P, P + len(inputs))
+            lo += [start] * len(inputs)
+            hi += [start + P] * len(inputs)
+            own += [at] * len(inputs)
+            rows += [start + P - 1, *range(at, at + len(inputs))]
+            targets += answer
+            owner += [answers] * len(answer)
+            answers += 1
+    tensor = lambda x: torch.tensor(x, dtype=torch.long)
+    return Pack(tensor(ids), tensor(positions), Mask(tensor(lo), tensor(hi), tensor(own)),
+                tensor(rows), tensor(targets), tensor(owner), answers, pixels)
+
+
+def split(trees: list[Tree], budget: int) -> list[list[Tree]]:
+    """Cut a list into packs of at most `budget` tokens, order kept; a tree longer than that is a pack of its own."""
+    packs, room = [], 0
+    for tree in trees:
+        if tree.tokens > room:
+            packs.append([])
+            room = budget
+        packs[-1].append(tree)
+        room -= tree.tokens
+    return packs
+
+
+class Pixels:
+    """Image files -> pixels for one model, cut as it was trained (or cropped)."""
+
+    def __init__(self, config: Config, crop: bool = False):
+        self.size = config.vision.image_size if config.vision else 0
+        self.crop = crop
+
+    def __call__(self, paths: list[Path]) -> Tensor | None:
+        """n files -> (n, 3, S, S), or None for no files."""
+        return torch.stack([preprocess(load_image(p), self.size, self.crop) for p in paths]) if paths else None
+
+    def pack(self, trees: list[Tree]) -> Pack:
+        return make_pack(trees, self([path for tree in trees for path in tree.images]))
+
+
+def token_logps(model: Llava, pack: Pack) -> Tensor:
+    """log p of every scored token of a pack, (N,) fp32."""
+    hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels)
+    return kernels.logps(hidden, model.head, pack.rows, pack.targets)
+
+
+def answer_logps(model: Llava, pack: Pack) -> Tensor:
+    """sum log p(answer | prompt) of every answer of a pack, (A,) fp32 nats. SFT, DPO, the reference scores and the
+    tests all come through here."""
+    logps = token_logps(model, pack)
+    return torch.zeros(pack.answers, dtype=logps.dtype, device=logps.device).index_add(0, pack.owner, logps)

@@ -1,0 +1,380 @@
+"""The remedy: raise the log-probability of the better answer over the worse one, measured from where you started.
+
+The problem. For a question x a judge preferred answer y_w to y_l. Reinforcement learning would fit a reward to
+such pairs and then climb it, tied to the starting policy by a KL term. DPO (arXiv:2305.18290) observes that
+the best policy under a reward r is known in closed form, so r can be written by the policy itself,
+
+    r(x, y) = beta * (log p(y|x) - log p_ref(y|x)),
+
+and the likelihood of the judge's choice becomes a loss on the policy alone (Eq. 7):
+
+    loss = -log sigmoid( beta * [ (log p(y_w) - log p_ref(y_w)) - (log p(y_l) - log p_ref(y_l)) ] ).
+
+Log-probs are sums over an answer's tokens and its </s> (not means), beta is 0.1, p_ref is the policy as it was
+before the first step: the paper's choices (arXiv:2402.10884).
+
+The trick. The reference is two numbers per pair, so it is computed once, by the very code that trains, and no
+second model is kept. It is stored in reference.jsonl with a fingerprint of weights, data, template, image
+processing and dtype; a stale file is refused. The contract, checked at the first step of every run: at step 0
+policy and reference agree, so the loss is ln 2 = 0.693147 and every margin is 0. A run that starts anywhere else
+is not computing what it says. And both answers hang off one prompt in one packed row (data.py), so that image
+and question are computed once per pair.
+
+Reading the curves. `margin` should rise and `loss` fall below ln 2. Both logp_chosen and logp_rejected may fall:
+the loss sees only their difference. accuracy is the share of pairs with positive margin. Watch length_chosen against
+length_rejected: a judge that likes long answers teaches length.
+
+    python dpo.py                                                          the whole story on the miniature
+    python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo       your model, your preferences
+
+Previous: evaluate.py.
+"""
+import hashlib
+import json
+import math
+import sys
+import time
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import evaluate
+import oracle
+import records
+import world
+from annotate import GAP, choose_pair, sample
+from common import (BadInput, describe_run, device_and_dtype, main, read_jsonl, schedule, sha, write_jsonl,
+                    write_whole)
+from data import Pixels, Tokens, Tree, answer_logps, make_tree, split, template
+from model import Llava
+from sft import shuffled
+
+
+@dataclass
+class Settings:
+    """Direct preference optimization of a LLaVA policy (or of a text-only Llama)."""
+    ckpt: str = "toy"            # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
+    data: str = ""               # scored records or preference pairs (see records.py); empty: the miniature's story
+    image_root: str = ""         # folder the image names start from; empty: the data file's own
+    out: str = ""                # run folder; empty: runs/dpo, or the next free runs/dpo-2, runs/dpo-3, ...
+    seed: int = 0                # order of the pairs, and which worse answer is the rejected one
+    device: str = "auto"         # cpu, cuda, ...
+    dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
+    steps: int = -1              # optimizer steps; -1: --epochs passes; 0: stop after the reference
+    epochs: int = 3              # passes over the pairs (the paper's 3)
+    batch: int = 128             # pairs per optimizer step (the paper's 128)
+    lr: float = 5e-7             # peak learning rate for full fine-tuning (RLAIF-V's; the paper's 5e-5 is for LoRA)
+    beta: float = 0.1            # how strongly the policy is tied to its start (the paper's 0.1)
+    gap: int = GAP               # smallest score difference between chosen and rejected (the paper's 2)
+    warmup: float = 0.03         # share of the steps with rising learning rate (the paper's 3 %)
+    clip: float = 1.0            # largest gradient norm (the paper states none)
+    holdout: float = 0.0         # share of the pairs kept out of training, to measure preference accuracy on
+    reference: str = ""          # reference log-probs file; empty: <out>/reference.jsonl
+    pack: int = 8192             # tokens computed at once; gradients accumulate over a batch's packs
+    max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
+    crop: int = 0                # 1: centre-crop images instead of padding them to a square
+
+
+@dataclass
+class Story(Settings):
+    """The whole story on the miniature: sample, judge, align, compare. For your own data add --data FILE."""
+    batch: int = 16              # pairs per optimizer step
+    lr: float = 2e-4             # peak learning rate of a model this small
+    holdout: float = 0.1         # share of the pairs kept out of training, to measure preference accuracy on
+    prompts: int = 1000          # image questions to sample answers for
+    n: int = 4                   # answers per question (the paper's 4)
+    temperature: float = 1.0     # of the sampling
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+             beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 7 of arXiv:2305.18290. All inputs are (B,) sums of log-probs in nats.
+
+    returns the loss of every pair (B,), and the rewards beta * (logp - ref) of chosen and rejected (B,), (B,).
+    At step 0 policy and reference agree, and the loss is ln 2 whatever beta is; d loss / d margin is -1/2 there.
+    """
+    reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen.detach(), reward_rejected.detach()
+
+
+# ---- pairs ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Pair:
+    tree: Tree                  # the prompt and two answers: chosen, rejected
+    reference: Tensor           # (2,) their log-probs under the policy as it was before training
+
+
+def make_pairs(items: list[dict], trees: list[Tree], reference: list[list[float]], gap: int, seed: int) -> list[Pair]:
+    """The records that have a pair by the paper's rule (annotate.choose_pair), with what the reference says of it."""
+    pairs = []
+    for record, tree, ref in zip(items, trees, reference):
+        chosen = choose_pair(record, gap, seed)
+        if chosen:
+            pairs.append(Pair(replace(tree, answers=[tree.answers[k] for k in chosen]),
+                              torch.tensor([ref[k] for k in chosen])))
+    return pairs
+
+
+def is_held_out(pair: Pair, share: float) -> bool:
+    """By a checksum of the record's id, so that it does not depend on order, seed or the other records."""
+    return zlib.crc32(pair.tree.id.encode()) % 1000 < 1000 * share
+
+
+# ---- the reference --------------------------------------------------------------------------------------------
+
+def fingerprint(model: Llava, tokens: Tokens, items: list[dict], pixels: Pixels) -> dict[str, str]:
+    """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    data = [[r["id"], r["messages"], [a["text"] for a in r["answers"]], r["images_sha"]] for r in items]
+    probe = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
+    return {"weights": digest.hexdigest()[:16], "data": sha(json.dumps(data)),
+            "template": sha(template(probe), tokens.source.read_bytes()),
+            "image processing": f"{pixels.size} px, {'crop' if pixels.crop else 'pad'}",
+            "dtype": str(model.head.dtype)}
+
+
+@torch.no_grad()
+def reference_logps(model: Llava, trees: list[Tree], pixels: Pixels, budget: int) -> list[list[float]]:
+    """log p of every answer of every tree under the model as it stands, one list per tree."""
+    out, device = [], model.head.device
+    with tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False) as bar:
+        for part in split(trees, budget):
+            sums = answer_logps(model, pixels.pack(part).to(device)).tolist()
+            for tree in part:
+                out.append([sums.pop(0) for _ in tree.answers])
+            bar.update(len(part))
+    return out
+
+
+def cached_reference(model: Llava, tokens: Tokens, items: list[dict], trees: list[Tree], pixels: Pixels, path: Path,
+                     budget: int) -> list[list[float]]:
+    """Read `path` where its fingerprint fits, compute and write it where there is none, refuse it where it is stale."""
+    now, note = fingerprint(model, tokens, items, pixels), path.with_suffix(".fingerprint.json")
+    if path.exists() and note.exists():
+        then = json.loads(note.read_text())
+        changed = [f"{key} ({then.get(key)} then, {now[key]} now)" for key in now if then.get(key) != now[key]]
+        if changed:
+            raise BadInput(f"{path} is stale: it was computed with other {', '.join(changed)}; remove it or choose "
+                           "another --out")
+        rows = read_jsonl(path)
+        print(f"reference: {len(rows)} records read from {path}")
+        return [row["logps"] for row in rows]
+    began = time.perf_counter()
+    logps = reference_logps(model, trees, pixels, budget)
+    for tree, row in zip(trees, logps):
+        if not all(math.isfinite(x) for x in row):
+            raise BadInput(f"record {tree.id}: its reference log-prob is {row}; use --dtype float32")
+    write_jsonl(path, [{"id": t.id, "logps": row, "tokens": [len(a) for a in t.answers]} for t, row in zip(trees, logps)])
+    write_whole(note, json.dumps(now, indent=1) + "\n")
+    print(f"reference: {len(trees)} records, {sum(len(t.answers) for t in trees)} answers, "
+          f"{time.perf_counter() - began:.1f} s -> {path}")
+    return logps
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------
+
+COLUMNS = ("step", "loss", "margin", "accuracy", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected",
+           "length_chosen", "length_rejected", "grad_norm", "lr", "pairs_per_s")
+HEADER = "  step      loss   margin  acc.   reward c / r       logp c / r     length c / r    grad        lr  pairs/s"
+
+
+def line(m: dict) -> str:
+    return (f"{m['step']:6d}  {m['loss']:.6f}  {m['margin']:+.4f}  {m['accuracy']:.2f}  {m['reward_chosen']:+.3f} "
+            f"{m['reward_rejected']:+.3f}  {m['logp_chosen']:8.2f} {m['logp_rejected']:8.2f}  {m['length_chosen']:6.1f} "
+            f"{m['length_rejected']:6.1f}  {m['grad_norm']:7.2f}  {m['lr']:.2e}  {m['pairs_per_s']:6.1f}")
+
+
+def check_contract(loss: float, margins: Tensor, dtype: torch.dtype) -> None:
+    """At step 0 the policy is the reference. Packs differ in shape from the reference pass, so sums of log-probs may
+    differ in their last digits: less than 0.001 in the margin in fp32, 0.1 where the model rounds to 16 bits."""
+    worst, allowed = margins.abs().max().item(), 1e-3 if dtype == torch.float32 else 0.1
+    verdict = f"loss {loss:.6f} (ln 2 = {math.log(2):.6f}), largest |margin| {worst:.1e} (allowed {allowed:g})"
+    if not (abs(loss - math.log(2)) < allowed and worst < allowed):
+        raise BadInput(f"step-0 contract broken: {verdict}; policy and reference do not see the same tokens or weights")
+    print(f"step-0 contract holds: {verdict}")
+
+
+def pair_logps(model: Llava, pairs: list[Pair], pixels: Pixels) -> tuple[Tensor, Tensor]:
+    """(2, B) log-probs of chosen and rejected under the policy now, and under the reference."""
+    device = model.head.device
+    policy = answer_logps(model, pixels.pack([p.tree for p in pairs]).to(device)).view(-1, 2).T
+    return policy, torch.stack([p.reference for p in pairs], 1).to(device)
+
+
+def in_packs(pairs: list[Pair], budget: int) -> list[list[Pair]]:
+    of = {id(p.tree): p for p in pairs}
+    return [[of[id(t)] for t in part] for part in split([p.tree for p in pairs], budget)]
+
+
+def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: int, out: Path) -> None:
+    """`steps` optimizer steps on batches of pairs, in place; one line per step to `out`/metrics.jsonl and the screen."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=0.0, fused=True)
+    order, batch = shuffled(pairs, s.seed), min(s.batch, len(pairs))
+    model.train()
+    with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
+        for step in range(steps):
+            began, rate = time.perf_counter(), s.lr * schedule(step, steps, s.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            members, seen = [next(order) for _ in range(batch)], []
+            for part in in_packs(members, s.pack):
+                policy, ref = pair_logps(model, part, pixels)
+                losses, reward_chosen, reward_rejected = dpo_loss(*policy, *ref, s.beta)
+                (losses.sum() / batch).backward()                    # the mean over the batch, however it is packed
+                seen.append(torch.stack([losses.detach(), reward_chosen, reward_rejected, *policy.detach()]))
+            norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf).item()
+            losses, reward_chosen, reward_rejected, logp_chosen, logp_rejected = torch.cat(seen, 1).cpu()
+            margins, lengths = reward_chosen - reward_rejected, [[len(a) for a in p.tree.answers] for p in members]
+            loss = losses.mean().item()
+            if not math.isfinite(loss + norm):
+                raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or use --dtype float32")
+            if step == 0:
+                check_contract(loss, margins, model.head.dtype)
+                print(HEADER)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            values = (step + 1, loss, margins.mean().item(), (margins > 0).float().mean().item(),
+                      reward_chosen.mean().item(), reward_rejected.mean().item(), logp_chosen.mean().item(),
+                      logp_rejected.mean().item(), *(sum(x) / batch for x in zip(*lengths)), norm, rate,
+                      batch / (time.perf_counter() - began))
+            row = dict(zip(COLUMNS, values))
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            print(line(row))
+    model.eval()
+
+
+@torch.no_grad()
+def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> dict:
+    """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
+    margins = []
+    for part in in_packs(pairs, s.pack):
+        policy, ref = pair_logps(model, part, pixels)
+        margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist()
+    undecided = 1e-3                                                 # see check_contract
+    right = sum(1.0 if m > undecided else 0.5 if m >= -undecided else 0.0 for m in margins)
+    return {"pairs": len(pairs), "margin": sum(margins) / len(pairs), "accuracy": right / len(pairs)}
+
+
+# ---- the script -----------------------------------------------------------------------------------------------
+
+def load_trees(s: Settings, tokens: Tokens, pixels: Pixels, limit: int, out: Path) -> tuple[list[dict], list[Tree]]:
+    """The usable records of --data and their trees with *all* their answers; everything else is reported."""
+    usable, rejects = records.read(s.data, s.image_root, pixels.size)
+    items, trees = [], []
+    for record in usable:
+        try:
+            if not record["answers"]:
+                raise BadInput("has no answers")
+            trees.append(make_tree(tokens, record, [a["text"] for a in record["answers"]], max_length=limit))
+            items.append(record)
+        except BadInput as problem:
+            rejects.append({"id": record["id"], "reason": str(problem)})
+    records.report(s.data, len(items), rejects, out)
+    return items, trees
+
+
+def align(s: Settings, out: Path) -> Llava:
+    """--data and --ckpt -> the aligned model, in memory and in `out`/model."""
+    device, dtype = device_and_dtype(s.device, s.dtype)
+    folder = checkpoint.resolve(s.ckpt)
+    model = checkpoint.load(folder, device, dtype)
+    tokens, pixels = Tokens(folder, model.config), Pixels(model.config, bool(s.crop))
+    items, trees = load_trees(s, tokens, pixels, s.max_length or model.config.text.max_position_embeddings, out)
+    if not items:
+        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+    reference = cached_reference(model, tokens, items, trees, pixels, Path(s.reference or out / "reference.jsonl"), s.pack)
+    pairs = make_pairs(items, trees, reference, s.gap, s.seed)
+    held_out = [p for p in pairs if is_held_out(p, s.holdout)]
+    pairs = [p for p in pairs if not is_held_out(p, s.holdout)]
+    if not pairs:
+        raise BadInput(f"{s.data}: no usable pair among {len(items)} records; a pair needs two different answers whose "
+                       f"scores S differ by at least --gap {s.gap}, or chosen and rejected given in the data")
+    steps = s.steps if s.steps >= 0 else max(1, s.epochs * len(pairs) // min(s.batch, len(pairs)))
+    write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps, pairs=len(pairs)), indent=1) + "\n")
+    print(f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {len(items) - len(pairs) - len(held_out)} records "
+          f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}, {device} {dtype}")
+    if steps == 0:
+        return model
+    before = preference(model, held_out, pixels, s) if held_out else None
+    train(model, pairs, pixels, s, steps, out)
+    if held_out:
+        after = preference(model, held_out, pixels, s)
+        write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
+        print(f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
+              f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({len(held_out)} pairs)")
+    print(f"model: {checkpoint.save(model, out / 'model', folder)}")
+    return model
+
+
+def run_folder(s: Settings) -> Path:
+    """--out, or the next free runs/dpo; a finished run is never written over."""
+    if s.out:
+        if (Path(s.out) / "model").exists():
+            raise BadInput(f"{s.out} already holds an aligned model; choose another --out (its reference can be used "
+                           f"again: --reference {s.out}/reference.jsonl)")
+        return Path(s.out)
+    names = ["runs/dpo"] + [f"runs/dpo-{k}" for k in range(2, 10000)]
+    return next(Path(name) for name in names if not Path(name).exists())
+
+
+def story(s: Story, out: Path) -> None:
+    """Vicuna-mini, LLaVA-mini, and LLaVA-mini aligned on its own judged answers: what each can do."""
+    if s.ckpt != "toy":
+        raise BadInput("--data is needed: scored records or preference pairs, see records.py")
+    device, dtype = device_and_dtype(s.device, s.dtype)
+    toy = checkpoint.resolve("toy")
+    print("1. before: Vicuna-mini (text only) and LLaVA-mini (the same model after visual instruction tuning)")
+    rows = {name: evaluate.score_checkpoint(folder, name, out / "images", device, dtype)[0]
+            for name, folder in (("Vicuna-mini", toy / "vicuna"), ("LLaVA-mini", toy))}
+    print(evaluate.table(rows))
+
+    print(f"\n2. LLaVA-mini answers {s.prompts} image questions {s.n} times each; the exact judge scores them")
+    model = checkpoint.load(toy, device, dtype)
+    tokens = Tokens(toy, model.config)
+    items = evaluate.draw(world.preference_prompts(s.prompts, s.seed), out)
+    answers = sample(model, tokens, Pixels(model.config), items, n=s.n, temperature=s.temperature, seed=s.seed,
+                     max_new=evaluate.MAX_NEW, batch=64)
+    for record, row in zip(items, answers):
+        for answer in row:
+            answer["scores"], answer["comment"] = oracle.judge(record, answer["text"])
+        record["answers"] = row
+        del record["root"]
+    write_jsonl(out / "records.jsonl", items)
+    print(f"records: {out / 'records.jsonl'}")
+
+    print("\n3. direct preference optimization")
+    aligned = align(replace(s, data=str(out / "records.jsonl")), out)
+    rows["LLaVA-mini + DPO"] = evaluate.miniature(aligned, tokens, out / "images", "aligned")[0]
+    write_whole(out / "scores.json", json.dumps(describe_run(s, scores=rows), indent=1) + "\n")
+    print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in evaluate.py)")
+    print(evaluate.table(rows))
+    print(f"\nscores: {out}/scores.json   metrics: {out}/metrics.jsonl   next: read the files in the README's order")
+
+
+def run(s: Settings) -> None:
+    out = run_folder(s)
+    out.mkdir(parents=True, exist_ok=True)
+    if isinstance(s, Story):
+        story(s, out)
+    else:
+        align(s, out)
+        print(f"metrics: {out}/metrics.jsonl")
+
+
+if __name__ == "__main__":
+    alone = not any(arg == "--data" or arg.startswith("--data=") for arg in sys.argv[1:])
+    main(Story if alone else Settings, run)

@@ -1,0 +1,90 @@
+"""log p(token) without the [tokens, vocab] matrix.
+
+The problem. A language model's head turns each hidden state h into V logits, and the loss reads one number
+per scored token: its log-probability,
+
+    logp = w[target] . h  -  log sum_v exp(w[v] . h).
+
+For eight LLaVA preference pairs the full matrix of fp32 logits is 1.6 GB, its softmax the same again and
+its gradient once more; and 71 % of the rows are image tokens that nobody scores.
+
+The trick. (1) Only scored rows are computed: `rows` names the hidden state that predicts each target. The
+last prompt row predicts the first token of *every* answer, so it may be named n times. (2) Rows go through
+in chunks; of each chunk's logits only two numbers per row survive (the log-sum-exp and the target's logit).
+(3) Backward recomputes the chunk and turns it in place into its own gradient,
+
+    d logp / d logits = onehot(target) - softmax(logits),
+
+so peak memory is one chunk in either direction. Logits, log-sum-exp and the result are fp32 whatever the
+model's dtype: summed over a 128-token answer, bf16 logits would move the log-prob by half a nat.
+
+References: Cut Cross-Entropy (arXiv:2411.09009), Liger Kernel (arXiv:2410.10989).
+Previous: kernels/attention.py.  Next: vision.py (pixels to vectors).
+"""
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 << 20  # fp32 logits held at once
+
+
+# ---- the specification ------------------------------------------------------------------------------------
+
+def logps_spec(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """`logps` as its formula says it, with all logits in memory. fp64 in, fp64 out, for oracles."""
+    logits = hidden[rows] @ weight.T                                     # (N, V)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]      # (N,)
+
+
+# ---- chunked forward and backward -------------------------------------------------------------------------
+
+def chunks(n: int, vocab: int) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (4 * vocab))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32, or fp64 where the caller already is (gradcheck)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class ChunkedLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, rows, targets):
+        w = wide(weight)
+        lse, target_logit = (torch.empty(len(rows), dtype=w.dtype, device=w.device) for _ in range(2))
+        for c in chunks(len(rows), len(w)):
+            logits = wide(hidden[rows[c]]) @ w.T                         # (c, V), gone after this iteration
+            lse[c] = logits.logsumexp(-1)
+            target_logit[c] = logits.gather(1, targets[c, None])[:, 0]
+        ctx.save_for_backward(hidden, weight, rows, targets, lse)
+        return target_logit - lse
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, rows, targets, lse = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        w = wide(weight)
+        d_hidden = torch.zeros_like(hidden, dtype=w.dtype) if need_hidden else None
+        d_weight = torch.zeros_like(w) if need_weight else None
+        for c in chunks(len(rows), len(w)):
+            h = wide(hidden[rows[c]])                                    # (c, D)
+            d_logits = (h @ w.T).sub_(lse[c, None]).exp_().mul_(-grad[c, None])              # (c, V)
+            d_logits.scatter_add_(1, targets[c, None], grad[c, None].to(d_logits.dtype))
+            if need_hidden:
+                d_hidden.index_add_(0, rows[c], d_logits @ w)            # rows may repeat: the last prompt row does
+            if need_weight:
+                d_weight.addmm_(d_logits.T, h)
+        return (d_hidden.to(hidden.dtype) if need_hidden else None,
+                d_weight.to(weight.dtype) if need_weight else None, None, None)
+
+
+def logps(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """log p(targets[i]) in nats, read from hidden state rows[i]. Differentiable in hidden and weight.
+
+    hidden   (T, D)   final hidden states of a pack
+    weight   (V, D)   the head; no gradient is computed for a frozen one
+    rows     (N,)     int64, which hidden state predicts target i; rows may repeat
+    targets  (N,)     int64 token ids
+    returns  (N,)     fp32
+    """
+    return ChunkedLogps.apply(hidden, weight, rows, targets)

@@ -1,0 +1,256 @@
+"""One record, and every file people already have.
+
+The problem. Preference data comes in as many shapes as there are papers. Everything downstream of this file
+sees one shape only: a conversation about images, with n candidate answers, some of them scored.
+
+    {"id": "lrv-000123",
+     "images": ["images/123.jpg"],                      relative to the file (or --image_root), never outside it
+     "messages": [{"role": "user", "content": "<image>\\nWhat is odd here?"}],    any number of turns, the last a user's;
+                                                        the k-th <image> marker stands for images[k]
+     "answers": [{"text": "...", "finish": "stop", "scores": {"helpfulness": 4, ...}, "comment": "..."}, ...],
+     "golden": "...",                                   the judge's or the dataset's own answer, where there is one
+     "pair": [0, 1]}                                    answers[0] was preferred to answers[1], where the data says so
+
+The trick. A foreign record is recognised by its fields, not by its file's name:
+
+    LLaVA               conversations: [{from: human, value}, {from: gpt, value}, ...], image
+    the authors' DPO    question, chosen, rejected: {from, value}, image           (github.com/findalexli/mllm-dpo)
+    TRL conversational  prompt, chosen, rejected: [{role, content}], images        (prompt may be left implicit)
+    RLHF-V              question, chosen, rejected: strings, image or image_path   (or the three inside "text")
+
+Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed.
+
+Previous: checkpoint.py.  Next: data.py (what the loss sees).
+"""
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+import vision
+from common import BadInput, write_jsonl
+
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+CONTROL = ("<s>", "</s>", "<unk>", "<pad>")    # these would be read as control tokens, not as text
+
+
+# ---- foreign shapes -> ours ---------------------------------------------------------------------------------
+
+def convert(raw: dict, where: str) -> dict:
+    """A raw JSON object in any accepted shape -> a record. Raises BadInput with the reason."""
+    if not isinstance(raw, dict):
+        raise BadInput("is not a JSON object")
+    if isinstance(raw.get("text"), str) and "chosen" in raw["text"] and "question" not in raw:   # RLHF-V as on the hub
+        try:
+            raw = raw | json.loads(raw["text"])
+        except ValueError:
+            raise BadInput("its 'text' field is not JSON") from None
+    if "messages" in raw:
+        record = dict(raw)
+    elif "conversations" in raw:
+        record = from_llava(raw)
+    elif "chosen" in raw and "rejected" in raw:
+        record = from_preference(raw)
+    else:
+        raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see records.py")
+    record["id"] = str(raw.get("id", raw.get("question_id", raw.get("idx", where))))
+    images = raw.get("images", raw.get("image", raw.get("image_path"))) or []
+    record["images"] = images if isinstance(images, list) else [images]
+    markers = sum(str(m.get("content")).count("<image>") for m in record["messages"] if isinstance(m, dict))
+    if "messages" not in raw and markers == 0 and record["images"]:      # foreign data may leave the marker implicit
+        first = record["messages"][0]
+        first["content"] = "<image>\n" * len(record["images"]) + first["content"]
+    return record
+
+
+def from_llava(raw: dict) -> dict:
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    try:
+        turns = [{"role": roles[t["from"]], "content": t["value"]} for t in raw["conversations"]]
+    except (KeyError, TypeError):
+        raise BadInput("conversations must be a list of {from: human|gpt, value}") from None
+    record = {"messages": turns}
+    if turns and turns[-1]["role"] == "assistant":
+        record |= {"messages": turns[:-1], "golden": turns[-1]["content"]}
+    return record
+
+
+def from_preference(raw: dict) -> dict:
+    """chosen and rejected as strings, {from, value}, or message lists; the prompt as question or prompt."""
+    prompt = raw.get("prompt", raw.get("question"))
+    chosen, rejected = (as_messages(raw[key], "assistant") for key in ("chosen", "rejected"))
+    if prompt is None:                                                   # TRL's implicit prompt: the common beginning
+        same = 0
+        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+            same += 1
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    if len(chosen) != 1 or len(rejected) != 1:
+        raise BadInput("chosen and rejected must each be one assistant turn after a shared prompt")
+    answers = [{"text": chosen[0]["content"]}, {"text": rejected[0]["content"]}]
+    return {"messages": as_messages(prompt, "user"), "answers": answers, "pair": [0, 1]}
+
+
+def as_messages(value, role: str) -> list[dict]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        return [{"role": role, "content": value.get("value", value.get("content"))}]
+    if not isinstance(value, list) or not all(isinstance(m, dict) and "content" in m for m in value):
+        raise BadInput("a turn must be a string, {from, value} or a list of {role, content}")
+    return [{"role": m.get("role", role), "content": flatten(m["content"])} for m in value]
+
+
+def flatten(content):
+    """TRL content may be a list of parts: {type: image} is our marker, {type: text, text} is text."""
+    if not isinstance(content, list):
+        return content
+    images = "".join("<image>\n" for part in content if isinstance(part, dict) and part.get("type") == "image")
+    return images + "".join(str(p.get("text", "")) for p in content if isinstance(p, dict) and p.get("type") == "text")
+
+
+# ---- lint: why a record cannot be used ------------------------------------------------------------------------
+
+def check(record: dict) -> None:
+    """Raises BadInput with the reason a record cannot be used; looks at its text and numbers, not at its files."""
+    messages, answers = record["messages"], record.setdefault("answers", [])
+    if not isinstance(messages, list) or not messages:
+        raise BadInput("has no messages")
+    for k, m in enumerate(messages):
+        expected = "user" if (len(messages) - k) % 2 else "assistant"
+        if not isinstance(m, dict) or not isinstance(m.get("content"), str):
+            raise BadInput(f"message {k} has no text content")
+        if m.get("role") != expected:
+            raise BadInput(f"message {k} is {m.get('role')!r}'s; turns must alternate and the last be the user's")
+        if not m["content"].strip():
+            raise BadInput(f"message {k} is empty")
+        clean(m["content"], f"message {k}", markers=expected == "user")
+    markers = sum(m["content"].count("<image>") for m in messages)
+    if markers != len(record["images"]):
+        raise BadInput(f"has {markers} <image> markers but {len(record['images'])} images")
+    if not isinstance(answers, list):
+        raise BadInput("answers must be a list")
+    for k, answer in enumerate(answers):
+        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
+            raise BadInput(f"answer {k} has no text")
+        clean(answer["text"], f"answer {k}")
+        check_scores(answer.get("scores"), k)
+    if record.get("golden") is not None:
+        if not isinstance(record["golden"], str):
+            raise BadInput("golden must be text")
+        clean(record["golden"], "golden")
+    pair = record.get("pair")
+    if pair is not None:
+        if len(pair) != 2 or not all(isinstance(k, int) and 0 <= k < len(answers) for k in pair):
+            raise BadInput(f"pair {pair} does not name two of its {len(answers)} answers")
+        if answers[pair[0]]["text"].strip() == answers[pair[1]]["text"].strip():
+            raise BadInput("chosen and rejected are the same text")
+
+
+def check_scores(scores, k: int) -> None:
+    if scores is None:
+        return
+    if not isinstance(scores, dict):
+        raise BadInput(f"answer {k}: scores must be an object of {', '.join(ATTRIBUTES)}")
+    for name in ATTRIBUTES:
+        value = scores.get(name)
+        if type(value) is not int or not 0 <= value <= 4:
+            raise BadInput(f"answer {k}: score {name} is {value!r}, not an integer from 0 to 4")
+
+
+def clean(text: str, what: str, markers: bool = False) -> None:
+    for token in CONTROL + (() if markers else ("<image>",)):
+        if token in text:
+            raise BadInput(f"{what} contains {token}, which the tokenizer reads as a control token; remove it")
+
+
+def image_path(root: Path, name) -> Path:
+    """The file an image name stands for; a name that leads out of `root` (.., absolute, symlink) is refused."""
+    if not isinstance(name, str):
+        raise BadInput(f"image {name!r} is not a file name")
+    root = Path(root).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise BadInput(f"image {name} leads outside {root}; move it inside or set --image_root")
+    return path
+
+
+def check_images(record: dict, root: Path, size: int) -> str:
+    """Open and decode every image of a record (JPEGs at reduced size). Returns a hash of their bytes."""
+    digest = hashlib.sha256()
+    for name in record["images"]:
+        path = image_path(root, name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadInput(f"image {path}: {error.strerror}; fix the path or set --image_root") from None
+        vision.decode_image(data, path, small=size)
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+def raw_objects(path: Path):
+    """Yield (where, object or BadInput) of a JSON array or of JSON lines."""
+    try:
+        text = Path(path).read_text(encoding="utf8")
+    except OSError as error:
+        raise BadInput(f"--data {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    stem = Path(path).stem
+    if text.lstrip()[:1] == "[":
+        try:
+            yield from ((f"{stem}-{k:06d}", x) for k, x in enumerate(json.loads(text)))
+        except ValueError as error:
+            raise BadInput(f"--data {path}: malformed JSON array ({error})") from None
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield f"{stem}-{number:06d}", json.loads(line)
+            except ValueError as error:
+                yield f"line {number}", BadInput(f"malformed JSON ({error})")
+
+
+def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple[list[dict], list[dict]]:
+    """A data file -> (usable records, rejects {"id", "reason"}), every image opened once.
+
+    A usable record also carries "root" (the folder its image names start from) and "images_sha" (of their bytes).
+    Raises BadInput only where the file as a whole cannot be read.
+    """
+    root = Path(image_root) if image_root else Path(path).resolve().parent
+    records, rejects, seen = [], [], set()
+    for where, raw in tqdm(list(raw_objects(path)), desc="reading records", unit="rec", disable=None, leave=False):
+        name = where
+        try:
+            if isinstance(raw, BadInput):
+                raise raw
+            record = convert(raw, where)
+            name = record["id"]
+            if name in seen:
+                raise BadInput("a record with this id came before")
+            seen.add(name)
+            check(record)
+            record["root"] = str(root)
+            record["images_sha"] = check_images(record, root, image_size)
+            records.append(record)
+        except BadInput as problem:
+            rejects.append({"id": name, "reason": str(problem)})
+    return records, rejects
+
+
+def report(path, kept: int, rejects: list[dict], out: Path | None, what: str = "records") -> None:
+    """Print what was rejected and why, counted; keep the whole list in `out`/rejects.jsonl."""
+    print(f"{path}: {kept} {what} usable, {len(rejects)} rejected")
+    for reject in rejects[:5]:
+        print(f"  {reject['id']}: {reject['reason']}")
+    if len(rejects) > 5:
+        kinds = Counter(r["reason"].split(":")[0][:60] for r in rejects)
+        print("  ... by reason: " + "; ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)))
+    if out:
+        write_jsonl(Path(out) / "rejects.jsonl", rejects)
+        if rejects:
+            print(f"  all of them, with reasons: {Path(out) / 'rejects.jsonl'}")

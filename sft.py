@@ -1,0 +1,159 @@
+"""Next-token loss on answers: instruction tuning, and the first baseline.
+
+    loss = - sum log p(token | what stands before it) / number of scored tokens,      scored = answers and their </s>
+
+over the whole batch: a mean per token, not a mean of means, so a batch means the same however it is cut into
+packs. What the loss is *not* taken over: the system sentence, the user's words, the image.
+
+The finding this repository is about starts here. Tuned on short visual answers, a language model gets worse at
+language; tuned on a judge's golden answers it gets some of it back, and is the baseline that dpo.py must beat.
+
+    python sft.py --ckpt llava-1.5-7b-hf --data llava_instruct.json --out runs/sft
+
+What is trained: the language model and the projector, as in LLaVA's second stage; the vision tower is frozen.
+A record's `golden` answer is the target; without one, its best-scored answer. In a multi-turn conversation the
+earlier assistant turns are targets too. The miniature's own stages (toy.py) run through `train` below.
+
+Previous: data.py.  Next: world.py and toy.py (where the miniature comes from).
+"""
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import records
+from common import BadInput, describe_run, device_and_dtype, main, schedule, write_whole
+from data import Pack, Pixels, Tokens, Tree, make_tree, split, token_logps
+from model import Llava
+
+
+@dataclass
+class Settings:
+    """Supervised fine-tuning on golden answers."""
+    ckpt: str = "toy"            # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
+    data: str = ""               # records, LLaVA conversations, ... (see records.py)
+    image_root: str = ""         # folder the image names start from; empty: the data file's own
+    out: str = "runs/sft"        # run folder
+    seed: int = 0                # order of the records
+    device: str = "auto"         # cpu, cuda, ...
+    dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
+    steps: int = -1              # optimizer steps; -1: --epochs passes
+    epochs: int = 3              # passes over the data (the paper's 3)
+    batch: int = 128             # records per optimizer step (the paper's 128)
+    lr: float = 2e-5             # peak learning rate (LLaVA-1.5's for full fine-tuning)
+    warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
+    clip: float = 1.0            # largest gradient norm (LLaVA's default)
+    pack: int = 8192             # tokens computed at once; gradients accumulate over a batch's packs
+    max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
+    crop: int = 0                # 1: centre-crop images instead of padding them to a square
+
+
+def shuffled(items: list, seed: int) -> Iterator:
+    """Pass over the items again and again, each pass in a seeded order of its own."""
+    epoch = 0
+    while True:
+        order = list(range(len(items)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        yield from (items[i] for i in order)
+        epoch += 1
+
+
+def scored_tokens(trees: list[Tree]) -> int:
+    return sum(len(a) for t in trees for a in t.answers) + sum(b - a for t in trees for a, b in t.history)
+
+
+def train(model: Llava, trees: list[Tree], make_pack: Callable[[list[Tree]], Pack], *, steps: int, batch: int,
+          lr: float, seed: int = 0, warmup: float = 0.03, floor: float = 0.0, clip: float = 1.0,
+          betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, pack: int = 8192,
+          name: str = "sft", log: Callable[[dict], None] = lambda row: None) -> None:
+    """Train whatever of `model` requires a gradient, in place.
+
+    make_pack(trees) loads their images and lays them out; log(row) receives one dict per step: step, loss (nats per
+    scored token), grad_norm, lr, tokens (computed), tokens_per_s. Raises BadInput where the loss is not finite.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = model.head.device
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    order = shuffled(trees, seed)
+    model.train()
+    bar = tqdm(range(steps), desc=name, unit="step", disable=None)
+    for step in bar:
+        began = time.perf_counter()
+        rate = lr * schedule(step, steps, warmup, floor)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        members = [next(order) for _ in range(batch)]
+        total = scored_tokens(members)
+        loss = 0.0
+        for part in split(members, pack):
+            part_loss = -token_logps(model, make_pack(part).to(device)).sum() / total
+            part_loss.backward()
+            loss += part_loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+        if not torch.isfinite(torch.tensor(loss + norm)):
+            raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or use --dtype float32")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens = sum(t.tokens for t in members)
+        log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, "tokens": tokens,
+             "tokens_per_s": tokens / (time.perf_counter() - began)})
+        bar.set_postfix_str(f"loss {loss:.4f}")
+    model.eval()
+
+
+# ---- the script -----------------------------------------------------------------------------------------------
+
+def target(record: dict) -> str:
+    """The answer to learn: golden, else the best-scored one, else the only one."""
+    if record.get("golden"):
+        return record["golden"]
+    answers = record["answers"]
+    scored = [a for a in answers if a.get("scores")]
+    if scored:
+        return max(scored, key=lambda a: sum(a["scores"][k] for k in records.ATTRIBUTES[:3]))["text"]
+    if len(answers) == 1:
+        return answers[0]["text"]
+    raise BadInput("has no golden answer and no scored ones")
+
+
+def run(settings: Settings) -> None:
+    s, out = settings, Path(settings.out)
+    if not s.data:
+        raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
+    if (out / "model").exists():
+        raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
+    device, dtype = device_and_dtype(s.device, s.dtype)
+    folder = checkpoint.resolve(s.ckpt)
+    model = checkpoint.load(folder, device, dtype)
+    tokens, pixels = Tokens(folder, model.config), Pixels(model.config, bool(s.crop))
+    usable, rejects = records.read(s.data, s.image_root, pixels.size)
+    limit = s.max_length or model.config.text.max_position_embeddings
+    trees = []
+    for record in usable:
+        try:
+            trees.append(make_tree(tokens, record, [target(record)], history=True, max_length=limit))
+        except BadInput as problem:
+            rejects.append({"id": record["id"], "reason": str(problem)})
+    records.report(s.data, len(trees), rejects, out)
+    if not trees:
+        raise BadInput(f"{s.data}: no usable record")
+    steps = s.steps if s.steps >= 0 else max(1, s.epochs * len(trees) // s.batch)
+    write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1))
+    print(f"{len(trees)} records, {steps} steps of {s.batch}, {device} {dtype}")
+    with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
+        def log(row):
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+        train(model, trees, pixels.pack, steps=steps, batch=min(s.batch, len(trees)), lr=s.lr, seed=s.seed,
+              warmup=s.warmup, clip=s.clip, pack=s.pack, log=log)
+    print(f"model: {checkpoint.save(model, out / 'model', folder)}")
+
+
+if __name__ == "__main__":
+    main(Settings, run)

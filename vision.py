@@ -1,0 +1,212 @@
+"""A picture becomes 576 vectors: preprocessing, then CLIP's vision transformer up to its last layer but one.
+
+The problem. A language model reads vectors. CLIP (arXiv:2103.00020) turns a picture into such vectors:
+cut it into patches of p x p pixels, embed each, add a learned position, and let bidirectional transformer
+blocks mix them:
+
+    x = [class, patch_1, ..., patch_N] + position          N = (size / p)^2, 576 for 336 px and p = 14
+    x = x + attention(norm(x));  x = x + mlp(norm(x))       for each block
+
+What LLaVA reads (arXiv:2310.03744) is not CLIP's final answer, one vector trained to match a caption, but
+the patches one block before it: they still say *where* things are. The class token is dropped, and the last
+block is never computed.
+
+Preprocessing decides as much as the weights do: LLaVA-1.5 pads to a square with CLIP's mean colour (so that
+nothing is cut off), then resizes with Pillow's bicubic filter, then normalises. Centre-crop, which several
+evaluation kits use instead, is there on request. The pixels equal those of transformers' image processor.
+
+Previous: kernels/logprob.py.  Next: model.py (a Llama that reads these vectors).
+"""
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from common import BadInput
+from kernels import Mask, attention
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 100_000_000  # a decompression bomb is refused before a byte of it is decoded
+
+
+@dataclass
+class VisionConfig:
+    """CLIP ViT sizes; the defaults are transformers' (a config.json states only what differs)."""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    feature_layer: int = -2          # index into [embeddings, after block 1, after block 2, ...]
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def depth(self) -> int:
+        """How many blocks run to reach the feature layer."""
+        layer = self.feature_layer
+        return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
+
+
+# ---- the transformer ---------------------------------------------------------------------------------------
+# N images, P tokens each (class token first), D features, H heads of K. Module names are the checkpoints' names.
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(c.patches + 1, c.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:                         # (N, 3, S, S)
+        patches = self.patch_embedding(pixels).flatten(2).mT             # (N, D, S/p, S/p) -> (N, P-1, D)
+        cls = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([cls, patches], 1) + self.position_embedding.weight       # (N, P, D)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.heads = c.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:                  # (N*P, D)
+        q, k, v = (proj(x).view(len(x), self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v, mask).flatten(1))        # (N*P, H, K) -> (N*P, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.act = ACTIVATIONS[c.hidden_act]
+        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.self_attn, self.mlp = SelfAttention(c), MLP(c)
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.hidden_size, c.layer_norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+
+
+class ViT(nn.Module):
+    """CLIP's vision tower. All its weights are kept, so that a checkpoint goes out as it came in; only those
+    up to the feature layer are ever used (`post_layernorm` belongs to CLIP's own pooled output)."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.config = c
+        self.embeddings = Embeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)    # sic: the checkpoints' spelling
+        self.encoder = Encoder(c)
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) normalised pixels -> (N, P-1, D) patch vectors of the feature layer, class token dropped."""
+        x = self.pre_layrnorm(self.embeddings(pixels))                   # (N, P, D)
+        shape = x.shape
+        mask = Mask.full(shape[0], shape[1], x.device)
+        x = x.flatten(0, 1)                                              # (N*P, D)
+        for block in self.encoder.layers[:self.config.depth]:
+            x = block(x, mask)
+        return x.view(shape)[:, 1:]
+
+
+# ---- from a file to pixels --------------------------------------------------------------------------------
+
+def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
+    """An RGB picture -> (3, size, size) float32, normalised: padded to a square with the mean colour, or cropped.
+
+    Source: LLaVA `expand2square` + CLIPImageProcessor; equal to transformers' LlavaImageProcessor(do_pad=True).
+    """
+    w, h = image.size
+    if not crop:
+        side = max(w, h)
+        square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in CLIP_MEAN))
+        square.paste(image, ((side - w) // 2, (side - h) // 2))
+        image = square.resize((size, size), Image.BICUBIC)
+    else:
+        w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)    # shorter edge = size
+        left, top = (w - size) // 2, (h - size) // 2
+        image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
+    x = np.asarray(image).astype(np.float64) * (1 / 255)                             # (S, S, 3)
+    x = (x.astype(np.float32) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous()                         # (3, S, S)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """What a person sees in any viewer, as 8-bit RGB: EXIF turned upright, transparency on white, 16 bits scaled."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":               # 16-bit grey; Pillow would clip it at 255
+        grey = np.asarray(image).astype(np.float64)
+        top = 1.0 if image.mode == "F" and grey.max() <= 1 else 65535.0 if grey.max() > 255 or image.mode != "F" else 255.0
+        image = Image.fromarray((grey / top * 255).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def load_image(path: Path, small: int = 0) -> Image.Image:
+    """Open an image file as RGB. `small` lets a JPEG decode at reduced size (to check it, not to use it).
+
+    Raises BadInput naming the file where it is missing, broken, truncated or a decompression bomb.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"image {path}: {error.strerror or error}") from None
+    return decode_image(data, path, small)
+
+
+def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None      # our own check says which file and what to do
+    try:
+        image = Image.open(BytesIO(data))
+        w, h = image.size
+        if w * h > MAX_PIXELS:
+            raise BadInput(f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} allowed; shrink it first")
+        if small:
+            image.draft("RGB", (small, small))
+        image.load()
+        return to_rgb(image)
+    except BadInput:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
+        raise BadInput(f"image {name}: cannot be decoded ({error}); replace or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
