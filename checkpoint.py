@@ -54,6 +54,7 @@ RENAME = [(re.compile(pattern), to) for pattern, to in [
     (r"^vision_tower\.vision_model\.", "vision_tower."),
 ]]
 BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")       # stored by old versions, derived here
+NOT_TOWER = re.compile(BUFFERS.pattern + r"|^(text_model|text_projection|visual_projection|logit_scale)")   # of a whole CLIP
 
 
 def canonical(key: str) -> str:
@@ -110,6 +111,11 @@ def read_config(folder: Path) -> tuple[Config, Path | None]:
         layer = raw.get("vision_feature_layer", -2)
         if not isinstance(layer, int):
             raise BadInput(f"{folder}/config.json: vision_feature_layer {layer} is not one layer")
+        for part, known in ((raw, "llava"), (raw["text_config"], "llama"), (raw["vision_config"], "clip_vision_model")):
+            if part.get("model_type", known) != known:
+                raise BadInput(f"{folder}/config.json: model_type {part['model_type']!r}; this code computes {known}")
+        if raw.get("projector_hidden_act", "gelu") != "gelu":
+            raise BadInput(f"{folder}/config.json: projector_hidden_act {raw['projector_hidden_act']!r}; LLaVA-1.5 has gelu")
         text = text_config(raw["text_config"])
         text.tie_word_embeddings = bool(raw.get("tie_word_embeddings") or text.tie_word_embeddings)
         image_token = raw.get("image_token_index", raw.get("image_token_id", 32000))
@@ -118,12 +124,15 @@ def read_config(folder: Path) -> tuple[Config, Path | None]:
         if raw.get("mm_projector_type") != "mlp2x_gelu":
             raise BadInput(f"{folder}/config.json: mm_projector_type {raw.get('mm_projector_type')!r}; "
                            "LLaVA-1.5 has mlp2x_gelu")
+        if raw.get("mm_vision_select_feature", "patch") != "patch" or raw.get("mm_use_im_start_end"):
+            raise BadInput(f"{folder}/config.json: LLaVA-1.5 has mm_vision_select_feature 'patch' and mm_use_im_start_end "
+                           f"false, not {raw.get('mm_vision_select_feature')!r} and {raw.get('mm_use_im_start_end')}")
         tower = find_tower(folder, raw["mm_vision_tower"])
         tower_raw = read_json(tower / "config.json")
         vision = vision_config(tower_raw.get("vision_config", tower_raw), raw.get("mm_vision_select_layer", -2))
         text = text_config(raw)
         return Config(text, vision, image_token=text.vocab_size), tower
-    if raw.get("model_type") in ("llama", "vicuna") or "LlamaForCausalLM" in raw.get("architectures", []):
+    if raw.get("model_type") in ("llama", "vicuna") or "LlamaForCausalLM" in (raw.get("architectures") or []):
         return Config(text_config(raw), None, image_token=-1), None
     raise BadInput(f"{folder}/config.json: model_type {raw.get('model_type')!r} is neither LLaVA nor Llama")
 
@@ -163,7 +172,9 @@ def weight_files(folder: Path) -> list[Path]:
     for pattern, index in (("*.safetensors", "model.safetensors.index.json"),
                            ("pytorch_model*.bin", "pytorch_model.bin.index.json")):
         if (folder / index).is_file():
-            names = sorted(set(read_json(folder / index)["weight_map"].values()))
+            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
+            if not names:
+                raise BadInput(f"{folder}/{index} has no weight_map; download it again")
             absent = [n for n in names if not (folder / n).is_file()]
             if absent:
                 raise BadInput(f"{folder}/{index} names files that are missing: {', '.join(absent)}")
@@ -187,7 +198,7 @@ def tensors(path: Path):
     except BadInput:
         raise
     except Exception as error:  # a truncated or foreign file raises many types
-        raise BadInput(f"{path}: cannot be read ({str(error).splitlines()[0]}); download it again") from None
+        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); download it again") from None
 
 
 def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Llava:
@@ -200,29 +211,36 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     with torch.device("meta"):
         model = Llava(config)
     places = dict(model.named_parameters())
-    loaded, wrong = {}, []
-    sources = [(f, canonical) for f in weight_files(folder)]
-    if tower:
-        sources += [(f, lambda key: "vision_tower." + key.removeprefix("vision_model.")) for f in weight_files(tower)]
-    for file, rename in sources:
-        second = tower is not None and file.parent == tower
-        for key, read in tensors(file):
+    loaded, wrong, seen = {}, [], set()
+
+    def take(files: list[Path], rename, ignore: re.Pattern) -> None:
+        for key, read in (pair for file in files for pair in tensors(file)):
+            if ignore.search(key):
+                continue
             name = rename(key)
-            if BUFFERS.search(key) or (second and re.match(r"(text_model|text_projection|visual_projection|logit_scale)", key)):
-                continue                                       # a whole CLIP folder also holds its text half
-            tied_copy = name == "lm_head.weight" and config.text.tie_word_embeddings
-            if name not in places and not tied_copy:
+            place = "language_model.embed_tokens.weight" if name == "lm_head.weight" and name not in places else name
+            if place not in places:
                 wrong.append(f"extra      {key}")
                 continue
-            value = read()
-            shape = places["language_model.embed_tokens.weight" if tied_copy else name].shape
+            if name in seen:
+                wrong.append(f"twice      {key}: an old file beside the new ones?")
+                continue
+            seen.add(name)
+            value, shape = read(), places[place].shape
             if value.shape != shape:
                 wrong.append(f"misshapen  {key}: {tuple(value.shape)}, config.json says {tuple(shape)}")
             elif not torch.isfinite(value).all():
                 wrong.append(f"not finite {key}: holds NaN or infinity")
-            elif not tied_copy:
+            else:
                 loaded[name] = value.to(device=device, dtype=dtype)
-    wrong += [f"missing    {name}" for name in places if name not in loaded and not any(name in w for w in wrong)]
+
+    take(weight_files(folder), canonical, BUFFERS)
+    if tower and not any(name.startswith("vision_tower.") for name in seen):     # a LLaVA that trained its tower carries it
+        take(weight_files(tower), lambda key: "vision_tower." + key.removeprefix("vision_model."), NOT_TOWER)
+    wrong += [f"missing    {name}" for name in places if name not in seen]
+    head = loaded.pop("lm_head.weight", None) if config.text.tie_word_embeddings else None
+    if head is not None and not torch.equal(head, loaded.get("language_model.embed_tokens.weight", head)):
+        wrong.append("lm_head.weight differs from embed_tokens.weight, but config.json says tie_word_embeddings")
     if wrong:
         more = f"\n  ... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise BadInput(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(wrong[:20]) + more)

@@ -16,6 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Threads that spin while they wait for each other crawl as soon as anything else runs on the machine; let them sleep.
+# The OpenMP runtime reads this once, when torch is loaded, so every script imports this file first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -107,7 +111,11 @@ def sha(*parts: bytes | str) -> str:
 
 def describe_run(settings, **more) -> dict:
     """What a run's config.json holds: settings, versions, commit, command, and whatever else tells runs apart."""
-    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:                                                      # no git on this machine
+        commit = "unknown"
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "settings": dataclasses.asdict(settings),
-            "commit": commit.stdout.strip() or "unknown", "python": platform.python_version(),
+            "commit": commit, "python": platform.python_version(),
             "torch": torch.__version__, "threads": torch.get_num_threads(), **more}

@@ -27,7 +27,6 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
 Template: vicuna_v1, exactly (FastChat `get_prompt`, LLaVA `conv_vicuna_v1`).
 Previous: records.py.  Next: sft.py (the first loss).
 """
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import kernels
-from checkpoint import TAKE_TOKENIZER
+from checkpoint import TAKE_TOKENIZER, read_json
 from common import BadInput
 from kernels import Mask
 from model import Config, Llava
@@ -99,7 +98,7 @@ class Tokens:
 def wants_bos(folder: Path) -> bool:
     """tokenizer_config.json may ask for <s> where tokenizer.json's post-processor does not add it itself."""
     path = Path(folder) / "tokenizer_config.json"
-    return path.is_file() and bool(json.loads(path.read_text(encoding="utf8")).get("add_bos_token"))
+    return path.is_file() and bool(read_json(path).get("add_bos_token"))
 
 
 # ---- trees ------------------------------------------------------------------------------------------------------

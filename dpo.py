@@ -38,6 +38,7 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import common  # first: it tells OpenMP how to wait
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -124,16 +125,16 @@ def make_pairs(items: list[dict], trees: list[Tree], reference: list[list[float]
     return pairs
 
 
-def is_held_out(pair: Pair, share: float) -> bool:
+def is_held_out(record_id: str, share: float) -> bool:
     """By a checksum of the record's id, so that it does not depend on order, seed or the other records."""
-    return zlib.crc32(pair.tree.id.encode()) % 1000 < 1000 * share
+    return zlib.crc32(record_id.encode()) % 1000 < 1000 * share
 
 
 # ---- the reference --------------------------------------------------------------------------------------------
 
 def fingerprint(model: Llava, tokens: Tokens, items: list[dict], pixels: Pixels) -> dict[str, str]:
     """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(model.config).encode())                 # a rope_theta counts as a weight
     for name, p in model.named_parameters():
         digest.update(name.encode())
         digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -162,13 +163,18 @@ def cached_reference(model: Llava, tokens: Tokens, items: list[dict], trees: lis
                      budget: int) -> list[list[float]]:
     """Read `path` where its fingerprint fits, compute and write it where there is none, refuse it where it is stale."""
     now, note = fingerprint(model, tokens, items, pixels), path.with_suffix(".fingerprint.json")
-    if path.exists() and note.exists():
+    if path.exists():
+        if not note.exists():
+            raise BadInput(f"{path} has no {note.name} beside it that says what it was computed with; remove it or choose "
+                           "another --reference")
         then = json.loads(note.read_text())
         changed = [f"{key} ({then.get(key)} then, {now[key]} now)" for key in now if then.get(key) != now[key]]
         if changed:
             raise BadInput(f"{path} is stale: it was computed with other {', '.join(changed)}; remove it or choose "
                            "another --out")
         rows = read_jsonl(path)
+        if [row["id"] for row in rows] != [tree.id for tree in trees]:
+            raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
         print(f"reference: {len(rows)} records read from {path}")
         return [row["logps"] for row in rows]
     began = time.perf_counter()
@@ -176,8 +182,8 @@ def cached_reference(model: Llava, tokens: Tokens, items: list[dict], trees: lis
     for tree, row in zip(trees, logps):
         if not all(math.isfinite(x) for x in row):
             raise BadInput(f"record {tree.id}: its reference log-prob is {row}; use --dtype float32")
+    write_whole(note, json.dumps(now, indent=1) + "\n")                  # first: a file without it is refused
     write_jsonl(path, [{"id": t.id, "logps": row, "tokens": [len(a) for a in t.answers]} for t, row in zip(trees, logps)])
-    write_whole(note, json.dumps(now, indent=1) + "\n")
     print(f"reference: {len(trees)} records, {sum(len(t.answers) for t in trees)} answers, "
           f"{time.perf_counter() - began:.1f} s -> {path}")
     return logps
@@ -289,20 +295,24 @@ def load_trees(s: Settings, tokens: Tokens, pixels: Pixels, limit: int, out: Pat
 
 def align(s: Settings, out: Path) -> Llava:
     """--data and --ckpt -> the aligned model, in memory and in `out`/model."""
+    if min(s.batch, s.epochs, s.pack) < 1 or not s.lr >= 0:
+        raise BadInput("--batch, --epochs and --pack must be at least 1, --lr at least 0")
     device, dtype = device_and_dtype(s.device, s.dtype)
     folder = checkpoint.resolve(s.ckpt)
-    model = checkpoint.load(folder, device, dtype)
-    tokens, pixels = Tokens(folder, model.config), Pixels(model.config, bool(s.crop))
-    items, trees = load_trees(s, tokens, pixels, s.max_length or model.config.text.max_position_embeddings, out)
+    config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
+    tokens, pixels = Tokens(folder, config), Pixels(config, bool(s.crop))
+    items, trees = load_trees(s, tokens, pixels, s.max_length or config.text.max_position_embeddings, out)
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+    if not any(choose_pair(r, s.gap, s.seed) and not is_held_out(r["id"], s.holdout) for r in items):
+        raise BadInput(f"{s.data}: no usable pair among {len(items)} records; a pair needs two different answers whose "
+                       f"scores S differ by at least --gap {s.gap}, or chosen and rejected given in the data"
+                       + f"; and not all may be held out by --holdout {s.holdout}" * (s.holdout > 0))
+    model = checkpoint.load(folder, device, dtype)
     reference = cached_reference(model, tokens, items, trees, pixels, Path(s.reference or out / "reference.jsonl"), s.pack)
     pairs = make_pairs(items, trees, reference, s.gap, s.seed)
-    held_out = [p for p in pairs if is_held_out(p, s.holdout)]
-    pairs = [p for p in pairs if not is_held_out(p, s.holdout)]
-    if not pairs:
-        raise BadInput(f"{s.data}: no usable pair among {len(items)} records; a pair needs two different answers whose "
-                       f"scores S differ by at least --gap {s.gap}, or chosen and rejected given in the data")
+    held_out = [p for p in pairs if is_held_out(p.tree.id, s.holdout)]
+    pairs = [p for p in pairs if not is_held_out(p.tree.id, s.holdout)]
     steps = s.steps if s.steps >= 0 else max(1, s.epochs * len(pairs) // min(s.batch, len(pairs)))
     write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps, pairs=len(pairs)), indent=1) + "\n")
     print(f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {len(items) - len(pairs) - len(held_out)} records "
@@ -316,7 +326,7 @@ def align(s: Settings, out: Path) -> Llava:
         write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
         print(f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
               f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({len(held_out)} pairs)")
-    print(f"model: {checkpoint.save(model, out / 'model', folder)}")
+    print(f"model: {checkpoint.save(model, out / 'model', folder)}   metrics: {out}/metrics.jsonl")
     return model
 
 
@@ -372,7 +382,6 @@ def run(s: Settings) -> None:
         story(s, out)
     else:
         align(s, out)
-        print(f"metrics: {out}/metrics.jsonl")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # first: it tells OpenMP how to wait
 import checkpoint
 import oracle
 import world

@@ -220,7 +220,7 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) ->
         return logits.argmax(-1)
     probs = (logits.double() / temperature).softmax(-1)                      # (B, V)
     if top_p < 1:
-        top, order = probs.sort(-1, descending=True, stable=True)
+        top, order = probs.sort(dim=-1, descending=True, stable=True)
         top = top.masked_fill(top.cumsum(-1) - top >= top_p, 0)              # mass before it already suffices
         probs = torch.zeros_like(probs).scatter(-1, order, top)
     cdf = probs.cumsum(-1)
@@ -244,6 +244,8 @@ def generate(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None]
     seeds     (R, n) ints, an answer's own; the text of an answer depends on its prompt and its seed, not on what
               else is in the batch (up to floating-point rounding of batched matrix products)
     """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must not be negative, and top_p {top_p} must lie in (0, 1]")
     R, device = len(prompts), model.head.device
     seeds = seeds or [[k for k in range(n)] for _ in range(R)]
     uniform = torch.stack([torch.rand(max_new, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
@@ -304,6 +306,10 @@ def prefill(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None],
     own = (size.cumsum(0) - size).repeat_interleave(size)                    # (T,) where my prompt starts
     mask = Mask(torch.zeros_like(own), torch.zeros_like(own), own)
     ids = torch.tensor([i for p in prompts for i in p], device=device)
+    for prompt, x in zip(prompts, pixels, strict=True):                      # embed only sees their sum
+        need, have = prompt.count(model.config.image_token), 0 if x is None else len(x) * model.config.vision.patches
+        if need != have:
+            raise ValueError(f"a prompt has {need} image placeholders, but the pictures given for it fill {have}")
     images = [x for x in pixels if x is not None]
     x = model.embed(ids, torch.cat(images).to(device) if images else None)
     cache = Cache(len(model.language_model.layers), lengths, n, device)

@@ -45,7 +45,7 @@ def convert(raw: dict, where: str) -> dict:
     if isinstance(raw.get("text"), str) and "chosen" in raw["text"] and "question" not in raw:   # RLHF-V as on the hub
         try:
             raw = raw | json.loads(raw["text"])
-        except ValueError:
+        except (ValueError, TypeError):
             raise BadInput("its 'text' field is not JSON") from None
     if "messages" in raw:
         record = dict(raw)
@@ -55,14 +55,18 @@ def convert(raw: dict, where: str) -> dict:
         record = from_preference(raw)
     else:
         raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see records.py")
-    record["id"] = str(raw.get("id", raw.get("question_id", raw.get("idx", where))))
+    record["id"] = identity(raw, where)
     images = raw.get("images", raw.get("image", raw.get("image_path"))) or []
     record["images"] = images if isinstance(images, list) else [images]
-    markers = sum(str(m.get("content")).count("<image>") for m in record["messages"] if isinstance(m, dict))
-    if "messages" not in raw and markers == 0 and record["images"]:      # foreign data may leave the marker implicit
-        first = record["messages"][0]
-        first["content"] = "<image>\n" * len(record["images"]) + first["content"]
+    if "messages" not in raw and not any("<image>" in str(m["content"]) for m in record["messages"]):
+        for first in record["messages"][:1]:                             # foreign data may leave the marker implicit
+            if isinstance(first["content"], str):
+                first["content"] = "<image>\n" * len(record["images"]) + first["content"]
     return record
+
+
+def identity(raw: dict, where: str) -> str:
+    return str(next((raw[key] for key in ("id", "question_id", "idx") if raw.get(key) is not None), where))
 
 
 def from_llava(raw: dict) -> dict:
@@ -118,11 +122,11 @@ def check(record: dict) -> None:
     if not isinstance(messages, list) or not messages:
         raise BadInput("has no messages")
     for k, m in enumerate(messages):
-        expected = "user" if (len(messages) - k) % 2 else "assistant"
+        expected = "assistant" if k % 2 else "user"
         if not isinstance(m, dict) or not isinstance(m.get("content"), str):
             raise BadInput(f"message {k} has no text content")
-        if m.get("role") != expected:
-            raise BadInput(f"message {k} is {m.get('role')!r}'s; turns must alternate and the last be the user's")
+        if m.get("role") != expected or k % 2 and k == len(messages) - 1:
+            raise BadInput(f"message {k} is {m.get('role')!r}'s; turns must alternate, first and last the user's")
         if not m["content"].strip():
             raise BadInput(f"message {k} is empty")
         clean(m["content"], f"message {k}", markers=expected == "user")
@@ -142,7 +146,7 @@ def check(record: dict) -> None:
         clean(record["golden"], "golden")
     pair = record.get("pair")
     if pair is not None:
-        if len(pair) != 2 or not all(isinstance(k, int) and 0 <= k < len(answers) for k in pair):
+        if type(pair) is not list or len(pair) != 2 or not all(type(k) is int and 0 <= k < len(answers) for k in pair):
             raise BadInput(f"pair {pair} does not name two of its {len(answers)} answers")
         if answers[pair[0]]["text"].strip() == answers[pair[1]]["text"].strip():
             raise BadInput("chosen and rejected are the same text")
@@ -163,6 +167,10 @@ def clean(text: str, what: str, markers: bool = False) -> None:
     for token in CONTROL + (() if markers else ("<image>",)):
         if token in text:
             raise BadInput(f"{what} contains {token}, which the tokenizer reads as a control token; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{what} is not valid Unicode: it holds half of a character that was cut in two") from None
 
 
 def image_path(root: Path, name) -> Path:
@@ -170,7 +178,10 @@ def image_path(root: Path, name) -> Path:
     if not isinstance(name, str):
         raise BadInput(f"image {name!r} is not a file name")
     root = Path(root).resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:                 # a zero byte, a loop of symlinks
+        raise BadInput(f"image {name!r} is not a file name ({error})") from None
     if not path.is_relative_to(root):
         raise BadInput(f"image {name} leads outside {root}; move it inside or set --image_root")
     return path
@@ -195,7 +206,7 @@ def check_images(record: dict, root: Path, size: int) -> str:
 def raw_objects(path: Path):
     """Yield (where, object or BadInput) of a JSON array or of JSON lines."""
     try:
-        text = Path(path).read_text(encoding="utf8")
+        text = Path(path).read_text(encoding="utf-8-sig")                # a byte-order mark is no JSON
     except OSError as error:
         raise BadInput(f"--data {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -207,7 +218,7 @@ def raw_objects(path: Path):
         except ValueError as error:
             raise BadInput(f"--data {path}: malformed JSON array ({error})") from None
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):                 # not splitlines: it cuts strings at U+2028
         if line.strip():
             try:
                 yield f"{stem}-{number:06d}", json.loads(line)
@@ -222,17 +233,21 @@ def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple
     Raises BadInput only where the file as a whole cannot be read.
     """
     root = Path(image_root) if image_root else Path(path).resolve().parent
-    records, rejects, seen = [], [], set()
+    records, rejects, seen = [], [], Counter()
     for where, raw in tqdm(list(raw_objects(path)), desc="reading records", unit="rec", disable=None, leave=False):
         name = where
         try:
             if isinstance(raw, BadInput):
                 raise raw
+            if isinstance(raw, dict):
+                name = identity(raw, where)
             record = convert(raw, where)
-            name = record["id"]
-            if name in seen:
+            seen[name] += 1
+            if seen[name] > 1 and "messages" not in raw:                 # LLaVA's own files repeat ids, one per picture
+                name = record["id"] = f"{name}#{seen[name]}"
+                seen[name] += 1
+            if seen[name] > 1:
                 raise BadInput("a record with this id came before")
-            seen.add(name)
             check(record)
             record["root"] = str(root)
             record["images_sha"] = check_images(record, root, image_size)

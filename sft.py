@@ -14,15 +14,18 @@ What is trained: the language model and the projector, as in LLaVA's second stag
 A record's `golden` answer is the target; without one, its best-scored answer. In a multi-turn conversation the
 earlier assistant turns are targets too. The miniature's own stages (toy.py) run through `train` below.
 
-Previous: data.py.  Next: world.py and toy.py (where the miniature comes from).
+Previous: data.py.  Next: toy.py (the miniature, trained by this loop).
 """
 import json
+import math
 import random
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterator
 
+import common  # first: it tells OpenMP how to wait
 import torch
 from tqdm import tqdm
 
@@ -68,40 +71,42 @@ def scored_tokens(trees: list[Tree]) -> int:
     return sum(len(a) for t in trees for a in t.answers) + sum(b - a for t in trees for a, b in t.history)
 
 
-def train(model: Llava, trees: list[Tree], make_pack: Callable[[list[Tree]], Pack], *, steps: int, batch: int,
-          lr: float, seed: int = 0, warmup: float = 0.03, floor: float = 0.0, clip: float = 1.0,
+def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]], Pack], *, steps: int, batch: int,
+          lr: float, rate: Callable[[int, int], float] = schedule, clip: float = 1.0,
           betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, pack: int = 8192,
           name: str = "sft", log: Callable[[dict], None] = lambda row: None) -> None:
-    """Train whatever of `model` requires a gradient, in place.
+    """Train whatever of `model` requires a gradient, in place, on the next steps x batch trees of `order`.
 
-    make_pack(trees) loads their images and lays them out; log(row) receives one dict per step: step, loss (nats per
-    scored token), grad_norm, lr, tokens (computed), tokens_per_s. Raises BadInput where the loss is not finite.
+    make_pack(trees) loads their images and lays them out; rate(step, steps) scales lr; weight decay spares vectors.
+    log(row) receives one dict per step: step, loss (nats per scored token), grad_norm, lr, tokens (computed),
+    tokens_per_s. Raises BadInput where the loss is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = model.head.device
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-    order = shuffled(trees, seed)
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+                                   {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
+                                  lr=lr, betas=betas, fused=True)
     model.train()
     bar = tqdm(range(steps), desc=name, unit="step", disable=None)
     for step in bar:
         began = time.perf_counter()
-        rate = lr * schedule(step, steps, warmup, floor)
+        now = lr * rate(step, steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        members = [next(order) for _ in range(batch)]
+            group["lr"] = now
+        members = list(islice(order, batch))
         total = scored_tokens(members)
         loss = 0.0
         for part in split(members, pack):
             part_loss = -token_logps(model, make_pack(part).to(device)).sum() / total
             part_loss.backward()
             loss += part_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
-        if not torch.isfinite(torch.tensor(loss + norm)):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
+        if not math.isfinite(loss + norm):
             raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or use --dtype float32")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(t.tokens for t in members)
-        log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, "tokens": tokens,
+        log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": now, "tokens": tokens,
              "tokens_per_s": tokens / (time.perf_counter() - began)})
         bar.set_postfix_str(f"loss {loss:.4f}")
     model.eval()
@@ -128,12 +133,14 @@ def run(settings: Settings) -> None:
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
     if (out / "model").exists():
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
+    if min(s.batch, s.epochs, s.pack) < 1 or not s.lr >= 0:
+        raise BadInput("--batch, --epochs and --pack must be at least 1, --lr at least 0")
     device, dtype = device_and_dtype(s.device, s.dtype)
     folder = checkpoint.resolve(s.ckpt)
-    model = checkpoint.load(folder, device, dtype)
-    tokens, pixels = Tokens(folder, model.config), Pixels(model.config, bool(s.crop))
+    config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
+    tokens, pixels = Tokens(folder, config), Pixels(config, bool(s.crop))
     usable, rejects = records.read(s.data, s.image_root, pixels.size)
-    limit = s.max_length or model.config.text.max_position_embeddings
+    limit = s.max_length or config.text.max_position_embeddings
     trees = []
     for record in usable:
         try:
@@ -142,16 +149,17 @@ def run(settings: Settings) -> None:
             rejects.append({"id": record["id"], "reason": str(problem)})
     records.report(s.data, len(trees), rejects, out)
     if not trees:
-        raise BadInput(f"{s.data}: no usable record")
-    steps = s.steps if s.steps >= 0 else max(1, s.epochs * len(trees) // s.batch)
-    write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1))
-    print(f"{len(trees)} records, {steps} steps of {s.batch}, {device} {dtype}")
+        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+    model, batch = checkpoint.load(folder, device, dtype), min(s.batch, len(trees))
+    steps = s.steps if s.steps >= 0 else s.epochs * len(trees) // batch
+    write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
+    print(f"{len(trees)} records, {steps} steps of {batch}, {device} {dtype}")
     with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
         def log(row):
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
-        train(model, trees, pixels.pack, steps=steps, batch=min(s.batch, len(trees)), lr=s.lr, seed=s.seed,
-              warmup=s.warmup, clip=s.clip, pack=s.pack, log=log)
+        train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, clip=s.clip, pack=s.pack,
+              rate=lambda step, steps: schedule(step, steps, s.warmup), log=log)
     print(f"model: {checkpoint.save(model, out / 'model', folder)}")
 
 

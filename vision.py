@@ -32,7 +32,8 @@ from kernels import Mask, attention
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 100_000_000  # a decompression bomb is refused before a byte of it is decoded
+MAX_PIXELS = 100_000_000  # a decompression bomb is refused before a byte of it is decoded,
+MAX_SIDE = 20_000         # and so is a thin strip that would fill the memory once it is padded to a square
 
 
 @dataclass
@@ -198,8 +199,9 @@ def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
     try:
         image = Image.open(BytesIO(data))
         w, h = image.size
-        if w * h > MAX_PIXELS:
-            raise BadInput(f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} allowed; shrink it first")
+        if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
+            raise BadInput(f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side "
+                           "that are allowed; shrink it first")
         if small:
             image.draft("RGB", (small, small))
         image.load()

@@ -49,10 +49,13 @@ OPPOSITE = dict(p for a, b in (("big", "small"), ("hot", "cold"), ("fast", "slow
 CATEGORY = {"colors": tuple(COLORS), "shapes": SHAPES, "fruits": tuple(FRUIT_OF.values()), "animals": ANIMALS}
 LETTERS = ("(a)", "(b)", "(c)")
 HOME = dict(zip(ANIMALS, ("garden", "house", "house", "park", "park", "garden", "forest", "sea")))
-COMPOUNDS = tuple(f"{s}-{c}-{h}" for s in SIZES for c in COLORS for h in SHAPES)
+OWNER = {h: h + "'s" for h in SHAPES}                   # "the circle's red ."
+# a written thing is two words that carry everything, as in an image it is one patch
+COMPOUNDS = ({f"{s}-{c}-{h}": (s, c, h) for s in SIZES for c in COLORS for h in SHAPES}
+             | {f"{h}-at-{p}": (h, p) for h in SHAPES for p in PLACES})
 # the words that can be true or false; all others are grammar
 CONTENT = frozenset((*SIZES, *COLORS, *SHAPES, *PLACES, *NUMBERS, *FRUIT_OF.values(), *ANIMALS, *OPPOSITE,
-                     *LETTERS, *COMPOUNDS, "yes", "no", "larger", "smaller"))
+                     *LETTERS, *COMPOUNDS, *OWNER.values(), "yes", "no", "larger", "smaller"))
 HOMES = frozenset((*HOME.values(), "picture"))          # where a made-up story happens is free
 
 
@@ -155,11 +158,11 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
     """One question about a scene, seen or written; kinds that do not fit this scene become "color"."""
     t, n = rng.choice(scene), NUMBERS[len(scene) - 1]
     if kind == "size":
-        return turn(kind, f"what size is the {t.shape} ?", f"the {t.shape} is {t.size} .", t.size)
+        return turn(kind, f"what is the {OWNER[t.shape]} size ?", f"the {OWNER[t.shape]} {t.size} .", t.size)
     if kind == "where":
-        return turn(kind, f"where is the {t.shape} ?", f"the {t.shape} is at {t.place} .", t.place)
+        return turn(kind, f"what is the {OWNER[t.shape]} place ?", f"the {OWNER[t.shape]} at {t.place} .", t.place)
     if kind == "shape":
-        return turn(kind, f"what shape is the {t.color} one ?", f"the {t.color} one is a {t.shape} .", t.shape)
+        return turn(kind, f"what shape is the {t.color} one ?", f"it is the {t.color} {t.shape} .", t.shape)
     if kind == "exist":
         return ask_exist(rng, scene, rng.random() < .5)
     if kind == "number":
@@ -168,11 +171,16 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
     if kind == "describe":
         return turn(kind, "describe the scene .", caption(scene),
                     join(f"{t.size} {t.color} {t.shape}" for t in scene))
+    if kind == "tell":                                  # many look-ups for few words, in the asker's order
+        asked = rng.sample(scene, len(scene))
+        return turn(kind, f"tell me about the {join(u.shape for u in asked)} .",
+                    " , ".join(f"the {OWNER[u.shape]} {u.size} and {u.color} at {u.place}" for u in asked) + " .",
+                    " , ".join(f"{OWNER[u.shape]} {u.size} {u.color} {u.place}" for u in asked))
     if kind == "choice":
         return ask_choice(rng, t)
     if kind in KNOWLEDGE:
         return ask_knowledge(rng, scene, kind)
-    return turn("color", f"what color is the {t.shape} ?", f"the {t.shape} is {t.color} .", t.color)
+    return turn("color", f"what is the {OWNER[t.shape]} color ?", f"the {OWNER[t.shape]} {t.color} .", t.color)
 
 
 def ask_exist(rng: random.Random, scene: Scene, truth: bool) -> dict:
@@ -198,7 +206,7 @@ def ask_choice(rng: random.Random, t: Thing) -> dict:
         options[rng.randrange(3)] = t.color
     offer = " ".join(f"{x} {o}" for x, o in zip(LETTERS, options))
     right = LETTERS[options.index(t.color)]
-    return turn("choice", f"what color is the {t.shape} ? {offer} . answer with the letter .",
+    return turn("choice", f"what is the {OWNER[t.shape]} color ? {offer} . answer with the letter .",
                 f"the answer is {right} .", right)
 
 
@@ -216,17 +224,17 @@ def ask_knowledge(rng: random.Random, scene: Scene, kind: str) -> dict:
     if kind == "either":
         other = rng.choice([c for c in COLORS if c != t.color])
         one, two = rng.sample([t.color, other], 2)
-        return turn(kind, f"is the {t.shape} {one} or {two} ?", f"the {t.shape} is {t.color} .", t.color)
+        return turn(kind, f"is the {OWNER[t.shape]} color {one} or {two} ?", f"the {OWNER[t.shape]} {t.color} .", t.color)
     if kind == "opposite":
-        return turn(kind, f"what is the opposite of the size of the {t.shape} ?",
+        return turn(kind, f"what is the opposite of the {OWNER[t.shape]} size ?",
                     f"the opposite of {t.size} is {OPPOSITE[t.size]} .", OPPOSITE[t.size])
     if kind == "fruit":
         fruit = FRUIT_OF[t.color]
-        return turn(kind, f"which fruit has the color of the {t.shape} ?", f"the {fruit} is {t.color} .",
+        return turn(kind, f"which fruit has the {OWNER[t.shape]} color ?", f"the {fruit} is {t.color} .",
                     f"the {fruit}")
     if kind == "repeat":
         times = rng.choice((2, 3, 4))
-        return say_times(f"repeat the color of the {t.shape} {NUMBERS[times - 1]} times .", t.color, times)
+        return say_times(f"repeat the {OWNER[t.shape]} color {NUMBERS[times - 1]} times .", t.color, times)
     if kind == "add":
         k = rng.randint(1, 5)
         return add(f"what is the number of objects plus {NUMBERS[k - 1]} ?", n, k)
@@ -268,11 +276,11 @@ def sentence(question: str, adjective: str, noun: str, home: str) -> dict:
 TEXT_TASKS = KNOWLEDGE + ("scene", "read")
 
 
-def text_task(rng: random.Random, task: str, split: str) -> tuple[list[dict], Scene | None]:
+def text_task(rng: random.Random, task: str, split: str, most: int = 4) -> tuple[list[dict], Scene | None]:
     """Turns of one task whose first question (or whose scene) belongs to `split`."""
     while True:
         if task in ("scene", "read"):
-            scene = random_scene(rng, split)
+            scene = random_scene(rng, split, most=most)
             kinds = [rng.choice(LOOKUPS + KNOWLEDGE), rng.choice(LOOKUPS)]
             if task == "scene":
                 kinds[0] = "describe"
@@ -287,7 +295,7 @@ def text_task(rng: random.Random, task: str, split: str) -> tuple[list[dict], Sc
 def written(rng: random.Random, scene: Scene) -> str:
     """The scene in words, in no particular order, so that nothing can be read off positions."""
     things = rng.sample(scene, len(scene))
-    return "scene : " + " , ".join(f"{t.place} {t.size}-{t.color}-{t.shape}" for t in things) + " ."
+    return "scene : " + " , ".join(f"{t.size}-{t.color}-{t.shape} {t.shape}-at-{t.place}" for t in things) + " ."
 
 
 def two_of(rng: random.Random, values) -> list:
@@ -391,15 +399,21 @@ def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None 
 
 
 def text_conversation(rng: random.Random, split: str = "train", brief: float = .2, reading: float = .5,
-                      more: int = 5) -> dict:
+                      more: int = 5, most: int = 4) -> dict:
     """A text-only training conversation: two tasks, or a written scene and `more` questions about it.
 
     Every fifth is answered briefly all through: people do that, and it gives the language model the
     terse mode that short visual answers will later make louder."""
     terse = rng.random() < brief
+    if more == 0:                                       # a drill: most look-ups for fewest words
+        scene = random_scene(rng, split, most=most)
+        tell = ask(rng, scene, "tell")
+        tell["question"] = f"{written(rng, scene)} {tell['question']}"
+        return conversation("text", [tell], terse, scene)
     if rng.random() < reading:
-        turns, scene = text_task(rng, rng.choice(("scene", "read")), split)
-        turns = turns + [ask(rng, scene, rng.choice(LOOKUPS + ("choice",))) for _ in range(more)]
+        turns, scene = text_task(rng, rng.choice(("scene", "read")), split, most)
+        turns = turns + [ask(rng, scene, rng.choice(LOOKUPS + ("choice",))) for _ in range(more - 1)]
+        turns.append(ask(rng, scene, "tell"))           # last, or the other answers could be read off it
         return conversation("text", turns, terse, scene)
     turns = [t for _ in range(2) for t in text_task(rng, rng.choice(KNOWLEDGE), split)[0]]
     return conversation("text", turns, terse)

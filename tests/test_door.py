@@ -1,0 +1,302 @@
+"""Fail at the door: whatever is wrong with what a user gives, one message says which file, which record, what to do.
+
+    python -m pytest tests/test_door.py -q
+
+Most cases call a script's own `main` in this process, as the command line would; a few start the real thing.
+"""
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import common
+import dpo
+import evaluate
+import sft
+from conftest import ROOT, picture, tiny_checkpoint
+from test_records import write_bomb
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("door") / "tiny", "byte")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder with a good picture and every bad one."""
+    root = tmp_path / "data"
+    root.mkdir()
+    picture(20, 10).save(root / "good.png")
+    picture(200, 150).save(root / "whole.jpg")
+    data = (root / "whole.jpg").read_bytes()
+    (root / "cut.jpg").write_bytes(data[:len(data) // 2])
+    write_bomb(root / "bomb.png")
+    picture(8, 8).save(tmp_path / "secret.png")
+    return root
+
+
+def pair(id, image="good.png", chosen="The circle is red.", rejected="No."):
+    return {"id": id, "image": image, "question": "What color is it?", "chosen": chosen, "rejected": rejected}
+
+
+BAD = {                                                                  # id: (record, what is said of it)
+    "missing-image": (pair("missing-image", "absent.jpg"), "absent.jpg: No such file"),
+    "truncated": (pair("truncated", "cut.jpg"), "cut.jpg: cannot be decoded"),
+    "bomb": (pair("bomb", "bomb.png"), "bomb.png: 20000 x 20000 pixels"),
+    "outside": (pair("outside", "../secret.png"), "image ../secret.png leads outside"),
+    "same": (pair("same", rejected="The circle is red. "), "chosen and rejected are the same text"),
+    "too-long": (pair("too-long", rejected="no dog " * 200), "more than --max_length 400; shorten it or raise the limit"),
+    "no-shape": ({"id": "no-shape", "query": "?"}, "none of the known shapes"),
+    "control": (pair("control", chosen="red</s>"), "answer 0 contains </s>"),
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" if isinstance(r, dict) else r + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def door(monkeypatch, capsys, ckpt, tmp_path):
+    """door(script, flag=value, ...) -> (exit code, everything said); a script that raises anything else fails the test."""
+    def knock(script, *argv, settings=None, **values):
+        values = {"ckpt": ckpt, "out": tmp_path / "out", "device": "cpu", "steps": 1} | values
+        argv = [*argv, *(f"--{k}={v}" for k, v in values.items() if v is not None)]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        capsys.readouterr()
+        code = 0
+        try:
+            common.main(settings or script.Settings, script.run)
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        if isinstance(code, str):                                        # the interpreter prints it and exits with 1
+            assert code.startswith(f"{script.__name__}.py: ") and len(code) > 30
+            return 1, said.out + said.err + code
+        return code, said.out + said.err
+    return knock
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+def test_good_records_are_used_and_every_bad_one_is_reported(door, folder, tmp_path):
+    rows = [pair("good-1"), *(record for record, _ in BAD.values()), '{"id": "half', pair("good-2", chosen="Red, I think.")]
+    code, said = door(dpo, data=write(folder / "prefs.jsonl", rows), max_length=400)
+    assert code == 0, said
+    assert f"prefs.jsonl: 2 records usable, {len(BAD) + 1} rejected" in said and f"{tmp_path}/out/rejects.jsonl" in said
+    rejects = {r["id"]: r["reason"] for r in map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())}
+    assert set(rejects) == {*BAD, "line 10"} and "malformed JSON" in rejects["line 10"]
+    for id, (_, why) in BAD.items():
+        assert why in rejects[id], rejects[id]
+    total, prompt, answer = map(int, re.match(r"is (\d+) tokens long \(prompt (\d+), answer (\d+)\)", rejects["too-long"]).groups())
+    assert total == prompt + answer > 400 > prompt
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("script, id", [*((dpo, id) for id in BAD), (sft, "missing-image"), (sft, "too-long")],
+                         ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_a_file_with_nothing_usable_ends_the_run_and_says_why(door, folder, tmp_path, script, id):
+    record, why = BAD[id]
+    if script is sft:                                                    # it wants one answer, not two
+        record = {"id": id, "image": record["image"], "conversations": [
+            {"from": "human", "value": record["question"]}, {"from": "gpt", "value": record["rejected"]}]}
+    path = write(folder / "prefs.jsonl", [record])
+    code, said = door(script, data=path, max_length=400)
+    assert code == 1 and f"{path}: no usable record" in said
+    assert f"{id}: " in said and why in said and said.count(why) == 1
+    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "reference.jsonl").exists()
+
+
+def test_no_usable_pair_is_said_before_any_weight_is_read(door, folder, monkeypatch):
+    judged = [{"text": "a", "scores": dict.fromkeys(("helpfulness", "correctness", "coherence", "complexity", "verbosity"), 3)},
+              {"text": "b"}]
+    path = write(folder / "scored.jsonl", [{"id": "r", "images": [], "messages": [{"role": "user", "content": "Hi?"}],
+                                            "answers": judged}])
+    monkeypatch.setattr(dpo.checkpoint, "load", lambda *a, **k: pytest.fail("the weights were read"))
+    code, said = door(dpo, data=path)
+    assert code == 1 and f"{path}: no usable pair among 1 records" in said and "--gap 2" in said
+    code, said = door(dpo, data=write(folder / "prefs.jsonl", [pair("a")]), holdout=1.0)
+    assert code == 1 and "no usable pair" in said and "--holdout 1.0" in said
+
+
+def test_a_record_without_answers_is_reported(door, folder):
+    rows = [{"id": "mute", "images": [], "messages": [{"role": "user", "content": "Hi?"}]}, pair("good")]
+    code, said = door(dpo, data=write(folder / "d.jsonl", rows), steps=0)
+    assert code == 0 and "mute: has no answers" in said
+
+
+@pytest.mark.parametrize("script", (dpo, sft), ids=("dpo", "sft"))
+def test_data_that_is_not_there_or_not_readable_is_named(door, folder, script):
+    (folder / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
+    (folder / "broken.json").write_text('[{"id": 1}, {]')
+    (folder / "empty.jsonl").write_text("\n\n")
+    for name, why in (("absent.jsonl", "No such file"), ("", "Is a directory"), ("latin.jsonl", "not UTF-8"),
+                      ("broken.json", "malformed JSON array"), ("empty.jsonl", "no usable record")):
+        code, said = door(script, data=folder / name)
+        assert code == 1 and str(folder / name) in said and why in said, said
+
+
+def test_without_data_a_script_asks_for_it(door, folder):
+    code, said = door(sft)
+    assert code == 1 and "--data is needed" in said
+    code, said = door(dpo, settings=dpo.Story)
+    assert code == 1 and "--data is needed" in said
+
+
+def test_records_with_images_need_a_checkpoint_with_eyes(door, folder, tmp_path):
+    blind = tiny_checkpoint(tmp_path / "blind", "byte", text_only=True)
+    rows = [pair("seen"), {k: v for k, v in pair("heard").items() if k != "image"}]
+    code, said = door(dpo, ckpt=blind, data=write(folder / "d.jsonl", rows))
+    assert code == 0 and "1 records usable, 1 rejected" in said and "seen: has images, but this checkpoint is text-only" in said
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flag, why", [
+    (["--bta", "0.1"], "unrecognized arguments: --bta"), (["--dat", "x"], "unrecognized arguments: --dat"),
+    (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"), (["--lr", "fast"], "argument --lr: invalid float"),
+    (["--beta"], "argument --beta: expected one argument"), (["prefs.jsonl"], "unrecognized arguments: prefs.jsonl")],
+    ids=lambda x: x[0] if isinstance(x, list) else "")
+def test_an_unknown_flag_or_a_wrong_type_is_an_error(door, flag, why):
+    code, said = door(dpo, *flag)
+    assert code == 2 and why in said
+
+
+@pytest.mark.parametrize("flag, value, why", [
+    ("batch", 0, "--batch"), ("epochs", 0, "--epochs"), ("pack", 0, "--pack"), ("lr", -1.0, "--lr"), ("lr", "nan", "--lr"),
+    ("dtype", "float8", "--dtype float8: choose one of float32"), ("device", "tpu9", "--device tpu9: ")])
+@pytest.mark.parametrize("script", (dpo, sft), ids=("dpo", "sft"))
+def test_a_value_that_makes_no_sense_is_an_error(door, folder, script, flag, value, why):
+    code, said = door(script, data=write(folder / "d.jsonl", [pair("a")]), **{flag: value})
+    assert code == 1 and why in said
+
+
+@pytest.mark.parametrize("settings", (dpo.Settings, dpo.Story, sft.Settings, evaluate.Settings), ids=lambda s: f"{s.__module__}.{s.__name__}")
+def test_help_says_of_every_flag_what_it_means_and_its_default(settings, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.flags(settings, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in dataclasses.fields(settings):
+        note = text.split(f"--{field.name} {field.type.__name__} ")[1].split("(default: ")
+        assert len(note[0].strip()) > 5, f"--{field.name} has no comment"
+        assert note[1].startswith(repr(field.default)), field.name
+
+
+def test_flags_fill_the_settings():
+    s = common.flags(dpo.Settings, ["--lr", "1e-6", "--data", "x y.jsonl", "--steps=-1"])
+    assert (s.lr, s.data, s.steps, s.beta) == (1e-6, "x y.jsonl", -1, 0.1)
+    assert common.flags(dpo.Settings, []) == dpo.Settings()
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------
+
+def change(folder, edit):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def spoil_nan(weights):
+    weights["language_model.model.norm.weight"][3] = torch.nan
+
+
+def config(folder, old, new):
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (folder / "config.json").write_text(text.replace(old, new))
+
+
+BROKEN = {
+    "a missing key": (lambda f: change(f, lambda w: w.pop("language_model.model.norm.weight")),
+                      "missing    language_model.norm.weight"),
+    "an extra key": (lambda f: change(f, lambda w: w.update(stray=torch.ones(1))), "extra      stray"),
+    "a wrong shape": (lambda f: change(f, lambda w: w.update({"language_model.model.norm.weight": torch.ones(65)})),
+                      "(65,), config.json says (64,)"),
+    "a NaN": (lambda f: change(f, spoil_nan), "not finite language_model.model.norm.weight"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors and no pytorch_model*.bin"),
+    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1000), "model.safetensors: cannot be read"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json in"),
+    "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "a broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "another model": (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "is neither LLaVA nor Llama"),
+    "another image id": (lambda f: config(f, '"image_token_index": 4', '"image_token_index": 5'), "config.json says 5"),
+}
+
+
+@pytest.mark.parametrize("spoil, why", BROKEN.values(), ids=BROKEN)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(door, folder, ckpt, tmp_path, spoil, why):
+    mine = tmp_path / "mine"
+    shutil.copytree(ckpt, mine)
+    spoil(mine)
+    code, said = door(dpo, ckpt=mine, data=write(folder / "d.jsonl", [pair("a")]))
+    assert code == 1 and why in said and str(mine) in said, said
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_ckpt_that_is_no_folder_is_refused(door, folder):
+    for ckpt in (folder / "nowhere", folder / "good.png"):
+        code, said = door(dpo, ckpt=ckpt, data=write(folder / "d.jsonl", [pair("a")]))
+        assert code == 1 and f"--ckpt {ckpt}: no such folder" in said
+
+
+# ---- files and machines ----------------------------------------------------------------------------------------
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "rows.jsonl"
+    common.write_jsonl(path, [{"text": "Grüße\u2028 🙂"}, {"n": 1}])
+    assert common.read_jsonl(path) == [{"text": "Grüße\u2028 🙂"}, {"n": 1}]
+
+    def power_cut(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        common.write_jsonl(path, [{"half": True}])
+    assert common.read_jsonl(path) == [{"text": "Grüße\u2028 🙂"}, {"n": 1}]
+
+
+def test_an_interrupted_run_says_so_and_fails(door, folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(dpo, "train", interrupt)
+    code, said = door(dpo, data=write(folder / "d.jsonl", [pair("a")]))
+    assert code == 1 and "interrupted" in said
+
+
+def test_a_machine_without_git_can_run(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert common.describe_run(dpo.Settings())["commit"] == "unknown"
+
+
+def test_hashes_tell_where_one_part_ends():
+    assert common.sha("ab", "c") != common.sha("a", "bc") != common.sha("abc") and common.sha("a", b"b") == common.sha("a", "b")
+
+
+# ---- the real thing --------------------------------------------------------------------------------------------
+
+def command(cwd, *argv):
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_command_line_from_another_folder(ckpt, folder, tmp_path):
+    """One run that goes well and one that cannot: exit codes 0 and 1, and never a traceback."""
+    data = write(folder / "prefs.jsonl", [pair("good-1"), pair("missing-image", "absent.jpg")])
+    good = command(tmp_path, ROOT / "dpo.py", "--ckpt", ckpt, "--data", "data/prefs.jsonl", "--steps", 1, "--device", "cpu")
+    assert good.returncode == 0, good.stderr
+    assert "1 records usable, 1 rejected" in good.stdout and "missing-image: " in good.stdout and "absent.jpg" in good.stdout
+    assert "step-0 contract holds" in good.stdout and (tmp_path / "runs" / "dpo" / "model" / "config.json").is_file()
+
+    bad = command(tmp_path, ROOT / "sft.py", "--ckpt", "nowhere", "--data", data)
+    assert bad.returncode == 1 and bad.stdout == "" and bad.stderr == "sft.py: --ckpt nowhere: no such folder\n"
+
+    assert "Traceback" not in good.stderr + bad.stderr

@@ -1,0 +1,350 @@
+"""One record, whatever the file: every accepted shape becomes it, and nothing is dropped without a reason.
+
+    python -m pytest tests/test_records.py -q
+"""
+import json
+import os
+
+import pytest
+
+import records
+from common import BadInput
+from conftest import picture
+
+QUESTION, GOOD, BAD = "What color is the circle?", "The circle is red.", "There is no circle."
+RECORD = {"id": "r", "images": ["a.png"], "messages": [{"role": "user", "content": f"<image>\n{QUESTION}"}],
+          "answers": [{"text": GOOD}, {"text": BAD}], "pair": [0, 1]}
+SCORES = {"helpfulness": 4, "correctness": 0, "coherence": 3, "complexity": 1, "verbosity": 2}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder with two pictures in it."""
+    (tmp_path / "data").mkdir()
+    picture(20, 10, seed=1).save(tmp_path / "data" / "a.png")
+    picture(10, 20, seed=2).save(tmp_path / "data" / "b.jpg")
+    return tmp_path / "data"
+
+
+def write(folder, raws, array=False, name="data.json"):
+    text = json.dumps(raws) if array else "".join(json.dumps(r) + "\n" for r in raws)
+    (folder / name).write_text(text, encoding="utf8")
+    return folder / name
+
+
+def read(folder, *raws, **kw):
+    return records.read(write(folder, raws, **kw))
+
+
+def reason(folder, raw) -> str:
+    """Why the only record of a file is rejected; also checks that it was."""
+    kept, rejects = read(folder, raw)
+    assert kept == [] and len(rejects) == 1, (kept, rejects)
+    assert rejects[0]["id"] == str(raw.get("id", "data-000001"))
+    return rejects[0]["reason"]
+
+
+def turns(*contents):
+    """Alternating messages, the first one the user's."""
+    return [{"role": ("user", "assistant")[k % 2], "content": c} for k, c in enumerate(contents)]
+
+
+# ---- every accepted shape ---------------------------------------------------------------------------------------
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+PREFERENCES = {
+    "ours": RECORD,
+    "the authors'": {"id": "r", "image": "a.png", "question": {"from": "human", "value": f"<image>\n{QUESTION}"},
+                     "chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD},
+                     "ref_win_logp": -12.5, "ref_rej_per_token_logp": [-1.0, -2.0]},
+    "TRL, explicit prompt": {"id": "r", "images": ["a.png"], "prompt": turns(f"<image>\n{QUESTION}"),
+                             "chosen": said(GOOD), "rejected": said(BAD)},
+    "TRL, implicit prompt": {"id": "r", "images": ["a.png"], "chosen": turns(f"<image>\n{QUESTION}", GOOD),
+                             "rejected": turns(f"<image>\n{QUESTION}", BAD)},
+    "TRL, content in parts": {
+        "id": "r", "images": ["a.png"],
+        "prompt": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": QUESTION}]}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": GOOD}]}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": BAD}]}]},
+    "TRL, plain strings": {"id": "r", "images": ["a.png"], "prompt": f"<image>\n{QUESTION}", "chosen": GOOD, "rejected": BAD},
+    "TRL, marker left out": {"id": "r", "images": ["a.png"], "prompt": turns(QUESTION), "chosen": said(GOOD),
+                             "rejected": said(BAD)},
+    "RLHF-V": {"idx": "r", "image_path": "a.png", "question": QUESTION, "chosen": GOOD, "rejected": BAD},
+    "RLHF-V on the hub": {"idx": "r", "image": "a.png", "ds_name": "RLHF-V", "origin_split": "{}",
+                          "text": json.dumps({"question": QUESTION, "chosen": GOOD, "rejected": BAD})},
+}
+
+
+@pytest.mark.parametrize("array", (False, True), ids=("lines", "array"))
+@pytest.mark.parametrize("raw", PREFERENCES.values(), ids=PREFERENCES)
+def test_every_preference_format_becomes_the_same_record(folder, raw, array):
+    [record], rejects = read(folder, raw, array=array)
+    assert rejects == []
+    for key, value in RECORD.items():
+        assert record[key] == value, key
+
+
+def test_llava_conversations_become_a_prompt_and_a_golden_answer(folder):
+    raw = {"id": 7, "image": "a.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."},
+        {"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "Red."}]}
+    [record], rejects = read(folder, raw)
+    assert rejects == []
+    assert record["id"] == "7" and record["images"] == ["a.png"] and record["answers"] == []
+    assert record["messages"] == turns("<image>\nWhat is it?", "A circle.", "Which color?")
+    assert record["golden"] == "Red."
+
+
+def test_a_conversation_without_an_image_needs_no_marker(folder):
+    raw = {"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+    [record], _ = read(folder, raw)
+    assert record["images"] == [] and record["messages"] == turns("Hi") and record["golden"] == "Hello."
+
+
+def test_an_implicit_marker_is_one_per_image_before_the_first_turn(folder):
+    raw = {"id": "t", "images": ["a.png", "b.jpg"], "prompt": turns("Compare.", "They differ.", "How?"),
+           "chosen": said(GOOD), "rejected": said(BAD)}
+    [record], _ = read(folder, raw)
+    assert record["messages"] == turns("<image>\n<image>\nCompare.", "They differ.", "How?")
+
+
+def test_an_implicit_trl_prompt_may_hold_several_turns(folder):
+    raw = {"id": "t", "chosen": turns("One?", "Yes.", "Two?", GOOD), "rejected": turns("One?", "Yes.", "Two?", BAD)}
+    [record], _ = read(folder, raw)
+    assert record["messages"] == turns("One?", "Yes.", "Two?") and [a["text"] for a in record["answers"]] == [GOOD, BAD]
+
+
+def test_our_own_fields_survive_the_reading(folder):
+    raw = RECORD | {"answers": [{"text": GOOD, "finish": "stop", "scores": SCORES, "comment": "fine"}, {"text": BAD}],
+                    "golden": "Red.", "judge": {"model": "m"}, "truth": {"seed": 3}}
+    [record], _ = read(folder, raw)
+    assert {k: record[k] for k in raw} == raw
+
+
+def test_a_record_without_an_id_gets_the_files_name_and_its_place(folder):
+    raw = {k: v for k, v in RECORD.items() if k != "id"}
+    assert [r["id"] for r in read(folder, raw, raw)[0]] == ["data-000001", "data-000002"]
+    assert [r["id"] for r in read(folder, raw, raw, array=True)[0]] == ["data-000000", "data-000001"]
+
+
+def test_llava_s_own_files_repeat_ids_and_every_conversation_is_kept(folder):
+    """llava_instruct_150k.json has up to three conversations per picture, all with the picture's number as id."""
+    raw = {"id": "000000033471", "image": "a.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."}]}
+    kept, rejects = read(folder, raw, raw, raw, array=True)
+    assert rejects == [] and [r["id"] for r in kept] == ["000000033471", "000000033471#2", "000000033471#3"]
+
+
+def test_text_in_any_script_arrives_unchanged(folder):
+    """Line and paragraph separators are legal inside JSON strings; a file may start with a byte-order mark."""
+    text = "Grüße 你好 مرحبا 🙂🏽 tab\tline\u2028next\u2029\x85end \u00a0"
+    raw = RECORD | {"id": "ид-1", "messages": turns("<image>\n" + text), "answers": [{"text": text}, {"text": "no"}]}
+    for name, encoding in (("plain.jsonl", "utf8"), ("bom.jsonl", "utf-8-sig")):
+        (folder / name).write_text(json.dumps(raw, ensure_ascii=False) + "\n\n", encoding=encoding)
+        [record], rejects = records.read(folder / name)
+        assert rejects == [] and record["id"] == "ид-1"
+        assert record["messages"] == raw["messages"] and record["answers"][0]["text"] == text
+    (folder / "bom.json").write_text(json.dumps([raw], ensure_ascii=False), encoding="utf-8-sig")
+    assert len(records.read(folder / "bom.json")[0]) == 1
+
+
+# ---- every reason -----------------------------------------------------------------------------------------------
+
+def but(**changes):
+    return {k: v for k, v in (RECORD | changes).items() if v is not ...}
+
+
+def scored(**changes):
+    return but(pair=..., answers=[{"text": GOOD, "scores": SCORES | changes}, {"text": BAD}])
+
+
+USER, BOT = turns("<image>\nHi?", "Yes.")
+UNUSABLE = {
+    "unknown shape": (but(messages=...), "known shapes (fields: id, images, answers, pair)"),
+    "nothing at all": ({}, "known shapes (fields: none)"),
+    "no messages": (but(messages=[]), "no messages"),
+    "messages null": (but(messages=None), "no messages"),
+    "messages a string": (but(messages="Hi?"), "no messages"),
+    "a message that is none": (but(messages=["Hi?"]), "message 0 has no text"),
+    "ends with the assistant": (but(messages=[USER, BOT]), "turns must alternate"),
+    "begins with the assistant": (but(messages=[BOT, USER]), "message 0 is 'assistant'"),
+    "two users": (but(messages=[USER, USER]), "turns must alternate"),
+    "system turn": (but(messages=[{"role": "system", "content": "Be nice."}, USER]), "message 0 is 'system'"),
+    "empty turn": (but(messages=[USER, BOT | {"content": " \n"}, USER]), "message 1 is empty"),
+    "content a number": (but(messages=[USER | {"content": 3}]), "message 0 has no text"),
+    "fewer markers": (but(images=["a.png", "b.jpg"]), "1 <image> markers but 2 images"),
+    "more markers": (but(images=[]), "1 <image> markers but 0 images"),
+    "ours without marker": (but(messages=turns("Hi?")), "0 <image> markers but 1 images"),
+    "marker in an assistant turn": (but(messages=turns("<image>", "a <image>", "Hi?")), "message 1 contains <image>"),
+    "marker in an answer": (but(answers=[{"text": "see <image>"}, {"text": BAD}]), "answer 0 contains <image>"),
+    "</s> in the question": (but(messages=turns("<image> a</s>b")), "message 0 contains </s>"),
+    "<s> in an answer": (but(answers=[{"text": GOOD}, {"text": "<s>no"}]), "answer 1 contains <s>"),
+    "<unk> in an answer": (but(answers=[{"text": GOOD}, {"text": "<unk>"}]), "answer 1 contains <unk>"),
+    "<pad> in golden": (but(golden="red<pad>"), "golden contains <pad>"),
+    "golden a number": (but(golden=4), "golden must be text"),
+    "half a character": (but(answers=[{"text": GOOD}, {"text": "cut \ud83d"}]), "answer 1 is not valid Unicode"),
+    "answers not a list": (but(answers={"text": GOOD}), "answers must be a list"),
+    "answer without text": (but(answers=[{"text": GOOD}, {"txt": BAD}]), "answer 1 has no text"),
+    "score 5": (scored(helpfulness=5), "answer 0: score helpfulness is 5"),
+    "score -1": (scored(coherence=-1), "answer 0: score coherence is -1"),
+    "score '4'": (scored(correctness="4"), "answer 0: score correctness is '4'"),
+    "score 4.0": (scored(complexity=4.0), "answer 0: score complexity is 4.0"),
+    "score true": (scored(verbosity=True), "answer 0: score verbosity is True"),
+    "score null": (scored(verbosity=None), "answer 0: score verbosity is None"),
+    "score absent": (but(answers=[{"text": GOOD, "scores": {"helpfulness": 4}}]), "score correctness is None"),
+    "scores a list": (but(answers=[{"text": GOOD, "scores": [4, 4, 4, 4, 4]}]), "answer 0: scores must be an object"),
+    "chosen == rejected": (but(answers=[{"text": GOOD}, {"text": f" {GOOD}\n"}]), "chosen and rejected are the same text"),
+    "pair out of range": (but(pair=[0, 2]), "pair [0, 2] does not name two of its 2 answers"),
+    "pair negative": (but(pair=[0, -1]), "pair [0, -1] does not name"),
+    "pair a number": (but(pair=5), "pair 5 does not name"),
+    "pair of three": (but(pair=[0, 1, 0]), "does not name two"),
+    "the authors', same text": (PREFERENCES["the authors'"] | {"rejected": {"from": "gpt", "value": GOOD}}, "same text"),
+    "chosen null": (PREFERENCES["RLHF-V"] | {"id": "r", "chosen": None}, "a turn must be a string"),
+    "question null value": (PREFERENCES["the authors'"] | {"question": {"from": "human", "value": None}}, "no text"),
+    "TRL, nothing in common": ({"id": "r", "images": ["a.png"], "chosen": said(GOOD), "rejected": said(BAD)}, "no messages"),
+    "TRL, two turns apart": ({"id": "r", "chosen": turns("a", "b", "c", "d"), "rejected": turns("a", "x", "c", "e")},
+                             "one assistant turn after a shared prompt"),
+    "conversations of others": ({"id": "r", "conversations": [{"from": "bing", "value": "x"}]}, "human|gpt"),
+    "conversations empty": ({"id": "r", "image": "a.png", "conversations": []}, "no messages"),
+    "RLHF-V with a broken text": ({"id": "r", "text": '{"question": "chosen'}, "'text' field is not JSON"),
+    "RLHF-V with a list as text": ({"id": "r", "text": '["chosen"]'}, "'text' field is not JSON"),
+    "image a number": (but(images=[3]), "image 3 is not a file name"),
+    "image with a zero byte": (but(images=["a\0.png"]), "is not a file name"),
+}
+
+
+@pytest.mark.parametrize("raw, why", UNUSABLE.values(), ids=UNUSABLE)
+def test_what_cannot_be_used_is_rejected_with_id_and_reason(folder, raw, why):
+    assert why in reason(folder, raw)
+
+
+@pytest.mark.parametrize("raw", (None, 3, "text", ["list"], True), ids=str)
+def test_what_is_no_object_is_rejected(folder, raw):
+    kept, rejects = read(folder, RECORD, raw)
+    assert [r["id"] for r in kept] == ["r"]
+    assert rejects == [{"id": "data-000002", "reason": "is not a JSON object"}]
+
+
+def test_the_usable_neighbours_of_the_scores_that_are_refused_are_kept(folder):
+    for value in (0, 4):
+        assert len(read(folder, scored(helpfulness=value))[0]) == 1
+
+
+def test_in_our_own_format_an_id_stands_once(folder):
+    kept, rejects = read(folder, RECORD, RECORD | {"id": "s"}, RECORD)
+    assert [r["id"] for r in kept] == ["r", "s"]
+    assert rejects == [{"id": "r", "reason": "a record with this id came before"}]
+
+
+def test_a_malformed_line_is_named_by_its_number_and_the_rest_is_read(folder):
+    lines = [json.dumps(RECORD), '{"id": "x", "mess', "", json.dumps(RECORD | {"id": "s"})]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    kept, rejects = records.read(folder / "data.jsonl")
+    assert [r["id"] for r in kept] == ["r", "s"]
+    assert rejects[0]["id"] == "line 2" and rejects[0]["reason"].startswith("malformed JSON (Unterminated string")
+
+
+@pytest.mark.parametrize("name, content, why", [
+    ("absent.jsonl", None, "No such file"), ("latin.jsonl", b'{"id": "\xe9"}', "not UTF-8"),
+    ("broken.json", b'[{"id": "r"}, ', "malformed JSON array")], ids=lambda x: x if isinstance(x, str) else "")
+def test_a_file_that_cannot_be_read_at_all_is_an_error_that_names_it(folder, name, content, why):
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(BadInput, match=why) as error:
+        records.read(folder / name)
+    assert str(folder / name) in str(error.value)
+
+
+# ---- images -----------------------------------------------------------------------------------------------------
+
+def test_a_path_that_leads_out_of_the_root_is_refused(folder, tmp_path):
+    picture(8, 8).save(tmp_path / "secret.png")
+    os.symlink(tmp_path / "secret.png", folder / "link.png")
+    os.symlink(tmp_path, folder / "up")
+    for name in ("../secret.png", "x/../../secret.png", str(tmp_path / "secret.png"), "link.png", "up/secret.png", "/etc/passwd"):
+        assert f"image {name} leads outside {folder}" in reason(folder, but(images=[name])), name
+
+
+def test_a_root_next_door_that_starts_with_the_same_letters_is_outside(folder, tmp_path):
+    (tmp_path / "data2").mkdir()
+    picture(8, 8).save(tmp_path / "data2" / "a.png")
+    assert "leads outside" in reason(folder, but(images=["../data2/a.png"]))
+
+
+def test_a_path_that_stays_inside_the_root_is_fine(folder):
+    (folder / "sub").mkdir()
+    os.symlink(folder / "a.png", folder / "sub" / "inner.png")
+    for name in ("sub/../a.png", "sub/inner.png", "./a.png", str(folder / "a.png")):
+        assert read(folder, but(images=[name]))[1] == [], name
+
+
+def test_image_root_is_where_names_start_from(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    picture(9, 9).save(tmp_path / "elsewhere" / "z.png")
+    path = write(folder, [but(images=["z.png"])])
+    assert str(folder / "z.png") in records.read(path)[1][0]["reason"]
+    [record], _ = records.read(path, str(tmp_path / "elsewhere"))
+    assert record["root"] == str(tmp_path / "elsewhere")
+
+
+def test_a_missing_image_is_named(folder):
+    assert f"image {folder / 'no.jpg'}: No such file" in reason(folder, but(images=["no.jpg"]))
+    (folder / "dir.png").mkdir()
+    assert f"image {folder / 'dir.png'}: Is a directory" in reason(folder, but(images=["dir.png"]))
+
+
+def test_a_truncated_jpeg_is_refused(folder):
+    picture(200, 150).save(folder / "whole.jpg")
+    data = (folder / "whole.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[:len(data) // 2])
+    (folder / "text.jpg").write_text("no picture")
+    assert read(folder, but(images=["whole.jpg"]))[1] == []
+    for name in ("cut.jpg", "text.jpg"):
+        assert f"image {folder / name}: cannot be decoded" in reason(folder, but(images=[name]))
+
+
+def test_an_image_bomb_is_refused_before_it_is_decoded(folder):
+    """A few kilobytes that say they are 20,000 x 20,000 pixels: only the header is read."""
+    write_bomb(folder / "bomb.png")
+    assert (folder / "bomb.png").stat().st_size < 2000
+    assert "bomb.png: 20000 x 20000 pixels, more than the" in reason(folder, but(images=["bomb.png"]))
+
+
+def write_bomb(path, side=20_000):
+    """A PNG whose header announces side x side pixels; its body is too short, which nobody should get to see."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+
+
+def test_the_images_hash_changes_with_a_byte_of_a_picture(folder):
+    first = read(folder, RECORD)[0][0]["images_sha"]
+    assert read(folder, RECORD)[0][0]["images_sha"] == first
+    picture(20, 10, seed=3).save(folder / "a.png")
+    assert read(folder, RECORD)[0][0]["images_sha"] != first
+
+
+# ---- the count --------------------------------------------------------------------------------------------------
+
+def test_kept_and_rejected_add_up_to_what_the_file_holds(folder, capsys):
+    raws = [RECORD | {"id": f"good-{k}"} for k in range(3)]
+    raws += [raw | {"id": f"bad-{k}"} for k, (raw, _) in enumerate(UNUSABLE.values())]
+    path = write(folder, raws)
+    with open(path, "a") as f:
+        f.write("{broken\n")
+    kept, rejects = records.read(path)
+    assert [r["id"] for r in kept] == ["good-0", "good-1", "good-2"]
+    assert [r["id"] for r in rejects] == [f"bad-{k}" for k in range(len(UNUSABLE))] + [f"line {len(raws) + 1}"]
+
+    records.report(path, len(kept), rejects, folder)
+    shown = capsys.readouterr().out
+    assert f"{path}: 3 records usable, {len(rejects)} rejected" in shown and "bad-0: " in shown
+    listed = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+    assert listed == rejects

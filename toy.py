@@ -1,0 +1,268 @@
+"""The miniature from nothing: four training stages, the ones real models go through, in minutes on two cores.
+
+    1  vision tower     pictures against captions, contrastive (CLIP's loss)                    -> ViT
+    2  language model   text conversations, next token                                          -> Vicuna-mini
+    3  projector        descriptions of pictures; tower and language model frozen               (LLaVA's stage 1)
+    4  visual tuning    short-answer questions about pictures; language model and projector     -> LLaVA-mini
+
+Stages 2 to 4 are `sft.train`, the loop that real models use; only the data and what is frozen differ. The result is
+written by `checkpoint.save` in the llava-hf layout, so every script loads it like any other checkpoint, and so does
+transformers:
+
+    toy/            LLaVA-mini: config.json, model.safetensors, tokenizer.json, ...
+    toy/vicuna/     Vicuna-mini, the text model it was made from
+
+Stage 4 is where the damage is done, for the natural reason: most visual questions are answered in a word, the language
+model learns that answers are short, and nothing in the data reminds it of its text skills.
+
+Stages 1 and 2 need nothing from each other and run as two processes of one thread each. Everything is drawn from one
+seed and every reduction has a fixed order, so the same machine and torch give the same bytes.
+
+    python toy.py                # rebuilds toy/, about @MINUTES@ minutes on two cores
+    python evaluate.py           # what the two can do
+
+Previous: sft.py.  Next: annotate.py (where preferences come from).
+"""
+import common  # first: it tells OpenMP how to wait
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import kernels
+import sft
+import world
+from common import BadInput, main, schedule
+from data import SYSTEM, Tokens, Tree, make_pack, make_tree
+from kernels import Mask
+from model import Config, Llama, Llava, TextConfig
+from vision import ViT, VisionConfig, preprocess
+
+
+@dataclass
+class Settings:
+    """Build Vicuna-mini and LLaVA-mini."""
+    out: str = "toy"             # folder to write; it must not hold a model yet
+    seed: int = 0                # of initialisation and data
+    scale: float = 1.0           # share of every stage's steps (0.01 to see it run)
+
+
+# ---- sizes and initialisation ---------------------------------------------------------------------------------
+
+LANGUAGE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+                head_dim=32, rms_norm_eps=1e-5, max_position_embeddings=512, tie_word_embeddings=True,
+                rope={"rope_type": "default", "rope_theta": 10000.0})
+VISION = VisionConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=48,
+                      patch_size=16)
+
+
+def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
+    """Matrices from a normal distribution, biases 0, norms 1, every tensor drawn in order from one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        if p.ndim > 1 or "class_embedding" in name:
+            nn.init.normal_(p, 0.0, std, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One id per word. The template's fixed parts are one word each, so that they cost the miniature three tokens."""
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    fixed = [SYSTEM, "USER:", "ASSISTANT:"]
+    words = special + fixed + world.vocabulary()
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(w, normalized=False) for w in fixed])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+# ---- stage 1: the vision tower --------------------------------------------------------------------------------
+
+def pixels_of(scene: world.Scene, seed: int) -> Tensor:
+    return preprocess(world.render(scene, seed), VISION.image_size)
+
+
+def class_vector(vit: ViT, pixels: Tensor) -> Tensor:
+    """What CLIP compares with a caption: the class token after *all* blocks. (N, 3, S, S) -> (N, D)."""
+    x = vit.pre_layrnorm(vit.embeddings(pixels))                             # (N, P, D)
+    mask = Mask.full(x.shape[0], x.shape[1])
+    flat = x.flatten(0, 1)
+    for block in vit.encoder.layers:
+        flat = block(flat, mask)
+    return vit.post_layernorm(flat.view(x.shape)[:, 0])
+
+
+def caption_vector(llama: Llama, captions: list[list[int]]) -> Tensor:
+    """The last token's hidden state of each caption. N lists of ids -> (N, D)."""
+    pack = make_pack([Tree("", ids, []) for ids in captions])
+    attend = lambda layer, q, k, v: kernels.attention(q, k, v, pack.mask)
+    hidden = llama(llama.embed_tokens(pack.ids), pack.positions, attend)
+    return hidden[torch.tensor([len(ids) for ids in captions]).cumsum(0) - 1]
+
+
+def train_tower(folder: Path, seed: int, scale: float, steps: int = 300, batch: int = 128,
+                lr: float = 2e-3) -> None:
+    """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each caption its picture. Half
+    of a batch are edits of the other half, one attribute changed, so that the details have to be seen."""
+    torch.set_num_threads(1)
+    steps = max(2, int(steps * scale))
+    tokens = Tokens(folder, Config(TextConfig(**LANGUAGE)))
+    vit = ViT(VISION)
+    llama = Llama(TextConfig(**LANGUAGE | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                               num_attention_heads=2, num_key_value_heads=2),
+                             vocab_size=tokens.tokenizer.get_vocab_size()))
+    heads = nn.ModuleList([nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)])
+    for k, module in enumerate((vit, llama, heads)):
+        initialise(module, seed * 10 + k)
+    scale_log = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    parameters = [*vit.parameters(), *llama.parameters(), *heads.parameters(), scale_log]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
+    rng, right = random.Random(f"tower/{seed}"), torch.arange(batch)
+    bar = tqdm(range(steps), desc="1 vision tower", unit="step", position=1, leave=False, disable=None)
+    for step in bar:
+        scenes = [s for _ in range(batch // 2) for s in pair_of_scenes(rng)]
+        pixels = torch.stack([pixels_of(s, rng.randrange(2**31)) for s in scenes])
+        captions = [tokens.encode(world.caption(s)) for s in scenes]
+        image = F.normalize(heads[0](class_vector(vit, pixels)), dim=-1)     # (N, 64)
+        text = F.normalize(heads[1](caption_vector(llama, captions)), dim=-1)
+        logits = scale_log.exp().clamp(max=100) * image @ text.T             # (N, N)
+        loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps, 0.1, 0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}, right {(logits.argmax(1) == right).float().mean():.2f}")
+    torch.save(vit.state_dict(), folder / "tower.pt")
+
+
+def pair_of_scenes(rng: random.Random) -> tuple[world.Scene, world.Scene]:
+    scene = world.random_scene(rng)
+    return scene, world.edited(rng, scene)
+
+
+# ---- stage 2: the language model ------------------------------------------------------------------------------
+
+def wsd(step: int, steps: int) -> float:
+    """Warm-up, stable, decay: linear up over 5 % of the steps, flat, linear down over the last 40 %."""
+    return min(1.0, (step + 1) / max(1, 0.05 * steps), (1 - step / steps) / 0.4)
+
+
+def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
+    """Text conversations, `total` of them. A curriculum in the number of things a written scene holds: with one thing
+    there is nothing to search for, and a model that can already read an answer off learns where to look for it."""
+    rng = random.Random(f"text/{seed}")
+    for k in range(total):
+        share = k / total
+        most = 1 if share < 0.04 else 2 if share < 0.08 else 4
+        record = world.text_conversation(rng, most=most, reading=0.65)
+        yield make_tree(tokens, record | {"root": ""}, [record["golden"]], history=True)
+
+
+def train_language(folder: Path, seed: int, scale: float, steps: int = 3000, batch: int = 16,
+                   lr: float = 2e-3) -> None:
+    torch.set_num_threads(1)
+    steps = max(2, int(steps * scale))
+    text = TextConfig(**LANGUAGE)
+    tokens = Tokens(folder, Config(text))
+    text.vocab_size = tokens.tokenizer.get_vocab_size()
+    model = Llava(Config(text, None, -1))
+    initialise(model, seed * 10 + 5)
+    sft.train(model, text_trees(tokens, seed, steps * batch), make_pack, steps=steps, batch=batch, lr=lr, rate=wsd,
+              betas=(0.9, 0.98), weight_decay=0.1, name="2 language model")
+    checkpoint.save(model, folder / "vicuna", folder)
+
+
+# ---- stages 3 and 4: projector and visual tuning --------------------------------------------------------------
+
+def visual_trees(tokens: Tokens, seed: str, kinds) -> Iterator[Tree]:
+    """Endless conversations about pictures; kinds(rng) -> (question kinds, answered briefly?)."""
+    rng = random.Random(seed)
+    while True:
+        scene, look = world.random_scene(rng), rng.randrange(2**31)
+        asked, brief = kinds(rng)
+        record = world.visual_conversation(rng, scene, "picture", asked, brief)
+        tree = make_tree(tokens, record | {"root": ""}, [record["golden"]], history=True)
+        tree.images = [(scene, look)]                                        # drawn in memory, no file
+        yield tree
+
+
+def drawn(trees: list[Tree]):
+    return make_pack(trees, torch.stack([pixels_of(*image) for tree in trees for image in tree.images]))
+
+
+def caption_kinds(rng: random.Random) -> tuple[tuple, bool]:
+    return rng.choice((("describe",), ("tell",))), False
+
+
+def tuning_kinds(rng: random.Random) -> tuple[tuple, bool]:
+    """LLaVA-1.5's mixture in miniature: mostly short answers, some descriptions, some multiple choice, no text."""
+    if rng.random() < 0.14:
+        return ("describe",), False
+    kinds = tuple("choice" if rng.random() < 0.06 else rng.choice(world.KNOWLEDGE if rng.random() < 0.5 else world.LOOKUPS)
+                  for _ in range(3))
+    return kinds, rng.random() < 0.9
+
+
+def train_visual(folder: Path, seed: int, scale: float) -> None:
+    torch.set_num_threads(1)
+    vicuna = checkpoint.load(folder / "vicuna")
+    config = Config(vicuna.config.text, VISION, image_token=4)
+    tokens, model = Tokens(folder, config), Llava(config)
+    model.language_model = vicuna.language_model
+    model.lm_head.weight = model.language_model.embed_tokens.weight
+    model.vision_tower.load_state_dict(torch.load(folder / "tower.pt", weights_only=True))
+    initialise(model.multi_modal_projector, seed * 10 + 6)
+    model.vision_tower.requires_grad_(False)
+    model.language_model.requires_grad_(False)
+    sft.train(model, visual_trees(tokens, f"projector/{seed}", caption_kinds), drawn, steps=max(2, int(600 * scale)),
+              batch=24, lr=3e-3, betas=(0.9, 0.98), name="3 projector")
+    model.language_model.requires_grad_(True)
+    sft.train(model, visual_trees(tokens, f"tuning/{seed}", tuning_kinds), drawn, steps=max(2, int(400 * scale)),
+              batch=16, lr=3e-4, betas=(0.9, 0.98), name="4 visual tuning")
+    checkpoint.save(model, folder / "llava", folder)
+
+
+# ---- the script -----------------------------------------------------------------------------------------------
+
+def run(s: Settings) -> None:
+    out, began = Path(s.out), time.time()
+    if out.exists():
+        raise BadInput(f"{out} is already there; remove it first (rm -r {out})")
+    folder = out.with_name(out.name + ".building")
+    shutil.rmtree(folder, ignore_errors=True)
+    write_tokenizer(folder)
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=stage, args=(folder, s.seed, s.scale)) for stage in (train_tower, train_language)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise BadInput("stage 1 or 2 failed; its message is above")
+    train_visual(folder, s.seed, s.scale)
+    os.replace(folder / "vicuna", folder / "llava" / "vicuna")
+    os.replace(folder / "llava", out)                                        # all of it appears at once
+    shutil.rmtree(folder)
+    print(f"{out} and {out}/vicuna built in {(time.time() - began) / 60:.1f} minutes; what they can do: python evaluate.py")
+
+
+if __name__ == "__main__":
+    main(Settings, run)
