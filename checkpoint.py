@@ -315,6 +315,9 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path) -> Path:
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards):
         save_file(shard, aside / file, metadata={"format": "pt"})
+        with open(aside / file, "rb+") as f:
+            os.fsync(f.fileno())
+        (aside / file).chmod(0o644)                                # the library writes files that only their owner may read
     documents = {"config.json": config_json(config, model.head.dtype)} | (processor_json(config) if config.vision else {})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
@@ -325,7 +328,10 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path) -> Path:
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_from) / name).is_file():
             shutil.copyfile(Path(tokenizer_from) / name, aside / name)
-    if folder.exists():
-        shutil.rmtree(folder)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():                                            # a kill between these lines loses neither
+        os.replace(folder, old)
     os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
     return folder

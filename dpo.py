@@ -48,7 +48,7 @@ import checkpoint
 import evaluate
 import oracle
 import records
-import world
+import tasks
 from annotate import GAP, choose_pair, sample
 from common import (BadInput, describe_run, device_and_dtype, main, read_jsonl, schedule, sha, write_jsonl,
                     write_whole)
@@ -355,7 +355,7 @@ def story(s: Story, out: Path) -> None:
     print(f"\n2. LLaVA-mini answers {s.prompts} image questions {s.n} times each; the exact judge scores them")
     model = checkpoint.load(toy, device, dtype)
     tokens = Tokens(toy, model.config)
-    items = evaluate.draw(world.preference_prompts(s.prompts, s.seed), out)
+    items = evaluate.draw(tasks.preference_prompts(s.prompts, s.seed), out)
     answers = sample(model, tokens, Pixels(model.config), items, n=s.n, temperature=s.temperature, seed=s.seed,
                      max_new=evaluate.MAX_NEW, batch=64)
     for record, row in zip(items, answers):

@@ -23,6 +23,7 @@ from pathlib import Path
 import common  # first: it tells OpenMP how to wait
 import checkpoint
 import oracle
+import tasks
 import world
 from annotate import quality, sample
 from common import BadInput, describe_run, device_and_dtype, main, write_jsonl, write_whole
@@ -53,7 +54,7 @@ def draw(items: list[dict], folder: Path) -> list[dict]:
             path = folder / name
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                world.render(world.scene_of(record), record["truth"]["seed"]).save(path)
+                world.render(tasks.scene_of(record), record["truth"]["seed"]).save(path)
     return items
 
 
@@ -85,7 +86,7 @@ def mean(values: list[float]) -> dict:
 def miniature(model: Llava, tokens: Tokens, folder: Path, name: str, split: str = "test") -> tuple[dict, list[dict]]:
     """All benchmarks of one model -> (scores by column, every answer with its record's id). Pictures go to `folder`."""
     pixels, scores, answers = Pixels(model.config), {}, []
-    items = draw(world.items("text", ITEMS["text"], split), folder)
+    items = draw(tasks.items("text", ITEMS["text"], split), folder)
     pairs = ask_two_turns(model, tokens, pixels, items, f"{name}: text")
     marks = [oracle.score_text(r, pair) for r, pair in zip(items, pairs)]
     for column, key in (("text", "score"), ("core", "core"), ("terse", "terse"), ("words", "words")):
@@ -95,7 +96,7 @@ def miniature(model: Llava, tokens: Tokens, folder: Path, name: str, split: str 
         return scores, answers
     judged = []
     for bench in ("exist", "attribute", "describe", "choice"):
-        items = draw(world.items(bench, ITEMS[bench], split), folder)
+        items = draw(tasks.items(bench, ITEMS[bench], split), folder)
         texts = ask(model, tokens, pixels, items, f"{name}: {bench}")
         scores[bench] = mean([oracle.score(bench, r, text) for r, text in zip(items, texts)])
         judged += [quality({"scores": oracle.judge(r, text)[0]}) for r, text in zip(items, texts)]

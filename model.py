@@ -218,13 +218,13 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) ->
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.double() / temperature).softmax(-1)                      # (B, V)
+    probs = (logits / temperature).softmax(-1)                      # (B, V)
     if top_p < 1:
         top, order = probs.sort(dim=-1, descending=True, stable=True)
         top = top.masked_fill(top.cumsum(-1) - top >= top_p, 0)              # mass before it already suffices
         probs = torch.zeros_like(probs).scatter(-1, order, top)
     cdf = probs.cumsum(-1)
-    token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
 
@@ -248,7 +248,7 @@ def generate(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None]
         raise ValueError(f"temperature {temperature} must not be negative, and top_p {top_p} must lie in (0, 1]")
     R, device = len(prompts), model.head.device
     seeds = seeds or [[k for k in range(n)] for _ in range(R)]
-    uniform = torch.stack([torch.rand(max_new, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+    uniform = torch.stack([torch.rand(max_new, generator=torch.Generator().manual_seed(s))
                            for row in seeds for s in row]).to(device)        # (R*n, max_new)
     cache, hidden = prefill(model, prompts, pixels, n)
     hidden = hidden.repeat_interleave(n, 0)                                  # (R*n, D): the last prompt token's
@@ -281,18 +281,18 @@ class Cache:
         self.rows = (starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1))           # (R, P) into the pack
 
     def keep_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.prompt[layer] = tuple(x[self.rows] for x in (k, v))             # (T, G, K) -> (R, P, G, K)
+        self.prompt[layer] = tuple(x[self.rows].transpose(1, 2).contiguous() for x in (k, v))    # (T, G, K) -> (R, G, P, K)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The `attend` of one new token per answer: file its k and v away, then look at everything it may see."""
-        shape = (self.R, self.n, 1, *k.shape[1:])                            # (R, n, 1, G, K)
         used = self.filled[layer]
-        if self.own[layer] is None or used == self.own[layer][0].shape[2]:   # full: double the room
-            room = k.new_zeros(self.R, self.n, max(32, used), *k.shape[1:])
-            self.own[layer] = tuple(room.clone() if used == 0 else torch.cat([old, room], 2)
-                                    for old in (self.own[layer] or (k, v)))
-        for store, new in zip(self.own[layer], (k, v)):
-            store[:, :, used:used + 1] = new.view(shape)
+        new = [x.view(self.R, self.n, 1, *x.shape[1:]).permute(0, 3, 1, 2, 4) for x in (k, v)]   # (R, G, n, 1, K)
+        if self.own[layer] is None:
+            self.own[layer] = [x.new_zeros(*x.shape[:3], 32, x.shape[-1]) for x in new]
+        elif used == self.own[layer][0].shape[3]:                            # full: double the room
+            self.own[layer] = [torch.cat([x, torch.zeros_like(x)], 3) for x in self.own[layer]]
+        for store, x in zip(self.own[layer], new):
+            store[:, :, :, used:used + 1] = x
         self.filled[layer] = used + 1
         q = q.view(self.R, self.n, *q.shape[1:])                             # (R, n, H, K)
         return kernels.decode(q, self.prompt[layer], self.own[layer], self.prompt_len, used + 1).flatten(0, 1)

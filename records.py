@@ -48,7 +48,7 @@ def convert(raw: dict, where: str) -> dict:
         except (ValueError, TypeError):
             raise BadInput("its 'text' field is not JSON") from None
     if "messages" in raw:
-        record = dict(raw)
+        record = from_messages(raw)
     elif "conversations" in raw:
         record = from_llava(raw)
     elif "chosen" in raw and "rejected" in raw:
@@ -62,6 +62,17 @@ def convert(raw: dict, where: str) -> dict:
         for first in record["messages"][:1]:                             # foreign data may leave the marker implicit
             if isinstance(first["content"], str):
                 first["content"] = "<image>\n" * len(record["images"]) + first["content"]
+    return record
+
+
+def from_messages(raw: dict) -> dict:
+    """Ours, or its common variations: content in parts, the last turn an assistant's (then it is the golden answer)."""
+    record = dict(raw)
+    if isinstance(raw["messages"], list) and all(isinstance(m, dict) for m in raw["messages"]):
+        turns = [m | {"content": flatten(m.get("content"))} for m in raw["messages"]]
+        if turns and turns[-1].get("role") == "assistant" and not raw.get("answers") and not raw.get("golden"):
+            record["golden"] = turns.pop()["content"]
+        record["messages"] = turns
     return record
 
 
@@ -125,6 +136,8 @@ def check(record: dict) -> None:
         expected = "assistant" if k % 2 else "user"
         if not isinstance(m, dict) or not isinstance(m.get("content"), str):
             raise BadInput(f"message {k} has no text content")
+        if m.get("role") == "system":
+            raise BadInput("has a system message; the vicuna_v1 template has its own, put yours into the user's turn")
         if m.get("role") != expected or k % 2 and k == len(messages) - 1:
             raise BadInput(f"message {k} is {m.get('role')!r}'s; turns must alternate, first and last the user's")
         if not m["content"].strip():

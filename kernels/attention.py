@@ -30,14 +30,14 @@ few calls, not a thousand. All layers of a model share the plan.
 References: FlashAttention (arXiv:2205.14135), FlashMask (arXiv:2410.01359) for column-range masks.
 Next: kernels/logprob.py (what the hidden states are for).
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PAD_WASTE = 1.25  # a batch of calls may hold this many times the tokens it needs
+PAD_WASTE = 1.5  # a batch of problems may compute this many times the scores it needs
 
 
 # ---- the specification: slow, obvious, used by the tests ------------------------------------------------
@@ -83,11 +83,20 @@ class Mask:
     @classmethod
     def full(cls, count: int, length: int, device=None) -> "Mask":
         """`count` images of `length` tokens each, one after another; within an image all see all."""
-        start = torch.arange(count, device=device).repeat_interleave(length) * length
-        return cls(start, start + length, start)
+        rows = torch.arange(count * length, device=device)
+        start = rows // length * length
+        mask = cls(start, start + length, start)
+        rows = rows.view(count, length)
+        mask.plan = [Call(rows, rows, whole=True)], rows                     # nothing to find out
+        return mask
 
     def to(self, device) -> "Mask":
-        return Mask(self.lo.to(device), self.hi.to(device), self.own.to(device))
+        """The same mask elsewhere. Its plan is made here first: cutting is work for the CPU, without waiting for a GPU."""
+        calls, order = self.plan
+        moved = Mask(self.lo.to(device), self.hi.to(device), self.own.to(device))
+        moved.plan = [replace(c, q_rows=c.q_rows.to(device), k_rows=c.k_rows.to(device),
+                              visible=None if c.visible is None else c.visible.to(device)) for c in calls], order.to(device)
+        return moved
 
     @cached_property
     def plan(self) -> tuple[list[Call], Tensor]:
@@ -118,12 +127,10 @@ def make_plan(mask: Mask) -> tuple[list[Call], Tensor]:
         flat.append(q_rows.flatten())
         real.append(q_real.flatten())
 
-    for batch in by_length(full, exact=True):
-        add(batch, batch)
-    for batch in by_length(trunks):
-        add(batch, batch, causal=True)
-    for batch in by_length(branches):
-        add([(q0, end) for _, end, q0 in batch], [(start, end) for start, end, _ in batch], masked=True)
+    for kind, same in (("full", full), ("causal", trunks), ("masked", branches)):
+        for batch in by_size(same, waste=1.0 if kind == "full" else PAD_WASTE):
+            q_spans, k_spans = [(q0, end) for q0, _, end in batch], [(k0, end) for _, k0, end in batch]
+            add(q_spans, k_spans, causal=kind == "causal", masked=kind == "masked")
 
     flat, real = torch.cat(flat), torch.cat(real)
     order = torch.empty(T, dtype=torch.long, device=device)
@@ -132,10 +139,10 @@ def make_plan(mask: Mask) -> tuple[list[Call], Tensor]:
 
 
 def problems(mask: Mask) -> tuple[list, list, list]:
-    """trunks (start, end), branches (tree start, tree end, first query), images (start, end), in tokens."""
+    """Trunks, branches and images, each problem as (first query, first key, end) in tokens."""
     lo, hi, own = (x.tolist() for x in (mask.lo, mask.hi, mask.own))
     T = len(own)
-    key = [(own[t], lo[t], hi[t]) for t in range(T)]
+    key = list(zip(own, lo, hi))
     starts = [t for t in range(T) if t == 0 or key[t] != key[t - 1]]
     trees, full = [], []
     for start, end in zip(starts, starts[1:] + [T]):
@@ -144,36 +151,36 @@ def problems(mask: Mask) -> tuple[list, list, list]:
         if lo[start] == hi[start]:                                   # a prompt opens a tree
             trees.append([start, end])
         elif (lo[start], hi[start]) == (start, end):                 # an image, or a ViT's picture
-            full.append((start, end))
+            full.append((start, start, end))
         elif trees and (lo[start], hi[start]) == tuple(trees[-1][:2]) and start == trees[-1][-1]:
             trees[-1].append(end)                                    # an answer joins the tree
         else:
             raise ValueError(f"mask: tokens {start}..{end} see [{lo[start]}, {hi[start]}), "
                              "which is no prompt standing before them")
     # tree = [start, prompt end, end of answer 1, end of answer 2, ...]
-    trunks = [(tree[0], tree[2] if len(tree) > 2 else tree[1]) for tree in trees]
-    branches = [(tree[0], tree[-1], tree[2]) for tree in trees if len(tree) > 3]
+    trunks = [(tree[0], tree[0], tree[2] if len(tree) > 2 else tree[1]) for tree in trees]
+    branches = [(tree[2], tree[0], tree[-1]) for tree in trees if len(tree) > 3]
     return trunks, branches, full
 
 
-def by_length(spans: list, exact: bool = False) -> list[list]:
-    """Group (start, end, ...) spans of similar length, so that padding stays below PAD_WASTE."""
-    batches, tokens = [], 0
-    for span in sorted(spans, key=lambda s: s[1] - s[0]):
-        length = span[1] - span[0]
-        waste = 1.0 if exact else PAD_WASTE
-        if batches and length * (len(batches[-1]) + 1) <= waste * (tokens + length):
-            batches[-1].append(span)
-            tokens += length
+def by_size(spans: list, waste: float) -> list[list]:
+    """Group problems of similar shape: a batch, padded to one shape, is at most `waste` times the scores it needs."""
+    batches, needed, largest = [], 0, (0, 0)
+    for q0, k0, end in sorted(spans, key=lambda s: (s[2] - s[1], s[2] - s[0])):
+        q, k = end - q0, end - k0
+        shape = max(largest[0], q), max(largest[1], k)
+        if batches and shape[0] * shape[1] * (len(batches[-1]) + 1) <= waste * (needed + q * k):
+            batches[-1].append((q0, k0, end))
+            needed, largest = needed + q * k, shape
         else:
-            batches.append([span])
-            tokens = length
+            batches.append([(q0, k0, end)])
+            needed, largest = q * k, (q, k)
     return batches
 
 
 def rows(spans: list[tuple], device) -> tuple[Tensor, Tensor]:
     """(start, end) token ranges -> (S, L) row numbers, padded by repeating the last, and which of them are real."""
-    start, end = (torch.tensor(x, device=device)[:, None] for x in list(zip(*spans))[:2])
+    start, end = (torch.tensor(x, device=device)[:, None] for x in zip(*spans))
     at = start + torch.arange(int((end - start).max()), device=device)                   # (S, L)
     return torch.minimum(at, end - 1), at < end
 
@@ -209,17 +216,15 @@ def decode(q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor],
            prompt_len: Tensor, own_len: int) -> Tensor:
     """One new token for each of R x n answers; an answer sees its record's prompt and its own past.
 
-    q        (R, n, H, D)      the new tokens' queries
-    prompt   (R, P, G, D) x 2  keys and values of the prompts, stored once per record, ragged: prompt_len (R,)
-    own      (R, n, A, G, D) x 2  the answers' own, the first own_len of A are filled (the new token's last)
+    q        (R, n, H, D)         the new tokens' queries
+    prompt   (R, G, P, D) x 2     keys and values of the prompts, stored once per record, ragged: prompt_len (R,)
+    own      (R, G, n, A, D) x 2  the answers' own, the first own_len of A are filled (the new token's last)
     returns  (R, n, H, D)
     """
     R, n, H, D = q.shape
-    G = prompt[0].shape[2]
-    P = prompt[0].shape[1]
+    (pk, pv), (ok, ov) = prompt, (x[:, :, :, :own_len] for x in own)
+    G, P = pk.shape[1:3]
     q = q.view(R, n, G, H // G, D).transpose(1, 2) * D ** -0.5                        # (R, G, n, H/G, D)
-    pk, pv = (x.transpose(1, 2) for x in prompt)                                     # (R, G, P, D)
-    ok, ov = (x[:, :, :own_len].permute(0, 3, 1, 2, 4) for x in own)                  # (R, G, n, A, D)
     to_prompt = (q.flatten(2, 3) @ pk.mT).view(R, G, n, H // G, P).float()
     unseen = torch.arange(P, device=q.device) >= prompt_len[:, None]                  # (R, P)
     to_prompt = to_prompt.masked_fill(unseen[:, None, None, None], -torch.inf)

@@ -227,6 +227,7 @@ def test_decode_is_the_last_row_of_each_answer(prompts, n, past, heads):
             o[r, :, :past] = x[start + length:start + length + n * past].view(n, past, G, 8)
         last[r] = start + length + torch.arange(1, n + 1) * past - 1
         start += length + n * past
+    cached, own = [x.transpose(1, 2) for x in cached], [x.permute(0, 3, 1, 2, 4) for x in own]     # heads first
     out = decode(q[last], tuple(cached), tuple(own), torch.tensor(prompts), past)
     torch.testing.assert_close(out, expected[last], atol=1e-6, rtol=1e-6)      # softmax runs in fp32
 
