@@ -201,7 +201,7 @@ def items(bench: str, n: int, split: str = "dev", seed: int = 0) -> list[dict]:
             else:
                 asked = ask(rng, scene, ("color", "size", "where", "shape")[i % 4] if bench == "attribute" else bench)
             record = conversation(name, [asked], False, scene, f"images/{name}.png", seed=10**6 + i)
-        if (key := str(record["messages"])) not in seen:
+        if (key := str((record["messages"], scene))) not in seen:
             seen.add(key)
             records.append(record)
 
@@ -213,9 +213,10 @@ def scene_of(record: dict) -> Scene:
 def vocabulary() -> list[str]:
     """Every word that can occur, sorted; grammar is collected from a fixed draw, content is listed."""
     rng, words = random.Random(0), set(CONTENT | HOMES)
+    kinds = LOOKUPS + KNOWLEDGE + ("each", "choice", "describe")
     for _ in range(2000):
         scene = random_scene(rng)
-        for r in (text_conversation(rng), conversation("", [ask(rng, scene, k) for k in LOOKUPS + KNOWLEDGE + ("each", "choice", "describe")], False)):
+        for r in (text_conversation(rng), conversation("", [ask(rng, scene, k) for k in kinds], False)):
             words.update(" ".join([m["content"] for m in r["messages"]] + [r["golden"]]).split())
     return sorted(words)
 
