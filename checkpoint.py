@@ -159,10 +159,10 @@ def read_json(path: Path) -> dict:
 # ---- in -------------------------------------------------------------------------------------------------------
 
 def resolve(ckpt: str) -> Path:
-    """--ckpt names a folder; 'toy' is the miniature shipped beside this file."""
-    folder = HERE / "toy" if ckpt == "toy" else Path(ckpt)
+    """--ckpt names a folder; 'toy' and 'toy/vicuna' are the miniatures shipped beside this file."""
+    folder = HERE / ckpt if ckpt in ("toy", "toy/vicuna") else Path(ckpt)
     if not folder.is_dir():
-        hint = "; build it with: python toy.py" if ckpt == "toy" else ""
+        hint = "; build it with: python toy.py" if folder.is_relative_to(HERE / "toy") else ""
         raise BadInput(f"--ckpt {ckpt}: no such folder{hint}")
     return folder
 

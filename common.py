@@ -78,6 +78,25 @@ def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) ->
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def masters(parameters: list) -> list:
+    """What an optimizer updates: the parameters themselves in fp32, fp32 copies of 16-bit ones. A 16-bit weight of 1 cannot
+    be moved by 5e-7, the next number being 0.004 away; its fp32 master can, and carries it over the edge in time."""
+    return [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters]
+
+
+def update(optimizer: torch.optim.Optimizer, masters: list, parameters: list) -> None:
+    """One optimizer step on the masters with the parameters' gradients, rounded back into the parameters."""
+    copies = [(m, p) for m, p in zip(masters, parameters) if m is not p]
+    for m, p in copies:
+        m.grad = None if p.grad is None else p.grad.float()
+    optimizer.step()
+    with torch.no_grad():
+        for m, p in copies:
+            p.copy_(m)
+    for p in masters + parameters:
+        p.grad = None
+
+
 # ---- files ---------------------------------------------------------------------------------------------------
 
 def write_whole(path: Path, text: str) -> None:

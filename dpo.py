@@ -50,8 +50,8 @@ import oracle
 import records
 import tasks
 from annotate import GAP, choose_pair, sample
-from common import (BadInput, describe_run, device_and_dtype, main, read_jsonl, schedule, sha, write_jsonl,
-                    write_whole)
+from common import (BadInput, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, sha, update,
+                    write_jsonl, write_whole)
 from data import Pixels, Tokens, Tree, answer_logps, make_tree, split, template
 from model import Llava
 from sft import shuffled
@@ -86,7 +86,7 @@ class Settings:
 class Story(Settings):
     """The whole story on the miniature: sample, judge, align, compare. For your own data add --data FILE."""
     batch: int = 16              # pairs per optimizer step
-    lr: float = 2e-4             # peak learning rate of a model this small
+    lr: float = 1e-4             # peak learning rate of a model this small (best judged on dev items, LOG.md)
     holdout: float = 0.1         # share of the pairs kept out of training, to measure preference accuracy on
     prompts: int = 1000          # image questions to sample answers for
     n: int = 4                   # answers per question (the paper's 4)
@@ -227,7 +227,8 @@ def in_packs(pairs: list[Pair], budget: int) -> list[list[Pair]]:
 def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: int, out: Path) -> None:
     """`steps` optimizer steps on batches of pairs, in place; one line per step to `out`/metrics.jsonl and the screen."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=0.0, fused=True)
+    wide = masters(parameters)
+    optimizer = torch.optim.AdamW(wide, lr=s.lr, weight_decay=0.0, fused=True)
     order, batch = shuffled(pairs, s.seed), min(s.batch, len(pairs))
     model.train()
     with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
@@ -250,8 +251,7 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
             if step == 0:
                 check_contract(loss, margins, model.head.dtype)
                 print(HEADER)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            update(optimizer, wide, parameters)
             values = (step + 1, loss, margins.mean().item(), (margins > 0).float().mean().item(),
                       reward_chosen.mean().item(), reward_rejected.mean().item(), logp_chosen.mean().item(),
                       logp_rejected.mean().item(), *(sum(x) / batch for x in zip(*lengths)), norm, rate,
@@ -304,7 +304,7 @@ def align(s: Settings, out: Path) -> Llava:
     items, trees = load_trees(s, tokens, pixels, s.max_length or config.text.max_position_embeddings, out)
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
-    if not any(choose_pair(r, s.gap, s.seed) and not is_held_out(r["id"], s.holdout) for r in items):
+    if s.steps != 0 and not any(choose_pair(r, s.gap, s.seed) and not is_held_out(r["id"], s.holdout) for r in items):
         raise BadInput(f"{s.data}: no usable pair among {len(items)} records; a pair needs two different answers whose "
                        f"scores S differ by at least --gap {s.gap}, or chosen and rejected given in the data"
                        + f"; and not all may be held out by --holdout {s.holdout}" * (s.holdout > 0))

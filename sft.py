@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import checkpoint
 import records
-from common import BadInput, describe_run, device_and_dtype, main, schedule, write_whole
+from common import BadInput, describe_run, device_and_dtype, main, masters, schedule, update, write_whole
 from data import Pack, Pixels, Tokens, Tree, make_tree, split, token_logps
 from model import Llava
 
@@ -83,8 +83,9 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = model.head.device
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-                                   {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
+    wide = masters(parameters)
+    optimizer = torch.optim.AdamW([{"params": [p for p in wide if p.ndim > 1], "weight_decay": weight_decay},
+                                   {"params": [p for p in wide if p.ndim <= 1], "weight_decay": 0.0}],
                                   lr=lr, betas=betas, fused=True)
     model.train()
     bar = tqdm(range(steps), desc=name, unit="step", disable=None)
@@ -103,8 +104,7 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
         if not math.isfinite(loss + norm):
             raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or use --dtype float32")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, wide, parameters)
         tokens = sum(t.tokens for t in members)
         log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": now, "tokens": tokens,
              "tokens_per_s": tokens / (time.perf_counter() - began)})

@@ -18,12 +18,13 @@ model learns that answers are short, and nothing in the data reminds it of its t
 Stages 1 and 2 need nothing from each other and run as two processes of one thread each. Everything is drawn from one
 seed and every reduction has a fixed order, so the same machine and torch give the same bytes.
 
-    python toy.py                # rebuilds toy/, about @MINUTES@ minutes on two cores
+    python toy.py                # builds toy/ where there is none
     python evaluate.py           # what the two can do
 
 Previous: sft.py.  Next: annotate.py (where preferences come from).
 """
 import common  # first: it tells OpenMP how to wait
+import json
 import math
 import multiprocessing
 import os
@@ -94,6 +95,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
+             "pad_token": "<pad>", "image_token": "<image>", "clean_up_tokenization_spaces": False}
+    common.write_whole(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")     # for transformers
 
 
 # ---- stage 1: the vision tower --------------------------------------------------------------------------------
@@ -170,8 +174,8 @@ def wsd(step: int, steps: int) -> float:
 
 
 def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
-    """Text conversations, `total` of them. A curriculum in the number of things a written scene holds: with one thing
-    there is nothing to search for, and a model that can already read an answer off learns where to look for it."""
+    """Text conversations, `total` of them. First the written scenes hold one thing, where there is nothing to search for:
+    a model that can already read an answer off then learns where to look for it."""
     rng = random.Random(f"text/{seed}")
     for k in range(total):
         share = k / total
@@ -183,7 +187,7 @@ def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
 def birth(model: Llava, tokens: Tokens) -> None:
     """Where the language model starts. "big-red-circle" begins as the sum of its parts, so that words which share a part
     begin alike; and an attention head begins by looking for what resembles it (keys as queries) and passing on what it
-    sees (output as values' transpose). All of it is free to change. It shortens the wait for the first look-up fourfold."""
+    sees (output as values' transpose). All of it is free to change; it shortens the wait for the first look-up (LOG.md)."""
     word = tokens.tokenizer.token_to_id
     with torch.no_grad():
         table = model.language_model.embed_tokens.weight

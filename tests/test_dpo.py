@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import annotate
 import checkpoint
+import common
 import dpo
 import sft
 from annotate import choose_pair
@@ -693,3 +694,18 @@ def test_every_pass_of_the_order_holds_every_item_once():
     assert all(sorted(p) == sorted(items) for p in passes) and len({tuple(p) for p in passes}) == 4
     again = sft.shuffled(items, 3)
     assert [next(again) for _ in items] == passes[0]
+
+
+# ---- 16-bit weights ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_steps_smaller_than_a_16_bit_weight_can_show_still_add_up(dtype):
+    """100 Adam steps of 1e-4 from 1.0: the next bf16 number below 1 is 0.996, and without fp32 masters none is reached."""
+    p = torch.ones(3, dtype=dtype, requires_grad=True)
+    wide = common.masters([p])
+    optimizer = torch.optim.AdamW(wide, lr=1e-4, weight_decay=0.0)
+    for _ in range(100):
+        p.sum().backward()
+        common.update(optimizer, wide, [p])
+    assert p.dtype == dtype and p.grad is None
+    assert torch.allclose(p.float(), torch.tensor(0.99), atol=2e-3)

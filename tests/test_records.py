@@ -172,7 +172,7 @@ UNUSABLE = {
     "ends with the assistant": (but(messages=[USER, BOT]), "turns must alternate"),
     "begins with the assistant": (but(messages=[BOT, USER]), "message 0 is 'assistant'"),
     "two users": (but(messages=[USER, USER]), "turns must alternate"),
-    "system turn": (but(messages=[{"role": "system", "content": "Be nice."}, USER]), "message 0 is 'system'"),
+    "system turn": (but(messages=[{"role": "system", "content": "Be nice."}, USER]), "has a system message"),
     "empty turn": (but(messages=[USER, BOT | {"content": " \n"}, USER]), "message 1 is empty"),
     "content a number": (but(messages=[USER | {"content": 3}]), "message 0 has no text"),
     "fewer markers": (but(images=["a.png", "b.jpg"]), "1 <image> markers but 2 images"),
@@ -348,3 +348,10 @@ def test_kept_and_rejected_add_up_to_what_the_file_holds(folder, capsys):
     assert f"{path}: 3 records usable, {len(rejects)} rejected" in shown and "bad-0: " in shown
     listed = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
     assert listed == rejects
+
+
+def test_messages_that_end_with_the_assistant_hold_the_golden_answer(folder):
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi?"}]},
+             {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]}]
+    record = records.convert({"messages": turns, "images": ["a.png"]}, "x")
+    assert record["messages"] == [{"role": "user", "content": "<image>\nHi?"}] and record["golden"] == "Hello."

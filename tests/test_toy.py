@@ -1,0 +1,116 @@
+"""The shipped miniature can do what it is said to do, is built reproducibly, and its story runs from end to end.
+
+    pytest tests/test_toy.py
+"""
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import common
+import dpo
+import evaluate
+import tasks
+from data import Pixels, Tokens, answer_logps, make_tree, template
+from kernels import Mask
+
+ROOT = Path(__file__).resolve().parent.parent
+FEW = {"text": 55, "exist": 60, "attribute": 60, "describe": 10, "choice": 10}
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    """Both shipped models on a few test items."""
+    pictures, before = tmp_path_factory.mktemp("pictures"), evaluate.ITEMS
+    evaluate.ITEMS = FEW
+    rows = {name: evaluate.score_checkpoint(checkpoint.resolve(name), name, pictures, "cpu", torch.float32)[0]
+            for name in ("toy", "toy/vicuna")}
+    evaluate.ITEMS = before
+    return {name: {column: s["mean"] for column, s in row.items()} for name, row in rows.items()}
+
+
+def test_llava_mini_sees(scores):
+    assert scores["toy"]["exist"] >= 0.85 and scores["toy"]["attribute"] >= 0.85
+
+
+def test_vicuna_mini_reads_and_visual_tuning_cost_it_style_and_some_content(scores):
+    before, after = scores["toy/vicuna"], scores["toy"]
+    assert before["text"] >= 9 and before["terse"] < 0.2
+    assert after["text"] < before["text"] - 1 and after["terse"] > before["terse"] + 0.3
+    assert after["core"] <= before["core"]
+
+
+def test_llava_mini_looks_at_the_picture(tmp_path):
+    """The same question about two pictures: the log-prob of an answer must change with the picture."""
+    model = checkpoint.load("toy")
+    tokens, pixels = Tokens(checkpoint.resolve("toy"), model.config), Pixels(model.config)
+    items = evaluate.draw(tasks.items("exist", 2, "test"), tmp_path)
+    question = items[0]["messages"]
+    logps = []
+    for record in items:
+        tree = make_tree(tokens, record | {"messages": question}, ["yes"])
+        logps.append(answer_logps(model, pixels.pack([tree])).item())
+    assert abs(logps[0] - logps[1]) > 1e-3
+
+
+def test_the_vocabulary_covers_the_world_and_decoding_undoes_encoding():
+    tokens = Tokens(checkpoint.resolve("toy"), checkpoint.read_config(checkpoint.resolve("toy"))[0])
+    rng, unknown = random.Random(9), tokens.tokenizer.token_to_id("<unk>")
+    for record in [tasks.text_conversation(rng) for _ in range(300)] + tasks.preference_prompts(300, 1):
+        text = template(record["messages"])
+        assert unknown not in tokens.encode(text)
+        words = record["golden"]
+        assert tokens.decode(tokens.tokenizer.encode(words).ids) == words
+
+
+def test_the_two_checkpoints_stay_under_ten_megabytes():
+    assert sum(f.stat().st_size for f in (ROOT / "toy").rglob("*") if f.is_file()) < 10e6
+
+
+def test_building_twice_gives_the_same_bytes(tmp_path):
+    """All four stages, a few steps each: python toy.py --scale 0.002."""
+    for name in ("one", "two"):
+        done = subprocess.run([sys.executable, ROOT / "toy.py", "--scale", "0.002", "--out", tmp_path / name],
+                              capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    files = sorted(f.relative_to(tmp_path / "one") for f in (tmp_path / "one").rglob("*") if f.is_file())
+    assert Path("vicuna/model.safetensors") in files and Path("model.safetensors") in files
+    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+
+
+def test_the_story_runs_from_sampling_to_the_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "ITEMS", {bench: 5 for bench in FEW})
+    dpo.run(dpo.Story(out=str(tmp_path / "run"), prompts=60, epochs=1, batch=4, holdout=0.2, device="cpu"))
+    text = capsys.readouterr().out
+    assert "step-0 contract holds: loss 0.693147" in text and "LLaVA-mini + DPO" in text
+    rows = common.read_jsonl(tmp_path / "run" / "records.jsonl")
+    assert len(rows) == 60 and all(len(r["answers"]) == 4 and r["answers"][0]["scores"] for r in rows)
+    first = common.read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    assert abs(first["loss"] - 0.6931472) < 1e-6 and abs(first["margin"]) < 1e-6
+    assert set(json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]) == {
+        "Vicuna-mini", "LLaVA-mini", "LLaVA-mini + DPO"}
+
+
+@pytest.mark.parametrize("name", ["toy", "toy/vicuna"])
+def test_transformers_loads_the_miniature_and_agrees(name):
+    transformers = pytest.importorskip("transformers")
+    folder = ROOT / name
+    kind = transformers.LlavaForConditionalGeneration if name == "toy" else transformers.LlamaForCausalLM
+    theirs, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = checkpoint.load(folder)
+    tokens = Tokens(folder, ours.config)
+    messages = [{"role": "user", "content": ("<image>\n" if name == "toy" else "") + "is there a circle ?"}]
+    ids = torch.tensor(tokens.encode(template(messages)))
+    pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)) if name == "toy" else None
+    zero = torch.zeros_like(ids)
+    with torch.no_grad():
+        mine = ours(ids, torch.arange(len(ids)), Mask(zero, zero, zero), pixels) @ ours.head.T
+        extra = {"pixel_values": pixels} if name == "toy" else {}
+        his = theirs(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **extra).logits[0]
+    assert (mine - his).abs().max() < 1e-4
