@@ -274,7 +274,7 @@ def run(s: Settings) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     write_tokenizer(folder)
     spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=stage, args=(folder, s.seed, s.scale)) for stage in (train_tower, train_language)]
+    workers = [spawn.Process(target=stage, args=(folder, s.seed, s.scale), daemon=True) for stage in (train_tower, train_language)]
     for worker in workers:
         worker.start()
     for worker in workers:
