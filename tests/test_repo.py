@@ -4,6 +4,7 @@
 """
 import ast
 import importlib
+import json
 import re
 import sys
 from dataclasses import fields
@@ -149,3 +150,13 @@ def test_requirements_are_what_the_code_imports():
                 imported.add(module.split(".")[0])
     ours = {name.split("/")[0].removesuffix(".py") for name in NAMES}
     assert imported - set(sys.stdlib_module_names) - ours <= required
+
+
+def test_the_readmes_table_is_drawn_from_results():
+    """The story's table in the README is evaluate.table of what the command wrote, first line of results/story.jsonl."""
+    import evaluate
+    with open(ROOT / "results" / "story.jsonl", encoding="utf8") as f:
+        rows = json.loads(f.readline())["scores"]
+    readme = [line.strip() for line in README.splitlines()]
+    for line in evaluate.table(rows).splitlines():
+        assert line.strip() in readme, f"not in README.md: {line}"
