@@ -191,6 +191,7 @@ def cached_reference(model: Llava, tokens: Tokens, items: list[dict], trees: lis
 
 # ---- the loop -------------------------------------------------------------------------------------------------
 
+UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
 COLUMNS = ("step", "loss", "margin", "accuracy", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected",
            "length_chosen", "length_rejected", "grad_norm", "lr", "pairs_per_s")
 HEADER = "  step      loss   margin  acc.   reward c / r       logp c / r     length c / r    grad        lr  pairs/s"
@@ -252,7 +253,7 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
                 check_contract(loss, margins, model.head.dtype)
                 print(HEADER)
             update(optimizer, wide, parameters)
-            values = (step + 1, loss, margins.mean().item(), (margins > 0).float().mean().item(),
+            values = (step + 1, loss, margins.mean().item(), (margins > UNDECIDED).float().mean().item(),
                       reward_chosen.mean().item(), reward_rejected.mean().item(), logp_chosen.mean().item(),
                       logp_rejected.mean().item(), *(sum(x) / batch for x in zip(*lengths)), norm, rate,
                       batch / (time.perf_counter() - began))
@@ -270,9 +271,8 @@ def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> 
     for part in in_packs(pairs, s.pack):
         policy, ref = pair_logps(model, part, pixels)
         margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist()
-    undecided = 1e-3                                                 # see check_contract
-    right = sum(1.0 if m > undecided else 0.5 if m >= -undecided else 0.0 for m in margins)
-    return {"pairs": len(pairs), "margin": sum(margins) / len(pairs), "accuracy": right / len(pairs)}
+    right = sum(1.0 if m > UNDECIDED else 0.5 if m >= -UNDECIDED else 0.0 for m in margins)
+    return {"pairs": len(pairs), "margin": round(sum(margins) / len(pairs), 6) + 0.0, "accuracy": right / len(pairs)}
 
 
 # ---- the script -----------------------------------------------------------------------------------------------
@@ -372,7 +372,8 @@ def story(s: Story, out: Path) -> None:
     write_whole(out / "scores.json", json.dumps(describe_run(s, scores=rows), indent=1) + "\n")
     print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in evaluate.py)")
     print(evaluate.table(rows))
-    print(f"\nscores: {out}/scores.json   metrics: {out}/metrics.jsonl   next: read the files in the README's order")
+    print(f"\nscores: {out}/scores.json   next: the same on records of your own, "
+          f"python dpo.py --ckpt toy --data {out}/records.jsonl --batch 16 --lr 1e-4")
 
 
 def run(s: Settings) -> None:

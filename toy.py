@@ -274,7 +274,8 @@ def run(s: Settings) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     write_tokenizer(folder)
     spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=stage, args=(folder, s.seed, s.scale), daemon=True) for stage in (train_tower, train_language)]
+    workers = [spawn.Process(target=stage, args=(folder, s.seed, s.scale), daemon=True)
+               for stage in (train_tower, train_language)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -285,7 +286,8 @@ def run(s: Settings) -> None:
     os.replace(folder / "vicuna", folder / "llava" / "vicuna")
     os.replace(folder / "llava", out)                                        # all of it appears at once
     shutil.rmtree(folder)
-    print(f"{out} and {out}/vicuna built in {(time.time() - began) / 60:.1f} minutes; what they can do: python evaluate.py")
+    print(f"{out} and {out}/vicuna built in {(time.time() - began) / 60:.1f} minutes; what they can do: "
+          f"python evaluate.py --ckpt {out}/vicuna,{out}")
 
 
 if __name__ == "__main__":
