@@ -57,11 +57,13 @@ def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] 
     """(chosen, rejected) as indices into the record's answers, by the paper's rule; None where there is no pair.
 
     A pair given in the data stands. Ties for the best go to the first; the rejected one is drawn with a seed of its
-    own per record, so that neither order nor other records matter. Answers of equal text are never paired.
+    own per record, so that neither order nor other records matter. Answers of equal text are never paired, nor is one
+    that the token budget cut off (finish "length"): its end is not the model's, and must not be taught as one.
     """
     if record.get("pair"):
         return tuple(record["pair"])
-    scored = [(k, quality(a)) for k, a in enumerate(record["answers"]) if a.get("scores")]
+    scored = [(k, quality(a)) for k, a in enumerate(record["answers"])
+              if a.get("scores") and a.get("finish") != "length"]
     if not scored:
         return None
     best, top = max(scored, key=lambda ks: ks[1])

@@ -95,6 +95,8 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
         for group in optimizer.param_groups:
             group["lr"] = now
         members = list(islice(order, batch))
+        if len(members) < batch:
+            raise ValueError(f"step {step + 1}: the order of trees ran dry, {len(members)} left for a batch of {batch}")
         total = scored_tokens(members)
         loss = 0.0
         for part in split(members, pack):
@@ -115,10 +117,12 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
 # ---- the script -----------------------------------------------------------------------------------------------
 
 def target(record: dict) -> str:
-    """The answer to learn: golden, else the best-scored one, else the only one."""
+    """The answer to learn: golden, else the chosen one of a given pair, else the best-scored one, else the only one."""
     if record.get("golden"):
         return record["golden"]
     answers = record["answers"]
+    if record.get("pair"):
+        return answers[record["pair"][0]]["text"]
     scored = [a for a in answers if a.get("scores")]
     if scored:
         return max(scored, key=lambda a: sum(a["scores"][k] for k in records.ATTRIBUTES[:3]))["text"]

@@ -709,3 +709,16 @@ def test_steps_smaller_than_a_16_bit_weight_can_show_still_add_up(dtype):
         common.update(optimizer, wide, [p])
     assert p.dtype == dtype and p.grad is None
     assert torch.allclose(p.float(), torch.tensor(0.99), atol=2e-3)
+
+
+# ---- what must not be taught -----------------------------------------------------------------------------------------
+
+def test_an_answer_that_was_cut_off_is_never_paired():
+    record = judged(9, 3, 3)
+    assert choose_pair(record) is not None
+    record["answers"][0]["finish"] = "length"
+    assert choose_pair(record) is None
+
+
+def test_sft_learns_the_chosen_answer_of_a_pair():
+    assert sft.target({"answers": [{"text": "better"}, {"text": "worse"}], "pair": [0, 1]}) == "better"
