@@ -9,7 +9,7 @@ a question is kept where max S - min S >= 2; chosen is the best answer, rejected
 S <= max S - 2. The model is thus taught by its own answers: nothing it could not already say is asked of it.
 
 Here: sampling (any checkpoint) and the paper's rule. Judges over HTTP come with judge.py; the miniature has an
-exact one in world.py.
+exact one in oracle.py.
 
     answers = sample(model, tokens, pixels, records, n=4, temperature=1.0)
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from common import sha
 from data import Pixels, Tokens, make_tree
 from model import Llava, generate
+from records import quality
 
 GAP = 2     # smallest difference in S between chosen and rejected (the paper's rule)
 
@@ -46,11 +47,6 @@ def sample(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], *, n
         bar.update(len(part))
     bar.close()
     return out
-
-
-def quality(answer: dict) -> int:
-    """S, from 0 to 12."""
-    return sum(answer["scores"][name] for name in ("helpfulness", "correctness", "coherence"))
 
 
 def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] | None:

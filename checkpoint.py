@@ -14,7 +14,7 @@ that lists them; nothing is guessed and nothing is left out.
     original LLaVA    the same with mm_projector keys; its vision tower lies in a second folder (see find_tower)
     Llama / Vicuna    text only
 
-`save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained and vLLM load (a text-only
+`save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained loads (a text-only
 model goes out as LlamaForCausalLM), whole or not at all.
 
 Previous: model.py.  Next: records.py (one record, and every file people already have).
@@ -65,7 +65,7 @@ def canonical(key: str) -> str:
 
 
 def hub_name(key: str, text_only: bool) -> str:
-    """Our name -> llava-hf's on the hub (or LlamaForCausalLM's), which every version of transformers and vLLM reads."""
+    """Our name -> llava-hf's on the hub (or LlamaForCausalLM's), which every version of transformers reads."""
     if key.startswith("vision_tower."):
         return key.replace("vision_tower.", "vision_tower.vision_model.", 1)
     if key.startswith("language_model."):
@@ -285,11 +285,11 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
             "multimodal_projector_bias": True, "tie_word_embeddings": t.tie_word_embeddings}
 
 
-def processor_json(config: Config) -> dict[str, dict]:
-    """The files that make transformers' processor see what we saw: pad to square, then resize."""
+def processor_json(config: Config, crop: bool) -> dict[str, dict]:
+    """The files that make transformers' processor see what we saw: pad to square and resize, or resize and crop."""
     size = config.vision.image_size
-    image = {"image_processor_type": "LlavaImageProcessor", "do_convert_rgb": True, "do_pad": True, "do_resize": True,
-             "size": {"height": size, "width": size}, "resample": 3, "do_center_crop": False,
+    image = {"image_processor_type": "LlavaImageProcessor", "do_convert_rgb": True, "do_pad": not crop, "do_resize": True,
+             "size": {"shortest_edge": size} if crop else {"height": size, "width": size}, "resample": 3, "do_center_crop": crop,
              "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
              "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
     processor = {"processor_class": "LlavaProcessor", "patch_size": config.vision.patch_size, "image_token": "<image>",
@@ -297,8 +297,9 @@ def processor_json(config: Config) -> dict[str, dict]:
     return {"preprocessor_config.json": image, "processor_config.json": processor}
 
 
-def save(model: Llava, folder: str | Path, tokenizer_from: str | Path) -> Path:
-    """Write `folder` whole or not at all: weights in llava-hf names, configs, tokenizer files copied along."""
+def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: bool = False) -> Path:
+    """Write `folder` whole or not at all: weights in llava-hf names, configs, tokenizer files copied along; `crop` says how
+    the model was shown its images, for those who load it elsewhere."""
     folder, config = Path(folder), model.config
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -318,7 +319,7 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path) -> Path:
         with open(aside / file, "rb+") as f:
             os.fsync(f.fileno())
         (aside / file).chmod(0o644)                                # the library writes files that only their owner may read
-    documents = {"config.json": config_json(config, model.head.dtype)} | (processor_json(config) if config.vision else {})
+    documents = {"config.json": config_json(config, model.head.dtype)} | (processor_json(config, crop) if config.vision else {})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         documents["model.safetensors.index.json"] = {"weight_map": weight_map, "metadata": {

@@ -1,7 +1,8 @@
 """The boring lines, named so: flags, seeds, files that appear whole or not at all, one way to say no.
 
-Nothing here is about preferences or images. Every script's settings are one dataclass; `flags` turns its
-fields into --flags and its trailing comments into --help, so that default, type and help have one source.
+Nothing here is about preferences or images; the tour of the rest begins with world.py. Every script's settings are one
+dataclass; `flags` turns its fields into --flags and its trailing comments into --help, so that default, type and help
+have one source.
 """
 import argparse
 import dataclasses
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 HERE = Path(__file__).resolve().parent
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class BadInput(ValueError):
@@ -88,7 +89,7 @@ def update(optimizer: torch.optim.Optimizer, masters: list, parameters: list) ->
     """One optimizer step on the masters with the parameters' gradients, rounded back into the parameters."""
     copies = [(m, p) for m, p in zip(masters, parameters) if m is not p]
     for m, p in copies:
-        m.grad = None if p.grad is None else p.grad.float()
+        m.grad, p.grad = None if p.grad is None else p.grad.float(), None    # one at a time: never all gradients twice
     optimizer.step()
     with torch.no_grad():
         for m, p in copies:
@@ -131,7 +132,7 @@ def sha(*parts: bytes | str) -> str:
 def describe_run(settings, **more) -> dict:
     """What a run's config.json holds: settings, versions, commit, command, and whatever else tells runs apart."""
     try:
-        git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
         commit = git.stdout.strip() or "unknown"
     except OSError:                                                      # no git on this machine
         commit = "unknown"

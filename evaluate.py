@@ -6,7 +6,7 @@ A model is asked held-out questions and decodes greedily; every scorer is a pure
     text        MT-mini: two turns without an image, the second asked after the model's *own* first answer; 1 to 10
     core        the same answers' content alone, blind to length and style: forgetting, without the style leak
     terse       share of text answers that are a bare word: the style leak, without the forgetting
-    exist       POPE-mini: "is there a red circle ?", half of them no; balanced accuracy
+    exist       POPE-mini: "is there a red one ?", half of them no; balanced accuracy
     attribute   color, size, shape or place of one thing among several; accuracy
     describe    facts told, F1;   choice  the right letter of three; accuracy
     judged      the judge's S = helpfulness + correctness + coherence on image questions, 0 to 12
@@ -17,6 +17,7 @@ Previous: annotate.py.  Next: dpo.py (the remedy).
 """
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,11 @@ import checkpoint
 import oracle
 import tasks
 import world
-from annotate import quality, sample
+from annotate import sample
 from common import BadInput, describe_run, device_and_dtype, main, write_jsonl, write_whole
 from data import Pixels, Tokens
 from model import Llava
+from records import quality
 
 ITEMS = {"text": 165, "exist": 200, "attribute": 200, "describe": 100, "choice": 100}    # fixed, seeded, held out
 MAX_NEW = 48                                                                             # words; the longest truth has 36
@@ -52,9 +54,10 @@ def draw(items: list[dict], folder: Path) -> list[dict]:
         record |= {"root": str(folder), "answers": []}
         for name in record["images"]:
             path = folder / name
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                world.render(tasks.scene_of(record), record["truth"]["seed"]).save(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".part")
+            world.render(tasks.scene_of(record), record["truth"]["seed"]).save(aside, format="PNG")
+            os.replace(aside, path)
     return items
 
 
@@ -134,7 +137,7 @@ def run(s: Settings) -> None:
     device, dtype = device_and_dtype(s.device, s.dtype)
     for ckpt in s.ckpt.split(","):
         folder = checkpoint.resolve(ckpt)
-        rows[ckpt], answers = score_checkpoint(folder, ckpt, out / "images", device, dtype, s.split)
+        rows[ckpt], answers = score_checkpoint(folder, ckpt, out, device, dtype, s.split)
         write_jsonl(out / f"answers-{ckpt.strip('/').replace('/', '-')}.jsonl", answers)
     write_whole(out / "scores.json", json.dumps(describe_run(s, scores=rows), indent=1) + "\n")
     print(table(rows))

@@ -64,13 +64,13 @@ class Config:
 
 # ---- rotary positions --------------------------------------------------------------------------------------
 
-def rope_frequencies(rope: dict, head_dim: int) -> Tensor:
+def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
     """(K/2,) fp32 angular frequencies; plain RoPE (arXiv:2104.09864), position interpolation, or Llama 3's.
 
     Llama 3: wavelengths longer than the old context are stretched by `factor`, short ones kept, and the band
     between is interpolated (source: transformers `_compute_llama3_parameters`).
     """
-    freq = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    freq = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return freq
@@ -153,7 +153,7 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the head."""
-        freq = rope_frequencies(self.config.rope, self.config.head_dim).to(x.device)
+        freq = rope_frequencies(self.config.rope, self.config.head_dim, x.device)
         angle = positions[:, None].float() * freq                            # (T, K/2), fp32 whatever the model is
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]                # (T, 1, K/2), one for all heads
         for layer, block in enumerate(self.layers):
@@ -302,9 +302,9 @@ def prefill(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None],
     """One packed pass over all prompts -> their cache and the hidden state (R, D) of each one's last token."""
     device = model.head.device
     lengths = [len(p) for p in prompts]
-    size = torch.tensor(lengths, device=device)
+    size = torch.tensor(lengths)
     own = (size.cumsum(0) - size).repeat_interleave(size)                    # (T,) where my prompt starts
-    mask = Mask(torch.zeros_like(own), torch.zeros_like(own), own)
+    mask = Mask(torch.zeros_like(own), torch.zeros_like(own), own).to(device)
     ids = torch.tensor([i for p in prompts for i in p], device=device)
     for prompt, x in zip(prompts, pixels, strict=True):                      # embed only sees their sum
         need, have = prompt.count(model.config.image_token), 0 if x is None else len(x) * model.config.vision.patches
@@ -318,6 +318,6 @@ def prefill(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None],
         cache.keep_prompt(layer, k, v)
         return kernels.attention(q, k, v, mask)
 
-    positions = torch.arange(len(ids), device=device) - own
+    positions = (torch.arange(len(own)) - own).to(device)
     hidden = model.language_model(x, positions, attend)                      # (T, D)
-    return cache, hidden[size.cumsum(0) - 1]
+    return cache, hidden[(size.cumsum(0) - 1).to(device)]

@@ -9,8 +9,8 @@ Judging is then three small steps:
     form       claims masked, lists folded: is what remains the expected sentence, the bare word, or neither?
 
 Five attributes, 0 to 4 as HelpSteer (arXiv:2311.09528) has them, follow from truth and form; nothing depends on
-who answers, and wrong but wordy never beats right but terse. The scorers of the miniature benchmarks use the
-same two quantities.
+who answers, and wrong but wordy never beats right but terse (only a description is marked by degrees). The scorers of
+the miniature benchmarks use the same two quantities.
 
     python oracle.py           # its opinion of a few answers
 

@@ -36,6 +36,11 @@ ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosit
 CONTROL = ("<s>", "</s>", "<unk>", "<pad>")    # these would be read as control tokens, not as text
 
 
+def quality(answer: dict) -> int:
+    """S = helpfulness + correctness + coherence of a scored answer, 0 to 12: what the paper ranks answers by."""
+    return sum(answer["scores"][name] for name in ATTRIBUTES[:3])
+
+
 # ---- foreign shapes -> ours ---------------------------------------------------------------------------------
 
 def convert(raw: dict, where: str) -> dict:
@@ -56,7 +61,7 @@ def convert(raw: dict, where: str) -> dict:
     else:
         raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see records.py")
     record["id"] = identity(raw, where)
-    images = raw.get("images", raw.get("image", raw.get("image_path"))) or []
+    images = next((raw[key] for key in ("images", "image", "image_path") if raw.get(key)), [])
     record["images"] = images if isinstance(images, list) else [images]
     if "messages" not in raw and not any("<image>" in str(m["content"]) for m in record["messages"]):
         for first in record["messages"][:1]:                             # foreign data may leave the marker implicit
@@ -118,11 +123,14 @@ def as_messages(value, role: str) -> list[dict]:
 
 
 def flatten(content):
-    """TRL content may be a list of parts: {type: image} is our marker, {type: text, text} is text."""
+    """TRL content may be a list of parts, {type: image} and {type: text, text}. Images come first, as in LLaVA's training."""
     if not isinstance(content, list):
         return content
-    images = "".join("<image>\n" for part in content if isinstance(part, dict) and part.get("type") == "image")
-    return images + "".join(str(p.get("text", "")) for p in content if isinstance(p, dict) and p.get("type") == "text")
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+    unknown = [kind for kind in kinds if kind not in ("image", "text")]
+    if unknown:
+        raise BadInput(f"has a content part of type {unknown[0]!r}; known are image and text")
+    return "<image>\n" * kinds.count("image") + "".join(str(p.get("text", "")) for p in content if p["type"] == "text")
 
 
 # ---- lint: why a record cannot be used ------------------------------------------------------------------------

@@ -11,8 +11,9 @@ language; tuned on a judge's golden answers it gets some of it back, and is the 
     python sft.py --ckpt llava-1.5-7b-hf --data llava_instruct.json --out runs/sft
 
 What is trained: the language model and the projector, as in LLaVA's second stage; the vision tower is frozen.
-A record's `golden` answer is the target; without one, its best-scored answer. In a multi-turn conversation the
-earlier assistant turns are targets too. The miniature's own stages (toy.py) run through `train` below.
+A record's `golden` answer is the target; without one the chosen answer of its pair, or its best-scored one. In
+a multi-turn conversation the earlier assistant turns are targets too. The miniature's own stages (toy.py) run
+through `train` below.
 
 Previous: data.py.  Next: toy.py (the miniature, trained by this loop).
 """
@@ -123,10 +124,11 @@ def target(record: dict) -> str:
     answers = record["answers"]
     if record.get("pair"):
         return answers[record["pair"][0]]["text"]
-    scored = [a for a in answers if a.get("scores")]
+    whole = [a for a in answers if a.get("finish") != "length"]              # an answer cut off must not teach to stop there
+    scored = [a for a in whole if a.get("scores")]
     if scored:
-        return max(scored, key=lambda a: sum(a["scores"][k] for k in records.ATTRIBUTES[:3]))["text"]
-    if len(answers) == 1:
+        return max(scored, key=records.quality)["text"]
+    if len(answers) == len(whole) == 1:
         return answers[0]["text"]
     raise BadInput("has no golden answer and no scored ones")
 
@@ -137,8 +139,8 @@ def run(settings: Settings) -> None:
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
     if (out / "model").exists():
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
-    if min(s.batch, s.epochs, s.pack) < 1 or not s.lr >= 0:
-        raise BadInput("--batch, --epochs and --pack must be at least 1, --lr at least 0")
+    if min(s.batch, s.epochs, s.pack) < 1 or not (s.lr >= 0 and s.clip >= 0):
+        raise BadInput("--batch, --epochs and --pack must be at least 1, --lr and --clip not negative")
     device, dtype = device_and_dtype(s.device, s.dtype)
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
@@ -164,7 +166,7 @@ def run(settings: Settings) -> None:
             metrics.flush()
         train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, clip=s.clip, pack=s.pack,
               rate=lambda step, steps: schedule(step, steps, s.warmup), log=log)
-    print(f"model: {checkpoint.save(model, out / 'model', folder)}")
+    print(f"model: {checkpoint.save(model, out / 'model', folder, bool(s.crop))}")
 
 
 if __name__ == "__main__":

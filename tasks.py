@@ -6,8 +6,8 @@ cost. Ten kinds of visual question use the very wording of a text task with one 
 ties the two abilities together.
 
 Everything here is a record in the format of records.py plus "truth": the scene and the turns that the judge needs.
-A first question (or its scene) belongs to train, dev or test by a checksum of its text, so nothing asked in a benchmark
-was ever trained on; settings are chosen on dev, results reported on test.
+A first question (or its scene) belongs to train, dev or test by a checksum of its text, so no scene and no first
+question of a benchmark was ever trained on; settings are chosen on dev, results reported on test.
 
     python tasks.py            # one item of each benchmark, printed
 
@@ -129,7 +129,7 @@ TASK_MAKERS = {"either": make_either, "compare": make_compare, "opposite": make_
 
 
 # ---------------------------------------------------------------------------------------------------
-# records (the format of data.py, plus "truth", the scene and the turns the judge will need)
+# records (the format of records.py, plus "truth", the scene and the turns the judge will need)
 
 def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None = None,
                  image: str | None = None, seed: int = 0) -> dict:

@@ -162,8 +162,11 @@ def train_tower(folder: Path, seed: int, scale: float, steps: int = 700, batch: 
 
 
 def pair_of_scenes(rng: random.Random) -> tuple[world.Scene, world.Scene]:
+    """A scene and an edit of it, both from the training split: the tower sees no held-out scene either."""
     scene = world.random_scene(rng)
-    return scene, world.edited(rng, scene)
+    while world.is_held_out(edit := world.edited(rng, scene)):
+        pass
+    return scene, edit
 
 
 # ---- stage 2: the language model ------------------------------------------------------------------------------

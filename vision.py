@@ -13,9 +13,10 @@ block is never computed.
 
 Preprocessing decides as much as the weights do: LLaVA-1.5 pads to a square with CLIP's mean colour (so that
 nothing is cut off), then resizes with Pillow's bicubic filter, then normalises. Centre-crop, which several
-evaluation kits use instead, is there on request. The pixels equal those of transformers' image processor.
+evaluation kits use instead, is there on request. For 8-bit RGB files the pixels equal those of
+transformers' image processor; transparency is shown on white, EXIF turns are made, 16 bits are scaled.
 
-Previous: kernels/logprob.py.  Next: model.py (a Llama that reads these vectors).
+Previous: kernels/__init__.py.  Next: model.py (a Llama that reads these vectors).
 """
 from dataclasses import dataclass
 from io import BytesIO

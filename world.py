@@ -15,7 +15,7 @@ Nothing here knows about models or training methods. Everybody draws from `rando
 into train, dev and test is a checksum of the scene or of the prompt, and a record carries its truth
 as JSON, so it can be judged after any journey through files.
 
-Next: tasks.py (what is made of these questions).
+Previous: common.py.  Next: tasks.py (what is made of these questions).
 """
 import math
 import random

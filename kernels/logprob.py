@@ -15,11 +15,12 @@ in chunks; of each chunk's logits only two numbers per row survive (the log-sum-
 
     d logp / d logits = onehot(target) - softmax(logits),
 
-so peak memory is one chunk in either direction. Logits, log-sum-exp and the result are fp32 whatever the
-model's dtype: summed over a 128-token answer, bf16 logits would move the log-prob by half a nat.
+so peak memory is a chunk or two in either direction (and, for a 16-bit head, one fp32 copy of it). Logits,
+log-sum-exp and the result are fp32 whatever the model's dtype: summed over a 128-token answer, bf16 logits would
+move the log-prob by half a nat.
 
 References: Cut Cross-Entropy (arXiv:2411.09009), Liger Kernel (arXiv:2410.10989).
-Previous: kernels/attention.py.  Next: vision.py (pixels to vectors).
+Previous: kernels/attention.py.  Next: kernels/__init__.py (what callers import).
 """
 import torch
 from torch import Tensor
