@@ -21,6 +21,7 @@ Previous: model.py.  Next: records.py (one record, and every file people already
 """
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -197,6 +198,9 @@ def tensors(path: Path):
                 yield key, lambda value=value: value
     except BadInput:
         raise
+    except pickle.UnpicklingError:
+        raise BadInput(f"{path}: holds more than tensors, so it is not opened; convert it to safetensors where you "
+                       "trust it") from None
     except Exception as error:  # a truncated or foreign file raises many types
         raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); download it again") from None
 

@@ -37,6 +37,9 @@ def main(settings: type, run) -> None:
         run(flags(settings))
     except BadInput as problem:
         sys.exit(f"{Path(sys.argv[0]).name}: {problem}")
+    except OSError as problem:                               # a full disk, a folder that may not be written, --out a file
+        sys.exit(f"{Path(sys.argv[0]).name}: {problem.filename or ''}: {problem.strerror or problem}; nothing that was finished "
+                 "is lost")
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: interrupted; finished files are whole, the rest can be run again")
 

@@ -59,7 +59,8 @@ def template(messages: list[dict]) -> str:
 class Tokens:
     """A checkpoint's tokenizer.json with the few ids this code needs, and the image expansion.
 
-    encode(text) is what transformers' tokenizer gives for the same file, <image> repeated once per patch.
+    encode(text) is what transformers' tokenizer gives for the same file, <image> repeated once per patch (and <s> in
+    front where only tokenizer_config.json asks for it, as transformers 4 did).
     """
 
     def __init__(self, folder: Path, config: Config):

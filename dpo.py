@@ -168,13 +168,16 @@ def cached_reference(model: Llava, tokens: Tokens, items: list[dict], trees: lis
         if not note.exists():
             raise BadInput(f"{path} has no {note.name} beside it that says what it was computed with; remove it or choose "
                            "another --reference")
-        then = json.loads(note.read_text())
+        try:
+            then, rows = json.loads(note.read_text()), read_jsonl(path)
+            held = [(row["id"], row["tokens"], len(row["logps"])) for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path} or its fingerprint is damaged ({error}); remove both") from None
         changed = [f"{key} ({then.get(key)} then, {now[key]} now)" for key in now if then.get(key) != now[key]]
         if changed:
             raise BadInput(f"{path} is stale: it was computed with other {', '.join(changed)}; remove it or choose "
                            "another --out")
-        rows = read_jsonl(path)
-        if [row["id"] for row in rows] != [tree.id for tree in trees]:
+        if held != [(tree.id, [len(a) for a in tree.answers], len(tree.answers)) for tree in trees]:
             raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
         print(f"reference: {len(rows)} records read from {path}")
         return [row["logps"] for row in rows]
@@ -340,7 +343,7 @@ def run_folder(s: Settings) -> Path:
                            f"again: --reference {s.out}/reference.jsonl)")
         return Path(s.out)
     names = ["runs/dpo"] + [f"runs/dpo-{k}" for k in range(2, 10000)]
-    return next(Path(name) for name in names if not Path(name).exists())
+    return next(Path(name) for name in names if not Path(name).exists() or not any(Path(name).iterdir()))
 
 
 def story(s: Story, out: Path) -> None:

@@ -52,12 +52,12 @@ def convert(raw: dict, where: str) -> dict:
             raw = raw | json.loads(raw["text"])
         except (ValueError, TypeError):
             raise BadInput("its 'text' field is not JSON") from None
-    if "messages" in raw:
+    if "chosen" in raw and "rejected" in raw and "answers" not in raw:
+        record = from_preference(raw)
+    elif "messages" in raw:
         record = from_messages(raw)
     elif "conversations" in raw:
         record = from_llava(raw)
-    elif "chosen" in raw and "rejected" in raw:
-        record = from_preference(raw)
     else:
         raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see records.py")
     record["id"] = identity(raw, where)
@@ -98,10 +98,13 @@ def from_llava(raw: dict) -> dict:
 
 
 def from_preference(raw: dict) -> dict:
-    """chosen and rejected as strings, {from, value}, or message lists; the prompt as question or prompt."""
-    prompt = raw.get("prompt", raw.get("question"))
+    """chosen and rejected as strings, {from, value}, or message lists; the prompt as question, prompt, messages or
+    conversations, or inside chosen and rejected, which then are whole conversations."""
+    prompt = next((raw[key] for key in ("prompt", "question", "messages") if raw.get(key) is not None), None)
+    if prompt is None and "conversations" in raw:
+        prompt = from_llava(raw)["messages"]
     chosen, rejected = (as_messages(raw[key], "assistant") for key in ("chosen", "rejected"))
-    if prompt is None:                                                   # TRL's implicit prompt: the common beginning
+    if prompt is None or [m["role"] for m in chosen[:1]] == ["user"]:    # TRL's implicit prompt: the common beginning
         same = 0
         while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
             same += 1
@@ -197,7 +200,7 @@ def clean(text: str, what: str, markers: bool = False) -> None:
 def image_path(root: Path, name) -> Path:
     """The file an image name stands for; a name that leads out of `root` (.., absolute, symlink) is refused."""
     if not isinstance(name, str):
-        raise BadInput(f"image {name!r} is not a file name")
+        raise BadInput(f"image {str(name)[:60]} is not a file name; write embedded images to files and name those")
     root = Path(root).resolve()
     try:
         path = (root / name).resolve()

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from common import BadInput
@@ -209,6 +209,8 @@ def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
         return to_rgb(image)
     except BadInput:
         raise
+    except UnidentifiedImageError:
+        raise BadInput(f"image {name}: is not an image file that Pillow knows; replace or remove it") from None
     except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
         raise BadInput(f"image {name}: cannot be decoded ({error}); replace or remove it") from None
     finally:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -557,6 +558,8 @@ def test_a_finished_run_is_never_written_over(ckpt, data, tmp_path, monkeypatch)
     for _ in range(3):
         names.append(str(dpo.run_folder(dpo.Settings())))
         (tmp_path / names[-1]).mkdir(parents=True)
+        assert dpo.run_folder(dpo.Settings()) == Path(names[-1])                 # a failed start left it empty
+        (tmp_path / names[-1] / "config.json").touch()
     assert names == ["runs/dpo", "runs/dpo-2", "runs/dpo-3"]
 
 
@@ -725,3 +728,12 @@ def test_an_answer_that_was_cut_off_is_never_paired():
 
 def test_sft_learns_the_chosen_answer_of_a_pair():
     assert sft.target({"answers": [{"text": "better"}, {"text": "worse"}], "pair": [0, 1]}) == "better"
+
+
+def test_a_damaged_reference_is_refused_not_read(ckpt, data, tmp_path):
+    run = dict(ckpt=str(ckpt), data=str(data), out=str(tmp_path / "run"), device="cpu", steps=0)
+    dpo.run(dpo.Settings(**run))
+    path = tmp_path / "run" / "reference.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(BadInput, match="damaged"):
+        dpo.run(dpo.Settings(**run))

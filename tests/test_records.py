@@ -302,8 +302,8 @@ def test_a_truncated_jpeg_is_refused(folder):
     (folder / "cut.jpg").write_bytes(data[:len(data) // 2])
     (folder / "text.jpg").write_text("no picture")
     assert read(folder, but(images=["whole.jpg"]))[1] == []
-    for name in ("cut.jpg", "text.jpg"):
-        assert f"image {folder / name}: cannot be decoded" in reason(folder, but(images=[name]))
+    for name, why in (("cut.jpg", "cannot be decoded"), ("text.jpg", "is not an image file")):
+        assert f"image {folder / name}: {why}" in reason(folder, but(images=[name]))
 
 
 def test_an_image_bomb_is_refused_before_it_is_decoded(folder):
@@ -355,3 +355,22 @@ def test_messages_that_end_with_the_assistant_hold_the_golden_answer(folder):
              {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]}]
     record = records.convert({"messages": turns, "images": ["a.png"]}, "x")
     assert record["messages"] == [{"role": "user", "content": "<image>\nHi?"}] and record["golden"] == "Hello."
+
+
+def test_preferences_may_stand_beside_or_around_the_conversation(folder):
+    """LLaMA-Factory's rows (conversations + chosen + rejected) and TRL's with whole conversations in chosen and rejected."""
+    user, red, blue = {"role": "user", "content": "What color?"}, *({"role": "assistant", "content": c} for c in ("red", "blue"))
+    beside = {"conversations": [{"from": "human", "value": "What color?"}], "chosen": {"from": "gpt", "value": "red"},
+              "rejected": {"from": "gpt", "value": "blue"}}
+    around = {"prompt": "What color?", "chosen": [user, red], "rejected": [user, blue]}
+    for raw in (beside, around, {"messages": [user], "chosen": "red", "rejected": "blue"}):
+        record = records.convert(raw, "x")
+        assert record["messages"] == [user] and record["pair"] == [0, 1]
+        assert [a["text"] for a in record["answers"]] == ["red", "blue"]
+
+
+@pytest.mark.parametrize("empty", [None, [], ""])
+def test_an_empty_image_field_does_not_hide_the_full_one(folder, empty):
+    raw = {"images": empty, "image": "a.png", "question": "Hi?", "chosen": "a", "rejected": "b"}
+    record = records.convert(raw, "x")
+    assert record["images"] == ["a.png"] and record["messages"][0]["content"] == "<image>\nHi?"
