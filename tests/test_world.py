@@ -83,6 +83,18 @@ def test_half_of_the_exist_items_are_true():
     assert truths.count("yes") == truths.count("no") == 50
 
 
+def test_what_a_question_says_of_its_scene_is_so():
+    """exist: the word is there or it is not; attribute: exactly one thing fits, and the bare answer is its property."""
+    for record in tasks.items("exist", 100, "test"):
+        word = record["truth"]["turns"][0]["question"].split()[3]
+        there = any(word in thing for thing in tasks.scene_of(record))
+        assert record["truth"]["turns"][0]["bare"] == ("yes" if there else "no")
+    for record in tasks.items("attribute", 100, "test"):
+        turn, (thing,) = record["truth"]["turns"][0], [
+            t for t in tasks.scene_of(record) if {t.shape, t.color} & set(record["messages"][0]["content"].split())]
+        assert turn["bare"] == getattr(thing, {"where": "place"}.get(turn["kind"], turn["kind"]))
+
+
 @pytest.mark.parametrize("answer, verdict", [("yes", "yes"), ("no", "no"), ("Yes.", None), ("", None), ("notice", None),
                                              ("yes , there is no doubt", None), ("there isn't one", None)])
 def test_the_exist_parser_takes_the_word_or_the_very_sentence_and_nothing_else(answer, verdict):
