@@ -1,68 +1,345 @@
-"""Where preferences come from: sample n answers to each question, have them scored, choose a pair.
+"""Where preferences come from: sample n answers to each question, have a judge score them, keep everything.
 
-The recipe (arXiv:2402.10884). The model answers each image question n = 4 times at temperature > 0. A judge that
-sees image, question and all four gives each five integers from 0 to 4 (HelpSteer's attributes). With
+The recipe (arXiv:2402.10884). The model answers each image question n = 4 times at temperature > 0. A judge that sees image,
+conversation and all n answers gives each five integers from 0 to 4, and where they differ enough there is a pair. The model
+is thus taught by its own answers: nothing that it could not already say is asked of it.
 
-    S = helpfulness + correctness + coherence          (complexity and verbosity are recorded, not used)
+This file puts it together: sampling stands here, the judge's prompt in rubric.py, the calls in judge.py, pairs in pairs.py.
 
-a question is kept where max S - min S >= 2; chosen is the best answer, rejected a random one among those with
-S <= max S - 2. The model is thus taught by its own answers: nothing it could not already say is asked of it.
+Nothing is computed or paid for twice. Answers go to answers-RANK.jsonl and replies to journal.jsonl as they come; each line is
+named by a hash of everything it depends on, so the same command goes on where it was stopped, and a changed prompt,
+picture, model or setting is asked anew. records.jsonl appears when all is done: every record as it came, in its order, with
+answers and scores, and the pictures beside it (hard links where possible), so that the folder stands alone.
 
-Here: sampling (any checkpoint) and the paper's rule. Judges over HTTP come with judge.py; the miniature has an
-exact one in oracle.py.
+    python annotate.py                                                                        the whole of it on the miniature
+    python annotate.py --ckpt llava-1.5-7b-hf --data prompts.jsonl --out runs/annotate        sample
+    python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run                     what would judging cost?
+    torchrun --nproc_per_node 8 annotate.py --ckpt DIR --data FILE --judge gemini:MODEL        sample on 8 GPUs, then judge
 
-    answers = sample(model, tokens, pixels, records, n=4, temperature=1.0)
-
-Previous: toy.py.  Next: evaluate.py (did it help).
+Previous: pairs.py.  Next: evaluate.py (did it help).
 """
-import random
+import datetime
+import filecmp
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import common  # first: it tells OpenMP how to wait
+import torch
 from tqdm import tqdm
 
-from common import sha
+import checkpoint
+import judge
+import pairs
+import records
+import tasks
+from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, make_tree
 from model import Llava, generate
-from records import quality
+from rubric import exact_reply, question, rubric, shown_order
+from wire import IMAGE_TOKENS, Question, Reply
 
-GAP = 2     # smallest difference in S between chosen and rejected (the paper's rule)
 
+@dataclass
+class Settings:
+    """Sample answers to image questions, have them judged on five attributes, look at the pairs."""
+    data: str = ""               # records, questions or preference files (see records.py); empty: the miniature
+    ckpt: str = ""               # who answers; needed for records that have no answers yet
+    image_root: str = ""         # folder the image names start from; empty: the data file's own
+    out: str = "runs/annotate"   # journals, records.jsonl and pictures; the same folder again: go on there
+    seed: int = 0                # of sampling, of the order in which answers are shown, of the rejected one
+    device: str = "auto"         # cpu, cuda, ...
+    dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
+    n: int = 4                   # answers per question (the paper's 4)
+    temperature: float = 1.2     # of the sampling (the authors' script; reviews of the paper say 0.7)
+    top_p: float = 1.0           # of the sampling; 1: everything
+    max_new: int = 1024          # longest answer in tokens (the authors' script)
+    batch: int = 16              # questions answered at once
+    crop: bool = False           # centre-crop images instead of padding them to a square
+    judge: str = ""              # gemini:MODEL, openai:MODEL (any chat-completions server), oracle (the miniature); empty: none
+    judge_url: str = ""          # another server, http://host:port
+    golden: bool = False         # ask the judge for an answer of its own, too
+    thinking: str = ""           # how much the judge thinks: low, medium, high; empty: its default
+    budget: int = 8192           # longest reply in tokens, thinking included; doubled once where it was too short
+    workers: int = 16            # calls at once
+    timeout: float = 120.0       # seconds until a call counts as lost
+    rpm: int = 0                 # requests per minute that your account allows; 0: no limit on this side
+    tpm: int = 0                 # tokens sent per minute; 0: no limit
+    rpd: int = 0                 # requests per day; 0: no limit
+    retry_failed: bool = False   # ask again for what was blocked, truncated, unparseable or failed
+    dry_run: bool = False        # say what judging would take, and show the first call; nothing is sent
+    gap: int = pairs.GAP         # smallest difference in S of a pair (the paper's 2)
+    pairs: bool = False          # print yield, scores, correlations, lengths and the judge's position bias
+    board: str = ""              # write a page of records and pairs to this file
+    export: str = ""             # trl: also write the pairs in TRL's format, to trl.jsonl
+
+
+@dataclass
+class Story(Settings):
+    """The miniature: 1000 questions, sampled and judged exactly. With --data FILE it is your own data that is annotated, and
+    other defaults hold: python annotate.py --data FILE -h"""
+    ckpt: str = "toy"            # who answers
+    temperature: float = 1.0     # of the sampling
+    max_new: int = 48            # longest answer in tokens
+    batch: int = 64              # questions answered at once
+    judge: str = "oracle"        # the miniature knows the truth
+    pairs: bool = True           # print yield, scores, correlations, lengths and the judge's position bias
+    prompts: int = 1000          # how many questions
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------
 
 def answer_seed(seed: int, record_id: str, k: int) -> int:
     """The k-th answer's own seed: the same whatever stands before or beside it in the file."""
     return int(sha(str(seed), record_id, str(k))[:15], 16)
 
 
-def sample(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], *, n: int = 4, temperature: float = 1.0,
-           top_p: float = 1.0, max_new: int = 1024, seed: int = 0, batch: int = 16, desc: str = "sampling") -> list[list[dict]]:
+def sample_batch(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], *, n: int = 4, temperature: float = 1.0,
+                 top_p: float = 1.0, max_new: int = 1024, seed: int = 0) -> list[list[dict]]:
     """n answers {"text", "finish"} to each record. finish is "stop", or "length" where max_new cut the answer off."""
-    out = []
-    bar = tqdm(total=len(items), desc=desc, unit="rec", disable=None, leave=False)
-    for start in range(0, len(items), batch):
-        part = items[start:start + batch]
-        trees = [make_tree(tokens, record, []) for record in part]
-        seeds = [[answer_seed(seed, record["id"], k) for k in range(n)] for record in part]
-        answers = generate(model, [t.prompt for t in trees], [pixels(t.images) for t in trees], n=n, max_new=max_new,
-                           temperature=temperature, top_p=top_p, seeds=seeds, eos=tokens.eos)
-        out += [[{"text": tokens.decode(a.ids), "finish": a.finish} for a in row] for row in answers]
-        bar.update(len(part))
-    bar.close()
+    trees = [make_tree(tokens, record, []) for record in items]
+    seeds = [[answer_seed(seed, record["id"], k) for k in range(n)] for record in items]
+    answers = generate(model, [t.prompt for t in trees], [pixels(t.images) for t in trees], n=n, max_new=max_new,
+                       temperature=temperature, top_p=top_p, seeds=seeds, eos=tokens.eos)
+    return [[{"text": tokens.decode(a.ids), "finish": a.finish} for a in row] for row in answers]
+
+
+def sample(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], *, batch: int = 16, desc: str = "sampling",
+           **how) -> list[list[dict]]:
+    """sample_batch over any number of records, `batch` at a time."""
+    with tqdm(total=len(items), desc=desc, unit="rec", disable=None, leave=False) as bar:
+        out = []
+        for start in range(0, len(items), batch):
+            out += sample_batch(model, tokens, pixels, items[start:start + batch], **how)
+            bar.update(len(out) - bar.n)
     return out
 
 
-def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] | None:
-    """(chosen, rejected) as indices into the record's answers, by the paper's rule; None where there is no pair.
+def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: int) -> list[dict]:
+    """Give every record without answers its n; returns the rejects. Process `rank` of `world` does every world-th batch."""
+    folder = checkpoint.resolve(s.ckpt)
+    config, _ = checkpoint.read_config(folder)
+    tokens, pixels, rejects = Tokens(folder, config), Pixels(config, s.crop), []
+    how = {"n": s.n, "temperature": s.temperature, "top_p": s.top_p, "max_new": s.max_new, "seed": s.seed}
+    about, todo, refused = sha(checkpoint.stamp(folder), str(how), str(s.crop), s.dtype), [], set()
+    for record in (r for r in items if not r["answers"]):
+        try:
+            longest = len(make_tree(tokens, record, []).prompt) + s.max_new
+            if longest > config.text.max_position_embeddings:
+                raise BadInput(f"prompt and answer may take {longest} tokens, more than the model was built for "
+                               f"({config.text.max_position_embeddings}); shorten it or lower --max_new")
+            record["key"] = sha(about, record["id"], json.dumps(record["messages"]), record["images_sha"])
+            todo.append(record)
+        except BadInput as problem:
+            rejects.append({"id": record["id"], "reason": str(problem)})
+            refused.add(record["id"])
+    items[:] = [r for r in items if r["id"] not in refused]
+    have = read_answers(out)
+    mine = [part for k, part in enumerate(todo[at:at + s.batch] for at in range(0, len(todo), s.batch)) if k % world == rank]
+    missing = [part for part in mine if not all(r["key"] in have for r in part)]
+    if rank == 0 and todo:
+        print(f"sampling: {s.n} answers to each of {len(todo)} records at temperature {s.temperature}; "
+              f"{sum(r['key'] in have for r in todo)} were answered before")
+    if missing:
+        journal = Journal(out / f"answers-{rank}.jsonl")
+        own = s.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if own else s.device
+        model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
+        bar = tqdm(total=sum(map(len, mine)), desc="sampling", unit="rec", disable=True if rank else None, leave=False,
+                   initial=sum(map(len, mine)) - sum(map(len, missing)))
+        for part in missing:                                             # whole batches, so that rounding is the same
+            for record, answers in zip(part, sample_batch(model, tokens, pixels, part, **how)):
+                if record["key"] not in have:
+                    journal.append({"key": record["key"], "id": record["id"], "answers": answers})
+            bar.update(len(part))
+        bar.close()
+        journal.close()
+    if world > 1:
+        torch.distributed.barrier()
+    have = read_answers(out)
+    for record in todo:
+        record["answers"] = have.get(record.pop("key"), [])
+    return rejects
 
-    A pair given in the data stands. Ties for the best go to the first; the rejected one is drawn with a seed of its
-    own per record, so that neither order nor other records matter. Answers of equal text are never paired, nor is one
-    that the token budget cut off (finish "length"): its end is not the model's, and must not be taught as one.
-    """
-    if record.get("pair"):
-        return tuple(record["pair"])
-    scored = [(k, quality(a)) for k, a in enumerate(record["answers"])
-              if a.get("scores") and a.get("finish") != "length"]
-    if not scored:
-        return None
-    best, top = max(scored, key=lambda ks: ks[1])
-    text = record["answers"][best]["text"].strip()
-    worse = [k for k, s in scored if s <= top - gap and record["answers"][k]["text"].strip() != text]
-    return (best, random.Random(f"{seed}/{record['id']}").choice(worse)) if worse else None
+
+def read_answers(out: Path) -> dict[str, list]:
+    """What all processes have sampled so far, this run or an earlier one, by key."""
+    lines = (line for path in sorted(out.glob("answers-*.jsonl")) for line in open(path, encoding="utf8"))
+    return {row["key"]: row["answers"] for row in (json.loads(line) for line in lines if line.endswith("\n"))}
+
+
+# ---- what it takes --------------------------------------------------------------------------------------------
+
+ANSWER, COMMENT, SECONDS = 150, 90, 8.0     # guesses: tokens of an answer not yet sampled, of a graded comment; time of a call
+
+
+def plan(s: Settings, items: list[dict]) -> str:
+    """What judging these records would take, before a cent is spent, and what the judge would read."""
+    answered = [r if r["answers"] else r | {"answers": [{"text": "?" * 3 * ANSWER}] * s.n} for r in items]
+    state = judge.Replies(Path(s.out) / "journal.jsonl").state if (Path(s.out) / "journal.jsonl").exists() else {}
+    asked = [(q, len(r["answers"])) for r, q in ((r, ask(r, s)) for r in answered) if q.key not in state]
+    sent, back = sum(q.tokens for q, _ in asked), sum(n * COMMENT + ANSWER * s.golden for _, n in asked)
+    minutes = max(len(asked) * SECONDS / s.workers / 60, len(asked) / s.rpm if s.rpm else 0, sent / s.tpm if s.tpm else 0)
+    days = f", on {math.ceil(len(asked) / s.rpd)} days" if s.rpd and len(asked) > s.rpd else ""
+    lines = [f"dry run, nothing is sent: {len(items)} records, {len(items) - len(asked)} judged before",
+             f"  calls        {len(asked):12,}   one per record; a bad reply is asked again, up to {judge.ASKS} times",
+             f"  tokens sent  {sent:12,}   {sent // max(1, len(asked)):,} per call, pictures counted as {IMAGE_TOKENS} each",
+             f"  tokens back  {back:12,}   {COMMENT} per candidate assumed; thinking, where the model does, comes on top",
+             f"  time         {minutes:8.0f} min   at {SECONDS:g} s a call, {s.workers} at once, within --rpm and --tpm{days}"]
+    if not all(r["answers"] for r in items):
+        lines.append(f"  answers not sampled yet are taken to be {ANSWER} tokens long")
+    if asked:
+        q = asked[0][0]
+        lines.append(f"\nthe first call, record {q.id}, {len(q.images)} pictures:\n\n{q.system}\n\n{q.text}")
+    return "\n".join(lines)
+
+
+# ---- putting it together --------------------------------------------------------------------------------------
+
+def ask(record: dict, s: Settings) -> Question:
+    return question(record, f"{s.judge} {s.thinking}", s.seed, s.golden)
+
+
+def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
+    """Every record judged -> the records with scores, states and what the judge was. The journal decides, not this run."""
+    replies, began = judge.Replies(out / "journal.jsonl"), time.perf_counter()
+    before, calls = Counter(replies.used), 0
+    if s.judge == "oracle":
+        for record in tqdm(items, desc="judging", unit="rec", disable=None, leave=False):
+            q = ask(record, s)
+            if q.key not in replies.state:
+                replies.keep(q, Reply("ok", exact_reply(record, s.seed, s.golden), version="exact"))
+    else:
+        client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
+                             thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
+        try:
+            client.ask((ask(r, s) for r in items), len(items), s.retry_failed)
+        finally:
+            calls, used = client.calls, replies.used - before
+            print(f"used: {calls:,} calls in {(time.perf_counter() - began) / 60:.1f} min; tokens: {used['prompt']:,} sent, "
+                  f"{used['answer']:,} back, {used['thoughts']:,} of thought ({replies.used['prompt']:,}, "
+                  f"{replies.used['answer']:,} and {replies.used['thoughts']:,} in the journal)")
+    done = [with_scores(record, ask(record, s), replies, s) for record in items]
+    replies.close()
+    states = Counter(r["judge"]["state"] for r in done)
+    print("judged: " + ", ".join(f"{states[name]} {name}" for name in judge.STATES if states[name] or name == "ok"))
+    for record in [r for r in done if r["judge"]["state"] != "ok"][:5]:
+        print(f"  {record['id']}: {record['judge']['state']}, {record['judge']['reason']}")
+    if len(done) > states["ok"]:
+        print("  these carry no scores; --retry_failed 1 asks for them again")
+    return done
+
+
+def with_scores(record: dict, q: Question, replies: judge.Replies, s: Settings) -> dict:
+    """The record with what its final reply says, read afresh from the raw text: a better parser needs no new call."""
+    row, places = replies[q.key], shown_order(record, s.seed)
+    state, reason, found = row["state"], row["reason"], None
+    if state in ("ok", "unparseable"):
+        try:
+            found, state = q.check(row["text"]), "ok"
+        except ValueError as problem:
+            state, reason = "unparseable", str(problem)
+    answers = [{key: value for key, value in a.items() if key not in ("scores", "comment")} for a in record["answers"]]
+    for k, (scores, comment) in zip(places, found["shown"] if found else []):
+        answers[k] |= {"scores": scores, "comment": comment}
+    about = {"model": s.judge, "version": row["version"], "prompt_sha": sha(rubric(s.golden)), "state": state, "order": places,
+             "usage": row["usage"]}
+    return (record | {"answers": answers, "judge": about | ({} if found else {"reason": reason})}
+            | ({"golden": found["golden"]} if found and found["golden"] else {}))
+
+
+def settle_in(record: dict, out: Path) -> dict:
+    """The record as it leaves: its pictures stand in `out` under their names (hard links where possible)."""
+    root, names = Path(record["root"]).resolve(), []
+    for name in record["images"]:
+        source = records.image_path(root, name)
+        name = str(source.relative_to(root)) if Path(name).is_absolute() else name
+        target = records.image_path(out, name)
+        names.append(name)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:                                              # another disk
+                shutil.copyfile(source, f"{target}.part")
+                os.replace(f"{target}.part", target)
+        elif not filecmp.cmp(source, target, shallow=False):
+            raise BadInput(f"record {record['id']}: {target} is another picture of that name; choose another --out")
+    return {key: value for key, value in record.items() if key not in ("root", "images_sha")} | {"images": names}
+
+
+def look(s: Settings, items: list[dict], out: Path) -> None:
+    """Numbers, board and export, where asked for; and what to run next."""
+    found = [(r, pair) for r in items if (pair := pairs.choose_pair(r, s.gap, s.seed))]
+    if s.pairs:
+        numbers = pairs.statistics(items, s.gap, s.seed)
+        write_whole(out / "pairs.json", json.dumps(numbers, indent=1) + "\n")
+        print(pairs.show(numbers))
+    if s.board:
+        title = f"{Path(s.data).name}, judged by {s.judge or 'nobody here'}"
+        write_whole(Path(s.board), pairs.board(items, out, s.gap, s.seed, title))
+        print(f"board: {s.board}, to be opened in a browser")
+    if s.export:
+        write_jsonl(out / "trl.jsonl", (pairs.to_trl(r, pair) for r, pair in found))
+        print(f"export: {out / 'trl.jsonl'}, {len(found)} pairs")
+    if found:
+        print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl")
+    elif not s.judge:
+        print(f"next: python annotate.py --data {out}/records.jsonl --out {out} --judge gemini:MODEL --dry_run")
+
+
+def miniature(s: Story) -> Story:
+    """Draw the pictures and write the questions; the rest is as with any other data. A look at the pairs includes a board."""
+    items = tasks.draw(tasks.preference_prompts(s.prompts, s.seed), Path(s.out))
+    path = Path(s.out) / "prompts.jsonl"
+    write_jsonl(path, ({key: r[key] for key in r if key not in ("root", "answers")} for r in items))
+    return replace(s, data=str(path), board=s.board or str(path.with_name("board.html")) * s.pairs)
+
+
+def run(s: Settings) -> list[dict]:
+    rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(s.out)
+    if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1 or s.temperature < 0 or not 0 < s.top_p <= 1:
+        raise BadInput("--n must lie from 1 to 26, --max_new, --batch and --gap be at least 1, --temperature not negative, "
+                       "--top_p above 0 and at most 1")
+    if s.export not in ("", "trl"):
+        raise BadInput(f"--export {s.export}: the one format known is trl")
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    if isinstance(s, Story):
+        s = miniature(s)
+    items, rejects = records.read(s.data, s.image_root)
+    many = [r["id"] for r in items if len(r["answers"]) > 26]
+    rejects += [{"id": name, "reason": "has more than 26 answers"} for name in many]
+    items = [r for r in items if r["id"] not in set(many)]
+    if s.dry_run:
+        records.report(s.data, len(items), rejects, None)
+        print(plan(s, items))
+        return items
+    if any(not r["answers"] for r in items):
+        if not s.ckpt:
+            raise BadInput(f"{s.data} has records without answers; say with --ckpt which model gives them")
+        rejects += fill_answers(s, items, out, rank, world)
+    if rank:
+        return items
+    records.report(s.data, len(items), rejects, out)
+    if not items:
+        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+    write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
+    if s.judge:
+        items = ask_judge(s, items, out)
+    items = [settle_in(record, out) for record in items]
+    write_jsonl(out / "records.jsonl", items)
+    print(f"records: {out / 'records.jsonl'}, {len(items)} of them, {sum(len(r['answers']) for r in items)} answers")
+    look(s, items, out)
+    return items
+
+
+if __name__ == "__main__":
+    alone = not any(arg == "--data" or arg.startswith("--data=") for arg in sys.argv[1:])
+    main(Story if alone else Settings, run)

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import HERE, BadInput, write_whole
+from common import HERE, BadInput, sha, write_whole
 from model import Config, Llava, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
 
@@ -184,6 +184,12 @@ def weight_files(folder: Path) -> list[Path]:
         if found:
             return found
     raise BadInput(f"{folder}: no *.safetensors and no pytorch_model*.bin")
+
+
+def stamp(folder: Path) -> str:
+    """Names a checkpoint by its small files' text and its weight files' sizes and times; 26 GB are not read for it."""
+    small = [path.read_bytes() for name in ("config.json", *TOKENIZER_FILES) if (path := folder / name).is_file()]
+    return sha(*small, *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in weight_files(folder)))
 
 
 def tensors(path: Path):

@@ -6,6 +6,8 @@ have one source.
 """
 import argparse
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import inspect
 import json
@@ -15,6 +17,8 @@ import platform
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 # Threads that spin while they wait for each other crawl as soon as anything else runs on the machine; let them sleep.
@@ -51,9 +55,15 @@ def flags(settings: type, argv: list[str] | None = None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(settings):
         note = f"{notes.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, metavar=field.type.__name__,
-                            help=note)
+        switch = {"type": on_or_off, "nargs": "?", "const": True, "metavar": "0|1"} if field.type is bool else {}
+        parser.add_argument(f"--{field.name}", **{"type": field.type, "metavar": field.type.__name__} | switch,
+                            default=field.default, help=note)
     return settings(**vars(parser.parse_args(argv)))
+
+
+def on_or_off(text: str) -> bool:
+    """A switch: --pairs and --pairs 1 are on, --pairs 0 is off, anything else a ValueError."""
+    return bool(("0", "1").index(text))
 
 
 # ---- where and how to compute ----------------------------------------------------------------------------
@@ -103,25 +113,88 @@ def update(optimizer: torch.optim.Optimizer, masters: list, parameters: list) ->
 
 # ---- files ---------------------------------------------------------------------------------------------------
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete or not at all: written aside, flushed to disk, renamed."""
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """The file appears complete or not at all: written aside, flushed to disk, renamed. Text, or pieces of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     with open(aside, "w", encoding="utf8") as f:
-        f.write(text)
+        f.writelines([text] if isinstance(text, str) else text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict]:
     with open(path, encoding="utf8") as f:
         return [json.loads(line) for line in f if line.strip()]
+
+
+class Journal:
+    """A file of JSON lines that survives kill -9: a row is on the disk before `append` returns, a torn last line is cut off
+    when the file is opened again, one process writes at a time. Rows have a "key"; `journal[key]` is the last row of that
+    key, read back from the disk, so that memory holds only where each row stands. Any thread may append.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.at, self.size = Path(path), {}, 0
+        self.lock, self.disk, self.written, self.safe = threading.Lock(), threading.Lock(), 0, 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"{self.path} is being written by another process; wait for it, or choose another --out") from None
+        with open(self.path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not line.endswith(b"\n"):                             # torn by a kill
+                    break
+                try:
+                    row = json.loads(line)
+                    self.at[row["key"]] = self.size
+                    self.seen(row)
+                except (ValueError, KeyError, TypeError):
+                    raise BadInput(f"{self.path}: line {number} is damaged; remove that line and run again") from None
+                self.size += len(line)
+        os.ftruncate(self.fd, self.size)
+
+    def seen(self, row: dict) -> None:
+        """Called once for every row, found or appended."""
+
+    def append(self, row: dict) -> None:
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        with self.lock:
+            try:
+                if os.write(self.fd, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                os.ftruncate(self.fd, self.size)                         # no half line for the next one to grow onto
+                raise
+            self.at[row["key"]] = self.size
+            self.size += len(line)
+            self.written += 1
+            mine = self.written
+            self.seen(row)
+        with self.disk:                                                  # one flush serves all who wait for it
+            if self.safe < mine:
+                upto = self.written
+                os.fsync(self.fd)
+                self.safe = upto
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.at
+
+    def __getitem__(self, key: str) -> dict:
+        with open(self.path, "rb") as f:
+            f.seek(self.at[key])
+            return json.loads(f.readline())
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 def sha(*parts: bytes | str) -> str:

@@ -44,16 +44,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import annotate
 import checkpoint
 import evaluate
-import oracle
 import records
-import tasks
-from annotate import GAP, choose_pair, sample
 from common import (BadInput, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, sha, update,
                     write_jsonl, write_whole)
 from data import Pixels, Tokens, Tree, answer_logps, make_tree, split, template
 from model import Llava
+from pairs import GAP, choose_pair
 from sft import shuffled
 
 
@@ -116,7 +115,7 @@ class Pair:
 
 
 def make_pairs(items: list[dict], trees: list[Tree], reference: list[list[float]], gap: int, seed: int) -> list[Pair]:
-    """The records that have a pair by the paper's rule (annotate.choose_pair), with what the reference says of it."""
+    """The records that have a pair by the paper's rule (pairs.choose_pair), with what the reference says of it."""
     pairs = []
     for record, tree, ref in zip(items, trees, reference):
         chosen = choose_pair(record, gap, seed)
@@ -358,24 +357,14 @@ def story(s: Story, out: Path) -> None:
     print(evaluate.table(rows))
 
     print(f"\n2. LLaVA-mini answers {s.prompts} image questions {s.n} times each; the exact judge scores them")
-    model = checkpoint.load(toy, device, dtype)
-    tokens = Tokens(toy, model.config)
-    items = evaluate.draw(tasks.preference_prompts(s.prompts, s.seed), out)
-    answers = sample(model, tokens, Pixels(model.config), items, n=s.n, temperature=s.temperature, seed=s.seed,
-                     max_new=evaluate.MAX_NEW, batch=64)
-    for record, row in zip(items, answers):
-        for answer in row:
-            answer["scores"], answer["comment"] = oracle.judge(record, answer["text"])
-        record["answers"] = row
-        del record["root"]
-    write_jsonl(out / "records.jsonl", items)
-    print(f"records: {out / 'records.jsonl'}")
+    annotate.run(annotate.Story(out=str(out), prompts=s.prompts, n=s.n, temperature=s.temperature, seed=s.seed, device=s.device,
+                                dtype=s.dtype, pairs=False))
 
     print("\n3. direct preference optimization")
     aligned = align(replace(s, data=str(out / "records.jsonl")), out)
     if s.steps == 0:
         return
-    rows["LLaVA-mini + DPO"] = evaluate.miniature(aligned, tokens, out, "aligned")[0]
+    rows["LLaVA-mini + DPO"] = evaluate.miniature(aligned, Tokens(toy, aligned.config), out, "aligned")[0]
     seconds = round(time.perf_counter() - began, 1)
     write_whole(out / "scores.json", json.dumps(describe_run(s, seconds=seconds, scores=rows)) + "\n")
     print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in evaluate.py)")

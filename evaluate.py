@@ -17,7 +17,6 @@ Previous: annotate.py.  Next: dpo.py (the remedy).
 """
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import common  # first: it tells OpenMP how to wait
 import checkpoint
 import oracle
 import tasks
-import world
 from annotate import sample
 from common import BadInput, describe_run, device_and_dtype, main, write_jsonl, write_whole
 from data import Pixels, Tokens
@@ -47,19 +45,6 @@ class Settings:
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------
-
-def draw(items: list[dict], folder: Path) -> list[dict]:
-    """Write the pictures that records speak of into `folder`; give the records their place and empty answers."""
-    for record in items:
-        record |= {"root": str(folder), "answers": []}
-        for name in record["images"]:
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".part")
-            world.render(tasks.scene_of(record), record["truth"]["seed"]).save(aside, format="PNG")
-            os.replace(aside, path)
-    return items
-
 
 def ask(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], desc: str) -> list[str]:
     """The greedy answer to each record."""
@@ -89,7 +74,7 @@ def mean(values: list[float]) -> dict:
 def miniature(model: Llava, tokens: Tokens, folder: Path, name: str, split: str = "test") -> tuple[dict, list[dict]]:
     """All benchmarks of one model -> (scores by column, every answer with its record's id). Pictures go to `folder`."""
     pixels, scores, answers = Pixels(model.config), {}, []
-    items = draw(tasks.items("text", ITEMS["text"], split), folder)
+    items = tasks.draw(tasks.items("text", ITEMS["text"], split), folder)
     pairs = ask_two_turns(model, tokens, pixels, items, f"{name}: text")
     marks = [oracle.score_text(r, pair) for r, pair in zip(items, pairs)]
     for column, key in (("text", "score"), ("core", "core"), ("terse", "terse"), ("words", "words")):
@@ -99,7 +84,7 @@ def miniature(model: Llava, tokens: Tokens, folder: Path, name: str, split: str 
         return scores, answers
     judged = []
     for bench in ("exist", "attribute", "describe", "choice"):
-        items = draw(tasks.items(bench, ITEMS[bench], split), folder)
+        items = tasks.draw(tasks.items(bench, ITEMS[bench], split), folder)
         texts = ask(model, tokens, pixels, items, f"{name}: {bench}")
         scores[bench] = mean([oracle.score(bench, r, text) for r, text in zip(items, texts)])
         judged += [quality({"scores": oracle.judge(r, text)[0]}) for r, text in zip(items, texts)]

@@ -17,6 +17,8 @@ The trick. A foreign record is recognised by its fields, not by its file's name:
     the authors' DPO    question, chosen, rejected: {from, value}, image           (github.com/findalexli/mllm-dpo)
     TRL conversational  prompt, chosen, rejected: [{role, content}], images        (prompt may be left implicit)
     RLHF-V              question, chosen, rejected: strings, image or image_path   (or the three inside "text")
+    questions           text, image (LLaVA's question files); question, answer, image_id (LRV-Instruct: ID.jpg);
+                        conversations or q_a_pairs, image_file (SciGraphQA; the last question is the one asked)
 
 Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed.
 
@@ -33,6 +35,8 @@ import vision
 from common import BadInput, write_jsonl
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+TAKEN = ("conversations", "q_a_pairs", "chosen", "rejected", "prompt", "question", "text", "answer", "image", "image_path",
+         "image_file", "image_id")             # fields of foreign shapes that become something else in ours
 CONTROL = ("<s>", "</s>", "<unk>", "<pad>")    # these would be read as control tokens, not as text
 
 
@@ -58,10 +62,15 @@ def convert(raw: dict, where: str) -> dict:
         record = from_messages(raw)
     elif "conversations" in raw:
         record = from_llava(raw)
+    elif any(isinstance(raw.get(key), str) for key in ("text", "question")) or raw.get("q_a_pairs"):
+        record = from_question(raw)
     else:
         raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see records.py")
+    record = {key: value for key, value in raw.items() if key not in TAKEN} | record           # what we do not know travels along
     record["id"] = identity(raw, where)
-    images = next((raw[key] for key in ("images", "image", "image_path") if raw.get(key)), [])
+    images = next((raw[key] for key in ("images", "image", "image_path", "image_file") if raw.get(key)), [])
+    if not images and raw.get("image_id") is not None:                   # LRV names Visual Genome's pictures by number
+        images = f"{raw['image_id']}.jpg"
     record["images"] = images if isinstance(images, list) else [images]
     if "messages" not in raw and not any("<image>" in str(m["content"]) for m in record["messages"]):
         for first in record["messages"][:1]:                             # foreign data may leave the marker implicit
@@ -95,6 +104,16 @@ def from_llava(raw: dict) -> dict:
     if turns and turns[-1]["role"] == "assistant":
         record |= {"messages": turns[:-1], "golden": turns[-1]["content"]}
     return record
+
+
+def from_question(raw: dict) -> dict:
+    """LLaVA's question files (text), LRV-Instruct (question, answer), SciGraphQA's q_a_pairs, the last of which is asked."""
+    pairs = raw.get("q_a_pairs") or [[raw.get("text") or raw.get("question"), raw.get("answer")]]
+    if not isinstance(pairs, list) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        raise BadInput("q_a_pairs must be a list of [question, answer]")
+    turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+    golden = turns.pop()["content"]
+    return {"messages": turns} | ({"golden": golden} if isinstance(golden, str) and golden.strip() else {})
 
 
 def from_preference(raw: dict) -> dict:

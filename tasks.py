@@ -13,11 +13,13 @@ question of a benchmark was ever trained on; settings are chosen on dev, results
 
 Previous: world.py.  Next: oracle.py (the judge).
 """
+import os
 import random
 from itertools import count
+from pathlib import Path
 
 from world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOME, HOMES, KNOWLEDGE, LOOKUPS, NUMBERS, OPPOSITE, SHAPES,
-                   Scene, Thing, add, ask, ask_exist, join, numbers, random_scene, say_times, sentence, split_of, turn)
+                   Scene, Thing, add, ask, ask_exist, join, numbers, random_scene, render, say_times, sentence, split_of, turn)
 
 # ---------------------------------------------------------------------------------------------------
 # text tasks: two turns each; the second leans on the first ("now backwards ."), as in MT-Bench
@@ -208,6 +210,19 @@ def items(bench: str, n: int, split: str = "dev", seed: int = 0) -> list[dict]:
 
 def scene_of(record: dict) -> Scene:
     return tuple(Thing(*t) for t in record["truth"]["scene"])
+
+
+def draw(items: list[dict], folder: Path) -> list[dict]:
+    """Write the pictures that records speak of into `folder`; give the records their place and empty answers."""
+    for record in items:
+        record |= {"root": str(folder), "answers": []}
+        for name in record["images"]:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".part")
+            render(scene_of(record), record["truth"]["seed"]).save(aside, format="PNG")
+            os.replace(aside, path)
+    return items
 
 
 def vocabulary() -> list[str]:

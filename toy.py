@@ -21,7 +21,7 @@ seed and every reduction has a fixed order, so the same machine and torch give t
     python toy.py                # builds toy/ where there is none
     python evaluate.py           # what the two can do
 
-Previous: sft.py.  Next: annotate.py (where preferences come from).
+Previous: sft.py.  Next: wire.py (what is said to a judge).
 """
 import common  # first: it tells OpenMP how to wait
 import json

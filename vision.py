@@ -18,6 +18,7 @@ transformers' image processor; transparency is shown on white, EXIF turns are ma
 
 Previous: kernels/__init__.py.  Next: model.py (a Llama that reads these vectors).
 """
+import threading
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +36,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before a byte of it is decoded,
 MAX_SIDE = 20_000         # and so is a thin strip that would fill the memory once it is padded to a square
+OPENING = threading.Lock()  # Pillow's own limit is a global
 
 
 @dataclass
@@ -196,9 +198,13 @@ def load_image(path: Path, small: int = 0) -> Image.Image:
 
 
 def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None      # our own check says which file and what to do
     try:
-        image = Image.open(BytesIO(data))
+        with OPENING:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None      # our own check says which file and what to do
+            try:
+                image = Image.open(BytesIO(data))
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
         w, h = image.size
         if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
             raise BadInput(f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side "
@@ -213,5 +219,3 @@ def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
         raise BadInput(f"image {name}: is not an image file that Pillow knows; replace or remove it") from None
     except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
         raise BadInput(f"image {name}: cannot be decoded ({error}); replace or remove it") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import annotate
+import records
 import checkpoint
 import common
 import dpo
 import sft
-from annotate import choose_pair
+from pairs import choose_pair
 from common import BadInput, schedule
 from conftest import picture, tiny_checkpoint
 from data import Pixels, Tokens, answer_logps, make_tree, token_logps
@@ -169,7 +169,7 @@ def test_a_pair_needs_a_gap_of_two():
 
 def test_quality_is_helpfulness_correctness_and_coherence_alone():
     answer = {"scores": {"helpfulness": 1, "correctness": 2, "coherence": 4, "complexity": 4, "verbosity": 3}}
-    assert annotate.quality(answer) == 7
+    assert records.quality(answer) == 7
 
 
 def test_ties_for_the_best_go_to_the_first():

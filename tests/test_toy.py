@@ -49,7 +49,7 @@ def test_llava_mini_looks_at_the_picture(tmp_path):
     """The same question about two pictures: the log-prob of an answer must change with the picture."""
     model = checkpoint.load("toy")
     tokens, pixels = Tokens(checkpoint.resolve("toy"), model.config), Pixels(model.config)
-    items = evaluate.draw(tasks.items("exist", 2, "test"), tmp_path)
+    items = tasks.draw(tasks.items("exist", 2, "test"), tmp_path)
     question = items[0]["messages"]
     logps = []
     for record in items:

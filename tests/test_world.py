@@ -11,7 +11,7 @@ import pytest
 import oracle
 import tasks
 import world
-from annotate import quality
+from records import quality
 
 KINDS = world.LOOKUPS + world.KNOWLEDGE + ("each", "choice", "describe")
 

@@ -1,0 +1,342 @@
+"""Asking a model over HTTP, and surviving it: five states, one journal.
+
+The problem. A judge is a program somewhere else. It answers late, or never, or with half a JSON object, or with a score of
+7 out of 4. Code that papers over this with a default score or a dropped row puts invented numbers into published tables.
+
+The trick. Every question ends in exactly one of five states, and only the first may carry scores:
+
+    ok            the reply passed the caller's own strict check
+    blocked       the server refused (safety, recitation, a content filter)
+    truncated     cut off at the token budget, and again at twice the budget
+    unparseable   ASKS replies to the same unchanged prompt, and none passed the check
+    failed        no reply: the network, the server's errors, a request that the server calls invalid
+
+Each reply, good or bad, is a line on disk (journal.jsonl, raw text included) before anything else is asked about the same
+question. Kill the program at any moment: the same command goes on from there, nothing is asked or paid for twice but the
+calls in flight, and a better parser can read the old replies again.
+
+Traffic. Limits per minute and day are kept on this side (`Limits`). What is worth another try (408, 409, 429, 5xx, a broken
+connection, a reply that is no JSON) waits min(60, 2^k) seconds times a random number ("full jitter"), plus whatever delay
+the server asked for; a 429 makes every worker wait. What is not (a wrong key, an unknown model, an empty daily quota) stops
+the run with the remedy. An optional field that a server rejects is left out from then on, and that is said.
+
+The key travels in a header only. Redirects are not followed and .netrc is not read, so that it cannot end up elsewhere,
+and whatever a server sends back is searched for it before it is printed or stored.
+
+Previous: wire.py.  Next: rubric.py (what the judge is asked).
+"""
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from tqdm import tqdm
+
+from common import BadInput, Journal
+from wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, rejected
+
+STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
+ASKS = 3                 # replies to one question before it counts as unparseable
+TRIES = 6                # calls without a reply before it counts as failed; a 429 counts a quarter
+WAIT, MOST = 1.0, 60.0   # seconds: the first wait is at most WAIT, it doubles with every try, up to MOST
+PATIENCE = 300           # seconds: a server that asks for more is not waited for
+DEAD = 20                # questions failed in a row, and the server is gone
+KEPT = "what was judged is kept; run the same command again afterwards"
+
+
+# ---- limits and journal ---------------------------------------------------------------------------------------
+
+class Limits:
+    """At most `rpm` requests and `tpm` tokens in any minute, `rpd` requests in any day, as the server sees it (0: no limit).
+
+    The server sees a request at some moment between its sending and its reply. So it counts from its sending until a
+    minute after its reply, and no window of a minute can hold more, however the network delays things.
+    """
+
+    def __init__(self, rpm: int = 0, tpm: int = 0, rpd: int = 0, past: Iterable[tuple] = (), minute: float = 60,
+                 day: float = 86400):
+        self.rpm, self.tpm, self.rpd, self.minute, self.day = rpm, tpm, rpd, minute, day
+        self.busy, self.until, self.scale, self.turn = [], 0.0, 1.0, threading.Condition()
+        past = sorted((time.monotonic() - max(0.0, time.time() - when), tokens) for when, tokens in past)
+        self.done = deque(past)                                          # (when its reply came, tokens)
+        self.today = deque(when for when, _ in past)
+
+    def enter(self, guess: int, stop: threading.Event) -> int:
+        """Wait until about `guess` tokens may be sent; returns what to tell `leave`. Raises Stopped, or BadInput where the
+        day is spent."""
+        with self.turn:
+            while not stop.is_set():
+                now, tokens = time.monotonic(), math.ceil(guess * self.scale)
+                while self.done and self.done[0][0] <= now - self.minute:
+                    self.done.popleft()
+                while self.today and self.today[0] <= now - self.day:
+                    self.today.popleft()
+                if self.rpd and len(self.today) + len(self.busy) >= self.rpd:
+                    raise BadInput(f"the {self.rpd} requests of --rpd are spent; {KEPT}")
+                count = len(self.busy) + len(self.done)
+                load = sum(self.busy) + sum(t for _, t in self.done) if self.tpm else 0
+                if now >= self.until and not (self.rpm and count >= self.rpm) and not (
+                        self.tpm and count and load + tokens > self.tpm):
+                    self.busy.append(tokens)
+                    return tokens
+                soonest = max(self.until, self.done[0][0] + self.minute if self.done and now >= self.until else 0)
+                self.turn.wait(min(max(soonest - now, 0.01), 0.5))
+            raise Stopped
+
+    def leave(self, tokens: int, used: int) -> None:
+        """The reply is there; it counted `used` tokens (0: nobody says). Guesses that were too low are raised from now on."""
+        with self.turn:
+            now = time.monotonic()
+            self.busy.remove(tokens)
+            self.done.append((now, used or tokens))
+            self.scale = max(self.scale, self.scale * used / tokens)
+            self.today.append(now)
+            self.turn.notify_all()
+
+    def pause(self, seconds: float) -> None:
+        """Nobody sends anything for so long."""
+        with self.turn:
+            self.until = max(self.until, time.monotonic() + seconds)
+
+
+class Replies(Journal):
+    """The journal of a judge: what is settled and how, what was replied to questions not yet settled, what it all cost."""
+
+    def __init__(self, path: Path):
+        self.state, self.before, self.used, self.times = {}, {}, Counter(), deque(maxlen=100_000)
+        super().__init__(path)
+
+    def seen(self, row: dict) -> None:
+        self.used.update(row["usage"] | {"replies": 1})
+        self.times.append((row["time"], row["usage"].get("prompt", 0)))
+        if row["final"]:
+            self.state[row["key"]] = row["state"]
+            self.before.pop(row["key"], None)
+        else:
+            self.before.setdefault(row["key"], []).append(row["state"])
+
+    def keep(self, q: Question, reply: Reply, final: bool = True) -> None:
+        self.append({"key": q.key, "id": q.id, "state": reply.state, "final": final, "reason": reply.reason,
+                     "version": reply.version, "usage": reply.usage, "time": round(time.time(), 3), "text": reply.text})
+
+
+# ---- the client -----------------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """The run is ending; this call was not made."""
+
+
+class Failed(Exception):
+    """This question gets no reply; the message says why."""
+
+
+class Judge:
+    """Asks questions with several threads at once; every reply goes to `replies` before the next step.
+
+    spec     "gemini:MODEL" or "openai:MODEL"
+    url      another server: its scheme and host, or the whole base up to and including /v1
+    Raises BadInput for a spec, url or key that cannot be used.
+    """
+
+    def __init__(self, spec: str, replies: Replies, url: str = "", *, workers: int = 16, timeout: float = 120, budget: int = 8192,
+                 thinking: str = "", rpm: int = 0, tpm: int = 0, rpd: int = 0):
+        name, _, self.model = spec.partition(":")
+        if name not in PROTOCOLS or not self.model:
+            raise BadInput(f"--judge {spec}: say gemini:MODEL or openai:MODEL")
+        if min(workers, timeout, budget) <= 0 or min(rpm, tpm, rpd) < 0:
+            raise BadInput("--workers, --timeout and --budget must be positive, --rpm, --tpm and --rpd not negative (0: none)")
+        self.wire, self.replies, self.workers, self.timeout = PROTOCOLS[name], replies, workers, timeout
+        self.budget, self.thinking = budget, thinking
+        self.base, self.key = base_url(self.wire.base, url), find_key(self.wire.keys, needed=name == "gemini" or not url)
+        self.limits = Limits(rpm, tpm, rpd, replies.times)
+        self.stop, self.local = threading.Event(), threading.local()
+        self.without: set[str] = set()                                   # optional fields that the server does not take
+        self.calls = self.dead = 0                                       # made in all; questions failed in a row
+
+    def ask(self, questions: Iterable[Question], total: int = 0, retry_failed: bool = False) -> None:
+        """Settle every question. Raises BadInput where going on is pointless; what was replied is in the journal."""
+        pool, waiting, said = ThreadPoolExecutor(self.workers), set(), Counter()
+        bar = tqdm(total=total or None, desc="judging", unit="rec", disable=None, leave=False)
+
+        def collect(least: int) -> None:
+            nonlocal waiting
+            while len(waiting) > least:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    said[future.result()] += 1                           # raises what the worker raised
+                    bar.update()
+                bar.set_postfix(said, refresh=False)
+
+        try:
+            for q in questions:
+                state = self.replies.state.get(q.key)
+                if state is None or state != "ok" and retry_failed:
+                    waiting.add(pool.submit(self.settle, q))
+                    collect(2 * self.workers)
+                else:
+                    bar.update()
+            collect(0)
+        except BaseException as problem:
+            self.stop.set()
+            bar.close()
+            if isinstance(problem, KeyboardInterrupt):
+                print(f"stopping; the calls in flight are waited for and kept (up to {self.timeout:g} s; Ctrl-C again: not)")
+            raise
+        finally:
+            try:
+                pool.shutdown(wait=True, cancel_futures=True)
+            except KeyboardInterrupt:
+                os._exit(130)                                            # every line of the journal is on disk
+            bar.close()
+
+    def settle(self, q: Question) -> str:
+        """Ask until the question has its final state, which is returned."""
+        before = list(self.replies.before.get(q.key, ()))                # replies from before a kill count
+        try:
+            images = [jpeg(path) for path in q.images]
+        except BadInput as problem:
+            self.replies.keep(q, Reply("failed", reason=str(problem)))
+            return "failed"
+        while True:
+            try:
+                reply = self.post(q, images, self.budget * (2 if "truncated" in before else 1))
+            except Failed as problem:
+                self.replies.keep(q, Reply("failed", reason=str(problem)))
+                self.dead += 1
+                if self.dead >= DEAD:
+                    raise BadInput(f"{DEAD} records in a row got no reply from {self.base}: {problem}; when the server is "
+                                   "back, run the same command with --retry_failed 1") from None
+                return "failed"
+            self.dead = 0
+            if reply.state == "ok":
+                try:
+                    q.check(reply.text)
+                except ValueError as problem:
+                    reply.state, reply.reason = "unparseable", str(problem)
+            bad = sum(state != "truncated" for state in before)
+            final = (reply.state == "ok" or reply.state == "blocked" and not reply.again
+                     or ("truncated" in before if reply.state == "truncated" else bad + 1 >= ASKS))
+            self.replies.keep(q, reply, final)
+            if final:
+                return reply.state
+            before.append(reply.state)
+
+    def read(self, data) -> Reply:
+        try:
+            reply = self.wire.reply(data)
+            used = {name: int(n or 0) for name, n in reply.usage.items()}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
+            return Reply("unparseable", "", f"a reply of unknown shape ({type(problem).__name__}: {problem})")
+        reply.usage, reply.text, reply.reason = used, self.scrub(reply.text), self.scrub(reply.reason)
+        return reply
+
+    def post(self, q: Question, images: list[str], budget: int) -> Reply:
+        """One question -> the reply of a 200. Raises Failed, Stopped, or BadInput where the whole run must stop."""
+        tries, url = 0.0, self.wire.url(self.base, self.model)
+        while True:
+            without, reply = set(self.without), None
+            body = json.dumps(self.wire.body(self.model, q, images, budget, self.thinking, without)).encode()
+            guess = self.limits.enter(q.tokens, self.stop)
+            try:
+                status, headers, data = self.send(url, body)
+                reply = self.read(data) if status == 200 and isinstance(data, (dict, list)) else None
+            except requests.RequestException as problem:
+                status, headers, data = 0, {}, f"{type(problem).__name__}: {problem}"
+            finally:
+                self.limits.leave(guess, reply.usage.get("prompt", 0) if reply else 0)
+            self.calls += 1
+            if reply:
+                return reply
+            error = error_of(data)
+            what = self.scrub(f"{f'HTTP {status}' if status else 'no reply'}: {error.get('message') or error}")[:500]
+            if status == 400 and (names := rejected(self.wire.optional, error) - without):
+                if names - self.without:
+                    tqdm.write(f"the server does not take {', '.join(names)}; going on without ({what[:100]})")
+                self.without |= names
+                continue
+            self.stop_if_pointless(status, error, what)
+            if status not in (0, 200, 408, 409, 425, 429) and status < 500:
+                raise Failed(what)
+            tries += 0.25 if status == 429 else 1
+            if tries >= TRIES:
+                raise Failed(f"{what} ({TRIES} tries)")
+            asked = delay_of(headers, error)
+            if asked > PATIENCE:
+                raise BadInput(f"the server asks to wait {asked:.0f} s ({what}); {KEPT}")
+            seconds = asked + random.uniform(0, min(MOST, WAIT * 2 ** tries))
+            if status == 429:
+                self.limits.pause(seconds)
+            elif self.stop.wait(seconds):
+                raise Stopped
+
+    def send(self, url: str, body: bytes | None) -> tuple[int, dict, object]:
+        """One HTTP call -> status, headers, JSON (or the text, where it is none). A body None is a GET."""
+        if not hasattr(self.local, "session"):
+            self.local.session = requests.Session()
+            self.local.session.auth = lambda request: request            # or .netrc would replace our header
+        headers = self.wire.headers(self.key) | {"Content-Type": "application/json"}
+        until = time.monotonic() + self.timeout
+        with self.local.session.request("GET" if body is None else "POST", url, data=body, headers=headers, stream=True,
+                                        timeout=(min(20, self.timeout), self.timeout), allow_redirects=False) as r:
+            content = bytearray()
+            for chunk in r.iter_content(1 << 16):
+                content += chunk
+                if time.monotonic() > until or len(content) > 1 << 24:
+                    raise requests.Timeout(f"the reply took longer than {self.timeout:g} s, or is endless")
+            try:
+                return r.status_code, r.headers, json.loads(content)
+            except (ValueError, RecursionError):
+                return r.status_code, r.headers, content[:300].decode("utf8", "replace")
+
+    def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
+        said = json.dumps(error)
+        if status == 429 and ("PerDay" in said or "insufficient_quota" in said or re.search(r"limit: 0\b(?!\.)", said)):
+            raise BadInput(f"the quota is spent ({what}); wait for the next day or have it raised; {KEPT}")
+        if status in (401, 403) or status == 400 and re.search("API_KEY_INVALID|API key not valid|FAILED_PRECONDITION", said):
+            raise BadInput(f"the server refuses the key or the account ({what}); check {' or '.join(self.wire.keys)}; {KEPT}")
+        if status == 404 or status == 400 and "model_not_found" in said:
+            raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); {self.offers()}{KEPT}")
+        if 300 <= status < 400:
+            raise BadInput(f"{self.base} answers with a redirect ({what}); give the final address as --judge_url")
+
+    def offers(self) -> str:
+        """The models a server says it has, as half a sentence; nothing where it does not say."""
+        try:
+            data = self.send(f"{self.base}/models", None)[2]
+            rows = data.get("models") or data.get("data")
+            return f"it offers {', '.join(str(row.get('name') or row.get('id')) for row in rows[:50])}; "
+        except (requests.RequestException, AttributeError, TypeError):
+            return ""
+
+    def scrub(self, text: str) -> str:
+        """Without the key, should a server echo it; halves of characters, which no file can hold, become "?"."""
+        text = str(text).encode("utf8", "replace").decode()
+        return text.replace(self.key, "[key]") if self.key else text
+
+
+def base_url(usual: str, url: str) -> str:
+    """--judge_url replaces scheme and host, or the whole base where it has a path."""
+    if not url:
+        return usual
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise BadInput("--judge_url: say http://host:port or https://host/v1, without a user, password or key in it")
+    return url.rstrip("/") if parts.path.strip("/") else url.rstrip("/") + urlsplit(usual).path
+
+
+def find_key(names: tuple, needed: bool) -> str:
+    key = next((os.environ[name].strip() for name in names if os.environ.get(name, "").strip()), "")
+    if not key and needed:
+        raise BadInput(f"no key: set {' or '.join(names)} in the environment")
+    if not re.fullmatch(r"[\x21-\x7e]*", key):
+        raise BadInput(f"the key in {' or '.join(names)} holds characters that no header can carry; copy it again")
+    return key
