@@ -14,7 +14,7 @@ answers and scores, and the pictures beside it (hard links where possible), so t
     python annotate.py                                                                        the whole of it on the miniature
     python annotate.py --ckpt llava-1.5-7b-hf --data prompts.jsonl --out runs/annotate        sample
     python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run                     what would judging cost?
-    torchrun --nproc_per_node 8 annotate.py --ckpt DIR --data FILE --judge gemini:MODEL        sample on 8 GPUs, then judge
+    torchrun --nproc_per_node 8 -- annotate.py --ckpt DIR --data FILE --judge gemini:MODEL     sample on 8 GPUs, then judge
 
 Previous: pairs.py.  Next: evaluate.py (did it help).
 """
@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,6 +141,8 @@ def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: in
             rejects.append({"id": record["id"], "reason": str(problem)})
             refused.add(record["id"])
     items[:] = [r for r in items if r["id"] not in refused]
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     have = read_answers(out)
     mine = [part for k, part in enumerate(todo[at:at + s.batch] for at in range(0, len(todo), s.batch)) if k % world == rank]
     missing = [part for part in mine if not all(r["key"] in have for r in part)]
@@ -147,21 +150,19 @@ def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: in
         print(f"sampling: {s.n} answers to each of {len(todo)} records at temperature {s.temperature}; "
               f"{sum(r['key'] in have for r in todo)} were answered before")
     if missing:
-        journal = Journal(out / f"answers-{rank}.jsonl")
         own = s.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
         device = f"cuda:{os.environ['LOCAL_RANK']}" if own else s.device
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
-        bar = tqdm(total=sum(map(len, mine)), desc="sampling", unit="rec", disable=True if rank else None, leave=False,
-                   initial=sum(map(len, mine)) - sum(map(len, missing)))
-        for part in missing:                                             # whole batches, so that rounding is the same
-            for record, answers in zip(part, sample_batch(model, tokens, pixels, part, **how)):
-                if record["key"] not in have:
-                    journal.append({"key": record["key"], "id": record["id"], "answers": answers})
-            bar.update(len(part))
-        bar.close()
-        journal.close()
+        with closing(Journal(out / f"answers-{rank}.jsonl")) as journal, tqdm(
+                total=sum(map(len, missing)), desc="sampling", unit="rec", disable=True if rank else None, leave=False) as bar:
+            for part in missing:                                         # whole batches, so that rounding is the same
+                for record, answers in zip(part, sample_batch(model, tokens, pixels, part, **how)):
+                    if record["key"] not in have:
+                        journal.append({"key": record["key"], "id": record["id"], "answers": answers})
+                bar.update(len(part))
     if world > 1:
         torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     have = read_answers(out)
     for record in todo:
         record["answers"] = have.get(record.pop("key"), [])
@@ -208,25 +209,25 @@ def ask(record: dict, s: Settings) -> Question:
 
 def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
     """Every record judged -> the records with scores, states and what the judge was. The journal decides, not this run."""
-    replies, began = judge.Replies(out / "journal.jsonl"), time.perf_counter()
-    before, calls = Counter(replies.used), 0
-    if s.judge == "oracle":
-        for record in tqdm(items, desc="judging", unit="rec", disable=None, leave=False):
-            q = ask(record, s)
-            if q.key not in replies.state:
-                replies.keep(q, Reply("ok", exact_reply(record, s.seed, s.golden), version="exact"))
-    else:
-        client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
-                             thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
-        try:
-            client.ask((ask(r, s) for r in items), len(items), s.retry_failed)
-        finally:
-            calls, used = client.calls, replies.used - before
-            print(f"used: {calls:,} calls in {(time.perf_counter() - began) / 60:.1f} min; tokens: {used['prompt']:,} sent, "
-                  f"{used['answer']:,} back, {used['thoughts']:,} of thought ({replies.used['prompt']:,}, "
-                  f"{replies.used['answer']:,} and {replies.used['thoughts']:,} in the journal)")
-    done = [with_scores(record, ask(record, s), replies, s) for record in items]
-    replies.close()
+    began = time.perf_counter()
+    with closing(judge.Replies(out / "journal.jsonl")) as replies:
+        before = Counter(replies.used)
+        if s.judge == "oracle":
+            for record in tqdm(items, desc="judging", unit="rec", disable=None, leave=False):
+                q = ask(record, s)
+                if q.key not in replies.state:
+                    replies.keep(q, Reply("ok", exact_reply(record, s.seed, s.golden), version="exact"))
+        else:
+            client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
+                                 thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
+            try:
+                client.ask((ask(r, s) for r in items), len(items), s.retry_failed)
+            finally:
+                used, every = replies.used - before, replies.used
+                print(f"used: {client.calls:,} calls in {(time.perf_counter() - began) / 60:.1f} min; tokens: "
+                      f"{used['prompt']:,} sent, {used['answer']:,} back, {used['thoughts']:,} of thought "
+                      f"(in the journal: {every['prompt']:,}, {every['answer']:,}, {every['thoughts']:,})")
+        done = [with_scores(record, ask(record, s), replies, s) for record in items]
     states = Counter(r["judge"]["state"] for r in done)
     print("judged: " + ", ".join(f"{states[name]} {name}" for name in judge.STATES if states[name] or name == "ok"))
     for record in [r for r in done if r["judge"]["state"] != "ok"][:5]:
@@ -295,24 +296,23 @@ def look(s: Settings, items: list[dict], out: Path) -> None:
 
 
 def miniature(s: Story) -> Story:
-    """Draw the pictures and write the questions; the rest is as with any other data. A look at the pairs includes a board."""
+    """Draw the pictures and write the questions; the rest is as with any other data."""
+    if "WORLD_SIZE" in os.environ:
+        raise BadInput("the miniature needs one process; with torchrun, give --data")
     items = tasks.draw(tasks.preference_prompts(s.prompts, s.seed), Path(s.out))
     path = Path(s.out) / "prompts.jsonl"
     write_jsonl(path, ({key: r[key] for key in r if key not in ("root", "answers")} for r in items))
-    return replace(s, data=str(path), board=s.board or str(path.with_name("board.html")) * s.pairs)
+    return replace(s, data=str(path), board=s.board or str(path.with_name("board.html")))
 
 
-def run(s: Settings) -> list[dict]:
+def annotate(s: Settings) -> list[dict]:
+    """--data -> records with answers and scores, in memory and in --out; nothing in the processes that only sample."""
     rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(s.out)
     if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1 or s.temperature < 0 or not 0 < s.top_p <= 1:
         raise BadInput("--n must lie from 1 to 26, --max_new, --batch and --gap be at least 1, --temperature not negative, "
                        "--top_p above 0 and at most 1")
     if s.export not in ("", "trl"):
         raise BadInput(f"--export {s.export}: the one format known is trl")
-    if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    if isinstance(s, Story):
-        s = miniature(s)
     items, rejects = records.read(s.data, s.image_root)
     many = [r["id"] for r in items if len(r["answers"]) > 26]
     rejects += [{"id": name, "reason": "has more than 26 answers"} for name in many]
@@ -320,13 +320,13 @@ def run(s: Settings) -> list[dict]:
     if s.dry_run:
         records.report(s.data, len(items), rejects, None)
         print(plan(s, items))
-        return items
+        return []
     if any(not r["answers"] for r in items):
         if not s.ckpt:
             raise BadInput(f"{s.data} has records without answers; say with --ckpt which model gives them")
         rejects += fill_answers(s, items, out, rank, world)
     if rank:
-        return items
+        return []
     records.report(s.data, len(items), rejects, out)
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
@@ -336,8 +336,14 @@ def run(s: Settings) -> list[dict]:
     items = [settle_in(record, out) for record in items]
     write_jsonl(out / "records.jsonl", items)
     print(f"records: {out / 'records.jsonl'}, {len(items)} of them, {sum(len(r['answers']) for r in items)} answers")
-    look(s, items, out)
     return items
+
+
+def run(s: Settings) -> None:
+    if isinstance(s, Story):
+        s = miniature(s)
+    if items := annotate(s):
+        look(s, items, Path(s.out))
 
 
 if __name__ == "__main__":

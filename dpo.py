@@ -357,8 +357,8 @@ def story(s: Story, out: Path) -> None:
     print(evaluate.table(rows))
 
     print(f"\n2. LLaVA-mini answers {s.prompts} image questions {s.n} times each; the exact judge scores them")
-    annotate.run(annotate.Story(out=str(out), prompts=s.prompts, n=s.n, temperature=s.temperature, seed=s.seed, device=s.device,
-                                dtype=s.dtype, pairs=False))
+    annotate.annotate(annotate.miniature(annotate.Story(out=str(out), prompts=s.prompts, n=s.n, temperature=s.temperature,
+                                                        seed=s.seed, device=s.device, dtype=s.dtype)))
 
     print("\n3. direct preference optimization")
     aligned = align(replace(s, data=str(out / "records.jsonl")), out)

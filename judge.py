@@ -28,13 +28,14 @@ Previous: wire.py.  Next: rubric.py (what the judge is asked).
 import json
 import math
 import os
+import queue
 import random
 import re
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -164,23 +165,23 @@ class Judge:
 
     def ask(self, questions: Iterable[Question], total: int = 0, retry_failed: bool = False) -> None:
         """Settle every question. Raises BadInput where going on is pointless; what was replied is in the journal."""
-        pool, waiting, said = ThreadPoolExecutor(self.workers), set(), Counter()
+        pool, finished, busy, said = ThreadPoolExecutor(self.workers), queue.SimpleQueue(), 0, Counter()
         bar = tqdm(total=total or None, desc="judging", unit="rec", disable=None, leave=False)
 
         def collect(least: int) -> None:
-            nonlocal waiting
-            while len(waiting) > least:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    said[future.result()] += 1                           # raises what the worker raised
-                    bar.update()
+            nonlocal busy
+            while busy > least:
+                said[finished.get().result()] += 1                       # raises what the worker raised
+                busy -= 1
                 bar.set_postfix(said, refresh=False)
+                bar.update()
 
         try:
             for q in questions:
                 state = self.replies.state.get(q.key)
                 if state is None or state != "ok" and retry_failed:
-                    waiting.add(pool.submit(self.settle, q))
+                    pool.submit(self.settle, q).add_done_callback(finished.put)
+                    busy += 1
                     collect(2 * self.workers)
                 else:
                     bar.update()
@@ -234,9 +235,12 @@ class Judge:
         try:
             reply = self.wire.reply(data)
             used = {name: int(n or 0) for name, n in reply.usage.items()}
+            if not isinstance(reply.text, str):
+                raise TypeError(f"text is {reply.text!r:.40}")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
             return Reply("unparseable", "", f"a reply of unknown shape ({type(problem).__name__}: {problem})")
-        reply.usage, reply.text, reply.reason = used, self.scrub(reply.text), self.scrub(reply.reason)
+        reply.usage, reply.version = used, self.scrub(reply.version)
+        reply.text, reply.reason = self.scrub(reply.text), self.scrub(reply.reason)
         return reply
 
     def post(self, q: Question, images: list[str], budget: int) -> Reply:
@@ -281,8 +285,10 @@ class Judge:
     def send(self, url: str, body: bytes | None) -> tuple[int, dict, object]:
         """One HTTP call -> status, headers, JSON (or the text, where it is none). A body None is a GET."""
         if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()
-            self.local.session.auth = lambda request: request            # or .netrc would replace our header
+            session = self.local.session = requests.Session()
+            session.trust_env = False                                    # or .netrc would replace our header; so, once and by hand:
+            session.proxies = requests.utils.get_environ_proxies(self.base)
+            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         headers = self.wire.headers(self.key) | {"Content-Type": "application/json"}
         until = time.monotonic() + self.timeout
         with self.local.session.request("GET" if body is None else "POST", url, data=body, headers=headers, stream=True,
@@ -313,7 +319,7 @@ class Judge:
         try:
             data = self.send(f"{self.base}/models", None)[2]
             rows = data.get("models") or data.get("data")
-            return f"it offers {', '.join(str(row.get('name') or row.get('id')) for row in rows[:50])}; "
+            return self.scrub(f"it offers {', '.join(str(row.get('name') or row.get('id')) for row in rows[:50])}; ")
         except (requests.RequestException, AttributeError, TypeError):
             return ""
 

@@ -57,7 +57,7 @@ def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] 
 def statistics(records: list[dict], gap: int = GAP, seed: int = 0) -> dict:
     """Yield, spread, correlations, lengths and the judge's position bias, as plain numbers; nothing where nothing is scored."""
     scored = [[a for a in r["answers"] if a.get("scores")] for r in records]
-    table = np.array([[a["scores"][name] for name in ATTRIBUTES] for answers in scored for a in answers]).reshape(-1, 5)
+    table = np.array([[a["scores"][name] for name in ATTRIBUTES] for answers in scored for a in answers], int).reshape(-1, 5)
     pairs = [(r, *pair) for r in records if (pair := choose_pair(r, gap, seed))]
     words = np.array([[len(r["answers"][k]["text"].split()) for k in pair] for r, *pair in pairs]).reshape(-1, 2)
     S = [[quality(a) for a in answers] for answers in scored if answers]
@@ -80,7 +80,7 @@ def places(records: list[dict]) -> list[dict]:
     S, best, fair = {}, Counter(), Counter()
     for r in records:
         order = (r.get("judge") or {}).get("order")
-        if not order or len(order) != len(r["answers"]) or not all(a.get("scores") for a in r["answers"]):
+        if not order or not all(a.get("scores") for a in r["answers"]):
             continue
         row = [quality(r["answers"][k]) for k in order]
         for place, s in enumerate(row):
@@ -181,8 +181,7 @@ def article(record: dict, root: Path, gap: int, seed: int) -> str:
     S = [quality(a) for a in record["answers"] if a.get("scores")]
     said = lambda m: html.escape(f"{m['role']}: " + m["content"].replace("<image>", "").strip())
     talk = "".join(f'<div class="text">{said(m)}</div>' for m in record["messages"])
-    golden = f'<div class="answer"><small>golden</small><div class="text">{html.escape(record["golden"])}</div></div>' * bool(
-        record.get("golden"))
+    golden = record.get("golden") and f'<div class="answer"><small>golden</small>{html.escape(record["golden"])}</div>' or ""
     answers = "".join(one_answer(a, "chosen" if pair and k == pair[0] else "rejected" if pair and k == pair[1] else "")
                       for k, a in enumerate(record["answers"]))
     state = " · ".join(html.escape(str(judge[key])) for key in ("model", "state", "reason") if judge.get(key))

@@ -182,11 +182,17 @@ def check(record: dict) -> None:
         if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
             raise BadInput(f"answer {k} has no text")
         clean(answer["text"], f"answer {k}")
+        if not isinstance(answer.get("comment") or "", str):
+            raise BadInput(f"answer {k}: its comment is no text")
         check_scores(answer.get("scores"), k)
     if record.get("golden") is not None:
         if not isinstance(record["golden"], str):
             raise BadInput("golden must be text")
         clean(record["golden"], "golden")
+    judge = record.get("judge") or {}
+    order = judge.get("order") or [] if isinstance(judge, dict) else None
+    if not isinstance(order, list) or order and Counter(map(repr, order)) != Counter(map(repr, range(len(answers)))):
+        raise BadInput("judge must be an object, its order a permutation of the answers; remove it to judge afresh")
     pair = record.get("pair")
     if pair is not None:
         if type(pair) is not list or len(pair) != 2 or not all(type(k) is int and 0 <= k < len(answers) for k in pair):

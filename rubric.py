@@ -17,6 +17,7 @@ import json
 import random
 import re
 from itertools import islice
+from pathlib import Path
 
 import oracle
 import records
@@ -74,9 +75,9 @@ def question(record: dict, about: str, seed: int, golden: bool) -> Question:
     shown = "\n".join(f"<candidate_{chr(65 + p)}>\n{record['answers'][k]['text']}\n</candidate_{chr(65 + p)}>"
                       for p, k in enumerate(places))
     text = f"The conversation:\n{talk}\n\nThe candidates:\n{shown}"
+    images = [Path(record["root"]) / name for name in record["images"]]      # records.read made sure that none leads outside
     return Question(sha(about, rubric(golden), record["id"], text, record["images_sha"]), record["id"], rubric(golden), text,
-                    [records.image_path(record["root"], name) for name in record["images"]], schema(len(places), golden),
-                    lambda reply: read_scores(reply, len(places), golden))
+                    images, schema(len(places), golden), lambda reply: read_scores(reply, len(places), golden))
 
 
 def read_scores(text: str, n: int, golden: bool = False) -> dict:

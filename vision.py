@@ -173,7 +173,7 @@ def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """What a person sees in any viewer, as 8-bit RGB: EXIF turned upright, transparency on white, 16 bits scaled."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":               # 16-bit grey; Pillow would clip it at 255
         grey = np.asarray(image).astype(np.float64)
         top = 1.0 if image.mode == "F" and grey.max() <= 1 else 65535.0 if grey.max() > 255 or image.mode != "F" else 255.0

@@ -24,7 +24,8 @@ PASSING = ("429", "429 retryinfo", "429 list", "429 retry-after", "500", "503 ht
            "recitation", "no candidates", "only thoughts", "other")
 HARMLESS = ("thoughts", "split", "fenced", "listed", "prose around")
 LASTING = {"blocked prompt": "blocked", "safety": "blocked", "always recitation": "blocked", "always max_tokens": "truncated",
-           "always out of range": "unparseable", "always half": "unparseable", "always 500": "failed", "400": "failed"}
+           "always out of range": "unparseable", "always half": "unparseable", "always 500": "failed", "400": "failed",
+           "always echo": "failed", "key in text": "unparseable"}
 
 
 def digest(*parts) -> int:
@@ -164,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
         elif kind in ("out of range", "string", "float", "bool"):
             rows[0]["correctness"] = {"out of range": 5, "string": "3", "float": 3.0, "bool": True}[kind]
         said = json.dumps({"golden_answer": "what I would say", "candidates": rows})
-        said = {"half": said[:len(said) // 2], "prose only": "I would give A a 3 {or so}.", "fenced": f"```json\n{said}\n```",
+        said = {"half": said[:len(said) // 2], "key in text": f"Your key is {key}.", "prose only": "I would give A a 3 {or so}.", "fenced": f"```json\n{said}\n```",
                 "listed": f"[{said}]", "prose around": f"Here {{you}} are: {said} I hope that helps!"}.get(kind, said)
         finish, parts = "STOP", [said]
         if kind == "max_tokens" and (budget <= self.server.budget or kind_is_lasting(text, self.server)):

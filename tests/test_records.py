@@ -374,3 +374,19 @@ def test_an_empty_image_field_does_not_hide_the_full_one(folder, empty):
     raw = {"images": empty, "image": "a.png", "question": "Hi?", "chosen": "a", "rejected": "b"}
     record = records.convert(raw, "x")
     assert record["images"] == ["a.png"] and record["messages"][0]["content"] == "<image>\nHi?"
+
+
+# ---- questions without answers ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("raw, question, golden, images", [
+    ({"question_id": 7, "image": "a.jpg", "text": "What is it?", "category": "conv"}, "<image>\nWhat is it?", None, ["a.jpg"]),
+    ({"image_id": "2412112", "question": "Is there a dog?", "answer": "No.", "task": "negative"}, "<image>\nIs there a dog?", "No.", ["2412112.jpg"]),
+    ({"id": "s1", "image_file": "f.png", "caption": "c", "q_a_pairs": [["What is shown?", "A curve."], ["Why?", "Because."]]}, "Why?", "Because.", ["f.png"]),
+    ({"id": "s2", "image_file": "f.png", "q_a_pairs": [["x", "y"]], "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]},
+     "<image>\nWhat?", "A.", ["f.png"])])
+def test_question_files_are_recognised(raw, question, golden, images):
+    record = records.convert(raw, "here")
+    records.check(record)
+    assert record["messages"][-1]["content"] == question and record.get("golden") == golden and record["images"] == images
+    assert record["messages"][0]["content"].startswith("<image>") and record["answers"] == []
+    assert all(record[key] == raw[key] for key in ("category", "task", "caption") if key in raw), "unknown fields travel along"

@@ -1,0 +1,579 @@
+"""Asking a judge over HTTP: whatever it does, every record ends in one state, and nothing is invented, lost or leaked.
+
+    python -m pytest tests/test_judge.py -q
+
+The judge is tests/judge_server.py, on this machine. Nothing here needs torch to compute, so killed runs are forked.
+"""
+import base64
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+
+import pytest
+from PIL import Image
+
+import annotate
+import judge
+import judge_server
+import records
+import rubric
+import wire
+from common import BadInput, Journal
+from conftest import ROOT, picture
+from judge_server import Server
+from wire import OpenAI, Gemini, Question, Reply
+
+KEY = "AIza-test-KEY_0123456789"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("GEMINI_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setattr(judge, "WAIT", 0.02)
+
+
+def write_data(folder, n, answers=4, images=3):
+    """n records with answers; pictures that carry EXIF, and are turned by it."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for k in range(images):
+        exif = Image.Exif()
+        exif[0x010e], exif[0x0112] = "a secret place", 6
+        picture(60 + k, 40, seed=k).save(folder / f"images/{k}.jpg", exif=exif)
+    rows = [{"id": f"r{k:04d}", "images": [f"images/{k % images}.jpg"],
+             "messages": [{"role": "user", "content": f"<image>\nWhat is in picture {k}?"}],
+             "answers": [{"text": f"Answer {j} to {k}.", "finish": "stop"} for j in range(answers)], "note": {"kept": k}} for k in range(n)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder / "data.jsonl"
+
+
+def run(data, out, server, spec="gemini:mock", **more):
+    settings = {"judge": spec, "judge_url": server.url, "workers": 16, "timeout": 1.0} | more
+    annotate.run(annotate.Settings(data=str(data), out=str(out), **settings))
+    return [json.loads(line) for line in open(out / "records.jsonl")]
+
+
+def text_of(record):
+    """What the judge was shown of a record, from what the record says about the order."""
+    shown = "\n".join(f"<candidate_{chr(65 + p)}>\n{record['answers'][k]['text']}\n</candidate_{chr(65 + p)}>"
+                      for p, k in enumerate(record["judge"]["order"]))
+    asked = record["messages"][0]["content"].replace("<image>", "[picture 1]")
+    return f"The conversation:\nuser: {asked}\n\nThe candidates:\n{shown}"
+
+
+def check_scores(rows):
+    """Only ok carries scores, and each answer has its own, whatever order it was shown in."""
+    for row in rows:
+        for answer in row["answers"]:
+            assert ("scores" in answer) == ("comment" in answer) == (row["judge"]["state"] == "ok")
+            if "scores" in answer:
+                assert answer["scores"] == judge_server.grades(answer["text"])
+                assert answer["comment"] == judge_server.comment(answer["text"])
+
+
+def lines(out):
+    return [json.loads(line) for line in open(out / "journal.jsonl")]
+
+
+# ---- the storm -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("spec, n", [("gemini:mock", 1000), ("openai:mock", 300)])
+def test_with_faults_in_a_third_of_the_questions_every_record_ends_in_its_state(tmp_path, capsys, spec, n):
+    data = write_data(tmp_path / "data", n)
+    with Server(faults=0.3, stall=1.5) as server:
+        rows = run(data, tmp_path / "out", server, spec, workers=32)
+        assert not server.complaints, server.complaints[:3]
+        assert all(len(sizes) == 1 for sizes in server.sizes.values()), "a retry sends the same prompt, never a longer one"
+        asked = server.asked
+    raw = [json.loads(line) for line in open(data)]
+    assert [r["id"] for r in rows] == [r["id"] for r in raw] and [r["note"] for r in rows] == [r["note"] for r in raw]
+    kinds = [judge_server.fault_of(text_of(r), 0.3, 0) for r in rows]
+    assert len(set(kinds)) > 30 and 0.25 < sum(map(bool, kinds)) / n < 0.35
+    for row, kind in zip(rows, kinds):
+        assert row["judge"]["state"] == judge_server.expected(kind, "gemini" in spec), (kind, row["judge"])
+        assert asked[text_of(row)] == 1 or kind
+    check_scores(rows)
+    final = Counter(line["key"] for line in lines(tmp_path / "out") if line["final"])
+    assert len(final) == n and set(final.values()) == {1}
+    said = capsys.readouterr()
+    for text in (said.out, said.err, *(path.read_text(errors="replace") for path in (tmp_path / "out").glob("*.json*"))):
+        assert KEY not in text
+    assert {"always echo", "key in text"} & set(kinds) and "[key]" in (tmp_path / "out" / "journal.jsonl").read_text()
+
+
+def test_what_did_not_come_is_asked_again_only_on_request(tmp_path):
+    data = write_data(tmp_path / "data", 60)
+    with Server() as server:
+        server.refuse = lambda handler, body: (200, {"promptFeedback": {"blockReason": "OTHER"}})
+        rows = run(data, tmp_path / "out", server)
+        assert {r["judge"]["state"] for r in rows} == {"blocked"} and rows[0]["judge"]["reason"] == "prompt OTHER"
+        server.refuse = None
+        assert run(data, tmp_path / "out", server) == rows and len(server.arrivals) == 60
+        rows = run(data, tmp_path / "out", server, retry_failed=True)
+        assert {r["judge"]["state"] for r in rows} == {"ok"} and len(server.arrivals) == 120
+        run(data, tmp_path / "out", server, retry_failed=True)
+        assert len(server.arrivals) == 120, "what is ok is never asked again"
+    check_scores(rows)
+
+
+@pytest.mark.parametrize("change", [{"golden": True}, {"thinking": "low"}, {"spec": "gemini:other"}, {"seed": 1}], ids=str)
+def test_another_question_is_asked_anew(tmp_path, change):
+    data = write_data(tmp_path / "data", 8)
+    with Server() as server:
+        run(data, tmp_path / "out", server)
+        rows = run(data, tmp_path / "out", server, **change)
+        assert len(server.arrivals) > 8
+    check_scores(rows)
+    assert ("golden" in rows[0]) == ("golden" in change)
+
+
+def test_a_truncated_reply_is_asked_again_once_with_twice_the_budget(tmp_path):
+    data = write_data(tmp_path / "data", 1)
+    with Server() as server:
+        server.refuse = lambda handler, body: (200, {"candidates": [{"finishReason": "MAX_TOKENS"}]})
+        row, = run(data, tmp_path / "out", server, budget=100)
+        assert row["judge"]["state"] == "truncated" and list(server.budgets.values()) == [[100, 200]]
+
+
+def test_a_field_that_the_server_does_not_take_is_left_out_from_then_on(tmp_path, capsys):
+    data = write_data(tmp_path / "data", 30)
+    bodies = []
+
+    def refuse(handler, body):
+        bodies.append(body)
+        if "store" in body:
+            return 400, {"error": {"code": 400, "message": 'Invalid JSON payload received. Unknown name "store": Cannot find field.'}}
+        if "thinkingConfig" in body["generationConfig"]:
+            return 400, [{"error": {"code": 400, "message": "Thinking level is not supported for this model."}}]
+        return 200, {"candidates": [{"content": {"parts": [{"text": "no"}]}}]}
+    with Server() as server:
+        server.refuse = refuse
+        rows = run(data, tmp_path / "out", server, thinking="low", workers=1)
+    assert {r["judge"]["state"] for r in rows} == {"unparseable"} and len(bodies) == 2 + 30 * judge.ASKS
+    assert "does not take store" in capsys.readouterr().out
+    server_says = {"param": "max_tokens", "message": "Unsupported parameter: use 'max_completion_tokens' instead."}
+    assert wire.rejected(OpenAI.optional, server_says) == {"max_tokens"}
+    body = OpenAI.body("m", Question("k", "i", "s", "t"), [], 7, "", {"max_tokens", "temperature"})
+    assert body["max_completion_tokens"] == 7 and "max_tokens" not in body and "temperature" not in body
+
+
+# ---- stopping --------------------------------------------------------------------------------------------------
+
+STOPS = {
+    "wrong key": ((400, {"error": {"code": 400, "message": f"API key not valid: {KEY}", "status": "INVALID_ARGUMENT"}}), "GEMINI_API_KEY"),
+    "unauthorized": ((401, {"error": {"message": "who are you"}}), "check GEMINI_API_KEY"),
+    "region": ((400, {"error": {"message": "User location is not supported", "status": "FAILED_PRECONDITION"}}), "the key or the account"),
+    "no model": ((404, {"error": {"message": "models/x is not found"}}), "it offers models/other-model"),
+    "daily quota": ((429, {"error": {"message": "quota", "details": [{"violations": [
+        {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]}, {"retryDelay": "7s"}]}}), "the quota is spent"),
+    "no quota": ((429, {"error": {"message": "Quota exceeded for metric: x, limit: 0, model: y"}}), "the quota is spent"),
+    "no money": ((429, {"error": {"code": "insufficient_quota", "message": "check your plan"}}), "the quota is spent"),
+    "a long wait": ((503, "busy", {"Retry-After": "4000"}), "asks to wait 4000 s"),
+    "redirect": ((302, "", {"Location": "http://example.com/"}), "redirect"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_what_cannot_get_better_stops_the_run_says_what_to_do_and_loses_nothing(tmp_path, capsys, case):
+    reply, remedy = STOPS[case]
+    data, count = write_data(tmp_path / "data", 40), iter(range(10**6))
+    with Server() as server:
+        server.refuse = lambda handler, body: reply if next(count) >= 10 else (200, good(body))
+        with pytest.raises(BadInput, match=remedy.replace("(", r"\(")) as error:
+            run(data, tmp_path / "out", server, workers=4)
+        assert KEY not in str(error.value) + capsys.readouterr().out
+        kept = lines(tmp_path / "out")
+        assert len(kept) == 10 and next(count) < 25
+        server.refuse = None
+        rows = run(data, tmp_path / "out", server)
+    assert Counter(r["judge"]["state"] for r in rows) == {"ok": 40}
+
+
+def good(body):
+    text = body["contents"][0]["parts"][-1]["text"]
+    rows = [{"id": name, "comment": judge_server.comment(said)} | judge_server.grades(said) for name, said in judge_server.candidates(text)]
+    return {"candidates": [{"content": {"parts": [{"text": json.dumps({"candidates": rows})}]}, "finishReason": "STOP"}]}
+
+
+def test_a_server_that_is_gone_ends_the_run_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "WAIT", 0.001)
+    data = write_data(tmp_path / "data", 200)
+    with Server() as server:
+        pass
+    began = time.perf_counter()
+    with pytest.raises(BadInput, match="20 records in a row got no reply.*--retry_failed 1"):
+        run(data, tmp_path / "out", server)
+    assert time.perf_counter() - began < 20
+
+
+def test_ctrl_c_keeps_what_is_in_flight(tmp_path, capsys):
+    data = write_data(tmp_path / "data", 300)
+    with Server(delay=0.2) as server:
+        threading.Timer(0.8, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "out", server, workers=8)
+        kept = len(lines(tmp_path / "out"))
+        assert 8 <= kept == len(server.arrivals) < 300, "every call that was made is kept"
+        assert "waited for and kept" in capsys.readouterr().out
+        server.delay = 0
+        assert len(run(data, tmp_path / "out", server)) == 300 and len(server.arrivals) == 300
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------
+
+def test_killed_twenty_times_the_result_is_that_of_an_undisturbed_run(tmp_path):
+    data = write_data(tmp_path / "data", 300)
+    settings = dict(workers=16, pairs=True, export="trl")
+    with Server(faults=0.3, stall=1.2, delay=0.01) as server:
+        rows = run(data, tmp_path / "whole", server, **settings)
+    rng, kills, restarts = random.Random(0), 0, 0
+    with Server(faults=0.3, stall=1.2, delay=0.01) as server:
+        while kills < 20:
+            child = os.fork()
+            if child == 0:
+                sys.stdout = sys.stderr = open(os.devnull, "w")
+                try:
+                    run(data, tmp_path / "out", server, **settings)
+                finally:
+                    os._exit(0)
+            time.sleep(rng.uniform(0.05, 1.0))
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            kills += os.WIFSIGNALED(status)
+            if not os.WIFSIGNALED(status):                              # it was done before: begin again
+                (tmp_path / "out" / "journal.jsonl").unlink()
+                restarts += 1
+        assert run(data, tmp_path / "out", server, **settings) == rows
+        clean = [times for text, times in server.asked.items() if not judge_server.fault_of(text, 0.3, 0)]
+        assert sum(clean) - len(clean) <= (kills + restarts) * 16 + restarts * len(clean), "only calls in flight were made twice"
+    for name in ("records.jsonl", "pairs.json", "trl.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    final = Counter(line["key"] for line in lines(tmp_path / "out") if line["final"])
+    assert set(final.values()) == {1} and len(final) == 300
+
+
+def test_a_torn_last_line_is_cut_off_and_a_damaged_one_is_named(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"key": "a", "x": 1}\n{"key": "b", "x": 2}\n{"key": "c", "x"')
+    journal = Journal(path)
+    assert "c" not in journal and journal["b"]["x"] == 2 and path.read_bytes().endswith(b'"x": 2}\n')
+    journal.append({"key": "a", "x": "é\u2028"})
+    assert journal["a"]["x"] == "é\u2028"
+    with pytest.raises(BadInput, match="being written by another process"):
+        Journal(path)
+    journal.close()
+    with closing(Journal(path)) as again:
+        assert again["a"]["x"] == "é\u2028"
+    path.write_bytes(b'{"key": "a"}\n{"key": \n{"key": "c"}\n')
+    with pytest.raises(BadInput, match="line 2 is damaged"):
+        Journal(path)
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append({"key": "a"})
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:5]))
+    with pytest.raises(OSError, match="No space left"):
+        journal.append({"key": "b", "long": "x" * 100})
+    monkeypatch.setattr(os, "write", real)
+    journal.append({"key": "c"})
+    assert [json.loads(line)["key"] for line in open(journal.path)] == ["a", "c"] and journal["c"] == {"key": "c"}
+
+
+def test_replies_from_before_a_kill_count(tmp_path):
+    """Two unparseable replies on disk leave one ask, and a truncated one has doubled the budget."""
+    data = write_data(tmp_path / "data", 2)
+    with Server() as server:
+        server.refuse = lambda handler, body: (200, {"candidates": [{"content": {"parts": [{"text": "no"}]}}]})
+        run(data, tmp_path / "out", server, workers=1)
+        rows = lines(tmp_path / "out")
+        assert [r["final"] for r in rows] == [False, False, True] * 2
+        (tmp_path / "out" / "journal.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:2] + [rows[3] | {"state": "truncated"}]))
+        run(data, tmp_path / "out", server, workers=1, budget=100)
+        assert len(server.arrivals) == 6 + 1 + 3 and sorted(map(tuple, server.budgets.values())) == [(8192,) * 3 + (100,), (8192,) * 3 + (200,) * 3]
+
+
+def test_raw_replies_can_be_read_again_by_a_better_parser(tmp_path, monkeypatch):
+    data = write_data(tmp_path / "data", 5)
+    real = rubric.read_scores
+    with Server() as server:
+        monkeypatch.setattr(rubric, "read_scores", lambda text, n, golden: real(text + "]", n + 1, golden))
+        rows = run(data, tmp_path / "out", server)
+        assert {r["judge"]["state"] for r in rows} == {"unparseable"}
+        monkeypatch.setattr(rubric, "read_scores", real)
+        made = len(server.arrivals)
+        rows = run(data, tmp_path / "out", server)
+        assert {r["judge"]["state"] for r in rows} == {"ok"} and len(server.arrivals) == made
+    check_scores(rows)
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------
+
+def fullest(arrivals, window, weights=None):
+    """The most that any window of this length holds."""
+    arrivals = sorted(zip(arrivals, weights or [1] * len(arrivals)))
+    return max(sum(w for t, w in arrivals if start <= t < start + window) for start, _ in arrivals)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.15])
+def test_no_sliding_minute_holds_more_than_the_limit_as_the_server_sees_it(tmp_path, monkeypatch, delay):
+    """A minute is one second here."""
+    real = judge.Limits
+    monkeypatch.setattr(judge, "Limits", lambda *a: real(*a, minute=1.0))
+    data = write_data(tmp_path / "data", 50)
+    with Server(faults=0.2, stall=0.5, delay=delay) as server:
+        run(data, tmp_path / "out", server, workers=16, rpm=20)
+        assert 15 <= fullest(server.arrivals, 1.0) <= 20 and len(server.arrivals) > 50
+
+
+def test_a_minute_goes_on_after_a_restart(tmp_path, monkeypatch):
+    real = judge.Limits
+    monkeypatch.setattr(judge, "Limits", lambda *a: real(*a, minute=1.5))
+    data = write_data(tmp_path / "data", 30)
+    with Server() as server:
+        for stop in (12, 100):
+            child = os.fork()
+            if child == 0:
+                sys.stdout = sys.stderr = open(os.devnull, "w")
+                try:
+                    run(data, tmp_path / "out", server, rpm=10, workers=4)
+                finally:
+                    os._exit(0)
+            while len(server.arrivals) < min(stop, 30) and os.waitpid(child, os.WNOHANG)[0] == 0:
+                time.sleep(0.005)
+            if stop == 12:
+                time.sleep(0.05)
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        assert fullest(server.arrivals, 1.5) <= 10 + 4, "four calls may have been in flight when it was killed"
+
+
+def test_tokens_per_minute_are_kept_with_what_the_server_counts():
+    limits, stop, sent = judge.Limits(tpm=1000, minute=0.5), threading.Event(), []
+    for _ in range(20):
+        guess = limits.enter(100, stop)
+        sent.append((time.monotonic(), 250))
+        limits.leave(guess, 250)                                         # two and a half times what was guessed
+    times, weights = zip(*sent[1:])
+    assert limits.scale == 2.5 and fullest(times, 0.5, weights) <= 1000
+    guess = judge.Limits(tpm=10).enter(100, stop)                        # larger than the limit: alone, but not never
+    assert guess == 100
+
+
+def test_requests_per_day_stop_the_run_and_the_next_day_goes_on(tmp_path):
+    data = write_data(tmp_path / "data", 10)
+    with Server() as server:
+        with pytest.raises(BadInput, match="the 6 requests of --rpd are spent"):
+            run(data, tmp_path / "out", server, rpd=6)
+        assert len(server.arrivals) == 6 == len(lines(tmp_path / "out"))
+        with pytest.raises(BadInput, match="--rpd are spent"):
+            run(data, tmp_path / "out", server, rpd=6)
+        path = tmp_path / "out" / "journal.jsonl"
+        rows = [r | {"time": r["time"] - 90000} for r in lines(tmp_path / "out")]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        assert len(run(data, tmp_path / "out", server, rpd=6)) == 10 == len(server.arrivals)
+
+
+def test_one_429_makes_every_worker_wait(tmp_path):
+    data = write_data(tmp_path / "data", 60)
+    first = threading.Event()
+
+    def refuse(handler, body):
+        if not first.is_set():
+            first.set()
+            return 429, {"error": {"message": "slow down", "details": [{"retryDelay": "0.7s"}]}}
+        return 200, good(body)
+    with Server() as server:
+        server.refuse = refuse
+        run(data, tmp_path / "out", server, workers=4)
+        gaps = [b - a for a, b in zip(server.arrivals, server.arrivals[1:])]
+        assert max(gaps) > 0.6 and gaps.index(max(gaps)) < 8
+
+
+@pytest.mark.parametrize("headers, error, seconds", [
+    ({}, {"details": [{"@type": "x"}, {"retryDelay": "26s"}]}, 26), ({}, {"details": [{"retryDelay": "45.837906927s"}]}, 45.837906927),
+    ({"Retry-After": "12"}, {}, 12), ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, {}, 0), ({"Retry-After": "soon"}, {}, 0),
+    ({}, {"details": "nonsense"}, 0), ({}, {}, 0)])
+def test_the_delay_that_a_server_asks_for(headers, error, seconds):
+    assert wire.delay_of(headers, error) == pytest.approx(seconds)
+
+
+def test_two_thousand_instant_replies_come_in_at_two_hundred_a_second_in_flat_memory(tmp_path):
+    """The server is a process of its own; memory is that of a child, for 500 records and for 2,000."""
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "judge_server.py", "--fast", "1"], stdout=subprocess.PIPE, text=True)
+    try:
+        url, peaks = f"http://127.0.0.1:{server.stdout.readline().strip()}", {}
+        for n in (500, 2000):
+            data = write_data(tmp_path / f"data{n}", n)
+            script = (f"import annotate, judge, resource, time; s = annotate.Settings(data={str(data)!r}, judge='gemini:mock', "
+                      f"out={str(tmp_path / f'out{n}')!r}, judge_url={url!r}, workers=32); real = judge.Judge.ask\n"
+                      "def ask(*a):\n began = time.perf_counter(); real(*a); print('ASK', time.perf_counter() - began)\n"
+                      "judge.Judge.ask = ask; annotate.annotate(s); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+            done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            seconds = float(re.search(r"ASK (\S+)", done.stdout)[1])
+            peaks[n] = int(done.stdout.split()[-1])
+        print(f"{2000 / seconds:.0f} records/s, peak {peaks} KiB")
+        assert 2000 / seconds > 200
+        per_record = (peaks[2000] - peaks[500]) * 1024 / 1500
+        assert per_record < 20_000, "a record and its names stay in memory, pictures and replies do not"
+    finally:
+        server.kill()
+
+
+# ---- what is sent and what is read -----------------------------------------------------------------------------
+
+def test_a_picture_goes_out_as_a_fresh_jpeg_upright_and_small(tmp_path):
+    exif = Image.Exif()
+    exif[0x010e], exif[0x0112] = "a secret place", 6
+    picture(3000, 1000).save(tmp_path / "a.jpg", exif=exif, comment=b"secret", icc_profile=b"secret profile")
+    data = base64.b64decode(wire.jpeg(tmp_path / "a.jpg"))
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "JPEG" and image.size == (341, 1024) and not len(image.getexif())
+    assert b"secret" not in data and b"Exif" not in data
+    picture(50, 50).convert("RGBA").save(tmp_path / "b.png")
+    assert Image.open(io.BytesIO(base64.b64decode(wire.jpeg(tmp_path / "b.png")))).mode == "RGB"
+
+
+def test_pictures_outside_the_root_are_refused_and_nothing_is_sent(tmp_path):
+    data = write_data(tmp_path / "data", 1)
+    picture(9, 9).save(tmp_path / "secret.png")
+    row = json.loads(data.read_text())
+    data.write_text("".join(json.dumps(row | {"id": str(k), "images": [name]}) + "\n"
+                            for k, name in enumerate(("../secret.png", str(tmp_path / "secret.png"), "images/0.jpg"))))
+    with Server() as server:
+        rows = run(data, tmp_path / "out", server)
+        assert len(rows) == 1 == len(server.arrivals)
+    rejects = [json.loads(line) for line in open(tmp_path / "out" / "rejects.jsonl")]
+    assert len(rejects) == 2 and all("leads outside" in r["reason"] for r in rejects)
+
+
+def reply(grades=(1, 2, 3, 4, 0), n=2, **change):
+    rows = [{"id": chr(65 + k), "comment": f"c{k}"} | dict(zip(records.ATTRIBUTES, grades)) | change for k in range(n)]
+    return json.dumps({"candidates": rows})
+
+
+@pytest.mark.parametrize("text", [reply(), f"```json\n{reply()}\n```", f"[{reply()}]", f"Here {{it}} is: {reply()} Bye.",
+                                  '{"draft": 1} ' + reply()])
+def test_a_right_reply_is_read_whatever_stands_around_it(text):
+    found = rubric.read_scores(text, 2)
+    assert found["golden"] is None and found["shown"] == [
+        ({"helpfulness": 1, "correctness": 2, "coherence": 3, "complexity": 4, "verbosity": 0}, f"c{k}") for k in range(2)]
+
+
+@pytest.mark.parametrize("text, why", [
+    ("", "no whole JSON"), ("I cannot.", "no whole JSON"), (reply()[:-2], "no whole JSON"), (reply(n=1), "not A, B"), (reply(n=3), "not A, B"),
+    (reply(id="A"), "not A, B"), (reply(id=0), "not A, B"), (reply(id="a"), "not A, B"), (reply((5, 0, 0, 0, 0)), "is 5, not an integer"),
+    (reply((-1, 0, 0, 0, 0)), "is -1"), (reply(("3", 0, 0, 0, 0)), "is '3'"), (reply((3.0, 0, 0, 0, 0)), "is 3.0"), (reply((True, 0, 0, 0, 0)), "is True"),
+    (reply((None, 0, 0, 0, 0)), "is None"), (reply((0, 0, 0, 0)), "verbosity is None"), (reply(("3/4", 0, 0, 0, 0)), "is '3/4'"),
+    (reply(comment=None), "no comment"), (reply(comment=["x"]), "no comment"), ('{"candidates": 3}', "not A, B"), ('{"candidates": [1, 2]}', "not A, B"),
+    ('{"candidates": {"A": 1}}', "not A, B"), (reply(comment="\ud800"), "surrogates"), ("{" * 5000, "no whole JSON"), ("[" * 100_000, "no whole JSON")])
+def test_a_wrong_reply_has_no_scores_at_all(text, why):
+    with pytest.raises(ValueError, match=why):
+        rubric.read_scores(text, 2)
+
+
+def test_a_golden_answer_is_wanted_where_it_was_asked_for():
+    with pytest.raises(ValueError, match="no golden_answer"):
+        rubric.read_scores(reply(), 2, golden=True)
+    for bad in ('"golden_answer": 3, ', '"golden_answer": " ", ', '"golden_answer": "ends</s>", '):
+        with pytest.raises(ValueError, match="golden"):
+            rubric.read_scores(reply().replace("{", "{" + bad, 1), 2, golden=True)
+    assert rubric.read_scores(reply().replace("{", '{"golden_answer": "Red.", ', 1), 2, golden=True)["golden"] == "Red."
+
+
+@pytest.mark.parametrize("name, fields", [("gemini", {"candidates": [{"content": None}]}), ("gemini", {"candidates": [7]}), ("gemini", []), ("gemini", [3]),
+                                          ("gemini", {"candidates": [{"content": {"parts": [{"text": 5}]}}]}), ("openai", {}), ("openai", {"choices": []}),
+                                          ("gemini", {"candidates": [{}], "usageMetadata": {"promptTokenCount": "many"}}),
+                                          ("openai", {"choices": [{"message": {"content": [1]}}]}), ("openai", {"choices": [None]})])
+def test_a_reply_of_unknown_shape_is_unparseable_and_no_crash(tmp_path, name, fields):
+    client = judge.Judge(f"{name}:m", judge.Replies(tmp_path / "j.jsonl"))
+    assert client.read(fields).state == "unparseable"
+
+
+def test_gemini_replies():
+    def read(candidate=None, **more):
+        return Gemini.reply(({"candidates": [candidate]} if candidate else {}) | more)
+    part = lambda **fields: {"content": {"parts": [fields]}}
+    assert read(part(text="x") | {"finishReason": "STOP"}, modelVersion="v", usageMetadata={"promptTokenCount": 3, "thoughtsTokenCount": 2}) == Reply(
+        "ok", "x", version="v", usage={"prompt": 3, "answer": 0, "thoughts": 2})
+    assert read(promptFeedback={"blockReason": "SAFETY"}).state == "blocked" and not read(promptFeedback={"blockReason": "SAFETY"}).again
+    assert read(part(text="x") | {"finishReason": "SAFETY"}).state == "blocked"
+    assert read({"finishReason": "RECITATION"}).again
+    assert read(part(text="x") | {"finishReason": "MAX_TOKENS"}).state == "truncated"
+    for nothing in (read(), read({"finishReason": "STOP"}), read(part(text="x", thought=True)), read(part(thoughtSignature="s"))):
+        assert nothing.state == "unparseable" and nothing.reason
+    assert read(part(text="x") | {"finishReason": "BRAND_NEW"}).state == "unparseable"
+
+
+# ---- the door --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("spec, url, why", [
+    ("gemini", "", "say gemini:MODEL"), ("gpt:4", "", "say gemini:MODEL"), ("gemini:", "", "say gemini:MODEL"), ("openai:m", "localhost:8000", "say http://host"),
+    ("openai:m", "http://user:pass@host", "without a user"), ("openai:m", "http://host?key=1", "without a user"), ("openai:m", "ftp://host", "say http")])
+def test_a_wrong_judge_is_refused_at_the_door(tmp_path, spec, url, why):
+    with pytest.raises(BadInput, match=why) as error:
+        judge.Judge(spec, judge.Replies(tmp_path / "j.jsonl"), url)
+    assert "pass@" not in str(error.value)
+
+
+def test_keys_come_from_the_environment_and_must_fit_a_header(monkeypatch, tmp_path):
+    replies = judge.Replies(tmp_path / "j.jsonl")
+    monkeypatch.setenv("GEMINI_API_KEY", f" {KEY}\n")
+    assert judge.Judge("gemini:m", replies).key == KEY
+    monkeypatch.setenv("GEMINI_API_KEY", "bad\nkey")
+    with pytest.raises(BadInput, match="no header can carry") as error:
+        judge.Judge("gemini:m", replies)
+    assert "bad" not in str(error.value)
+    monkeypatch.delenv("GEMINI_API_KEY")
+    with pytest.raises(BadInput, match="set GEMINI_API_KEY or GOOGLE_API_KEY"):
+        judge.Judge("gemini:m", replies)
+    monkeypatch.setenv("GOOGLE_API_KEY", "other")
+    assert judge.Judge("gemini:m", replies).key == "other"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert judge.Judge("openai:m", replies, "http://localhost:8000").key == "", "a server of one's own may need none"
+
+
+@pytest.mark.parametrize("spec, url, full", [
+    ("gemini:m-1", "", "https://generativelanguage.googleapis.com/v1beta/models/m-1:generateContent"),
+    ("gemini:models/m?key=1", "http://h:1", "http://h:1/v1beta/models/m%3Fkey%3D1:generateContent"),
+    ("openai:org/m", "http://h:1/", "http://h:1/v1/chat/completions"), ("openai:m", "https://h/api/v1/", "https://h/api/v1/chat/completions")])
+def test_addresses(tmp_path, spec, url, full):
+    client = judge.Judge(spec, judge.Replies(tmp_path / "j.jsonl"), url)
+    assert client.wire.url(client.base, client.model) == full
+
+
+def test_netrc_does_not_replace_the_key(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password wrong\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    data, seen = write_data(tmp_path / "data", 1), []
+
+    def refuse(handler, body):
+        seen.append(dict(handler.headers))
+        return 200, {}
+    with Server() as server:
+        server.refuse = refuse
+        run(data, tmp_path / "out", server, "openai:m")
+    assert seen and all(h["Authorization"] == f"Bearer {KEY}" for h in seen)
+
+
+def test_a_dry_run_sends_nothing_and_shows_what_would_be_sent(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("GEMINI_API_KEY")
+    data = write_data(tmp_path / "data", 50)
+    with Server() as server:
+        annotate.run(annotate.Settings(data=str(data), out=str(tmp_path / "out"), judge="gemini:m", judge_url=server.url, dry_run=True, rpm=10))
+        assert not server.arrivals and not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert "calls                  50" in said and "5 min" in said and "<candidate_D>" in said and "verbosity" in said
