@@ -182,7 +182,7 @@ ANSWER, COMMENT, SECONDS = 150, 90, 8.0     # guesses: tokens of an answer not y
 
 def plan(s: Settings, items: list[dict]) -> str:
     """What judging these records would take, before a cent is spent, and what the judge would read."""
-    answered = [r if r["answers"] else r | {"answers": [{"text": "?" * 3 * ANSWER}] * s.n} for r in items]
+    answered = [r if r["answers"] else r | {"answers": [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n} for r in items]
     state = judge.Replies(Path(s.out) / "journal.jsonl").state if (Path(s.out) / "journal.jsonl").exists() else {}
     asked = [(q, len(r["answers"])) for r, q in ((r, ask(r, s)) for r in answered) if q.key not in state]
     sent, back = sum(q.tokens for q, _ in asked), sum(n * COMMENT + ANSWER * s.golden for _, n in asked)
@@ -197,7 +197,7 @@ def plan(s: Settings, items: list[dict]) -> str:
         lines.append(f"  answers not sampled yet are taken to be {ANSWER} tokens long")
     if asked:
         q = asked[0][0]
-        lines.append(f"\nthe first call, record {q.id}, {len(q.images)} pictures:\n\n{q.system}\n\n{q.text}")
+        lines.append(f"\nthe first call, about record {q.id}; pictures: {len(q.images)}\n\n{q.system}\n\n{q.text}")
     return "\n".join(lines)
 
 
@@ -224,7 +224,7 @@ def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
                 client.ask((ask(r, s) for r in items), len(items), s.retry_failed)
             finally:
                 used, every = replies.used - before, replies.used
-                print(f"used: {client.calls:,} calls in {(time.perf_counter() - began) / 60:.1f} min; tokens: "
+                print(f"used: {client.limits.calls:,} calls in {(time.perf_counter() - began) / 60:.1f} min; tokens: "
                       f"{used['prompt']:,} sent, {used['answer']:,} back, {used['thoughts']:,} of thought "
                       f"(in the journal: {every['prompt']:,}, {every['answer']:,}, {every['thoughts']:,})")
         done = [with_scores(record, ask(record, s), replies, s) for record in items]
@@ -255,8 +255,8 @@ def with_scores(record: dict, q: Question, replies: judge.Replies, s: Settings) 
             | ({"golden": found["golden"]} if found and found["golden"] else {}))
 
 
-def settle_in(record: dict, out: Path) -> dict:
-    """The record as it leaves: its pictures stand in `out` under their names (hard links where possible)."""
+def bring_pictures(record: dict, out: Path) -> None:
+    """The record's pictures stand in `out` under their names (hard links where possible), and are read from there."""
     root, names = Path(record["root"]).resolve(), []
     for name in record["images"]:
         source = records.image_path(root, name)
@@ -272,7 +272,7 @@ def settle_in(record: dict, out: Path) -> dict:
                 os.replace(f"{target}.part", target)
         elif not filecmp.cmp(source, target, shallow=False):
             raise BadInput(f"record {record['id']}: {target} is another picture of that name; choose another --out")
-    return {key: value for key, value in record.items() if key not in ("root", "images_sha")} | {"images": names}
+    record |= {"images": names, "root": str(out)}
 
 
 def look(s: Settings, items: list[dict], out: Path) -> None:
@@ -290,7 +290,8 @@ def look(s: Settings, items: list[dict], out: Path) -> None:
         write_jsonl(out / "trl.jsonl", (pairs.to_trl(r, pair) for r, pair in found))
         print(f"export: {out / 'trl.jsonl'}, {len(found)} pairs")
     if found:
-        print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl")
+        print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl"
+              + " --batch 16 --lr 1e-4" * isinstance(s, Story))
     elif not s.judge:
         print(f"next: python annotate.py --data {out}/records.jsonl --out {out} --judge gemini:MODEL --dry_run")
 
@@ -314,26 +315,28 @@ def annotate(s: Settings) -> list[dict]:
     if s.export not in ("", "trl"):
         raise BadInput(f"--export {s.export}: the one format known is trl")
     items, rejects = records.read(s.data, s.image_root)
-    many = [r["id"] for r in items if len(r["answers"]) > 26]
-    rejects += [{"id": name, "reason": "has more than 26 answers"} for name in many]
-    items = [r for r in items if r["id"] not in set(many)]
+    if rank == 0:
+        records.report(s.data, len(items), rejects, None if s.dry_run else out)
     if s.dry_run:
-        records.report(s.data, len(items), rejects, None)
         print(plan(s, items))
         return []
+    if rank == 0:
+        for record in items:
+            bring_pictures(record, out)
+        write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
     if any(not r["answers"] for r in items):
         if not s.ckpt:
             raise BadInput(f"{s.data} has records without answers; say with --ckpt which model gives them")
-        rejects += fill_answers(s, items, out, rank, world)
+        long = fill_answers(s, items, out, rank, world)
+        if long and rank == 0:
+            records.report(s.data, len(items), rejects + long, out)
     if rank:
         return []
-    records.report(s.data, len(items), rejects, out)
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
-    write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
     if s.judge:
         items = ask_judge(s, items, out)
-    items = [settle_in(record, out) for record in items]
+    items = [{key: value for key, value in record.items() if key not in ("root", "images_sha")} for record in items]
     write_jsonl(out / "records.jsonl", items)
     print(f"records: {out / 'records.jsonl'}, {len(items)} of them, {sum(len(r['answers']) for r in items)} answers")
     return items

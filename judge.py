@@ -66,7 +66,7 @@ class Limits:
     def __init__(self, rpm: int = 0, tpm: int = 0, rpd: int = 0, past: Iterable[tuple] = (), minute: float = 60,
                  day: float = 86400):
         self.rpm, self.tpm, self.rpd, self.minute, self.day = rpm, tpm, rpd, minute, day
-        self.busy, self.until, self.scale, self.turn = [], 0.0, 1.0, threading.Condition()
+        self.busy, self.until, self.scale, self.calls, self.turn = [], 0.0, 1.0, 0, threading.Condition()
         past = sorted((time.monotonic() - max(0.0, time.time() - when), tokens) for when, tokens in past)
         self.done = deque(past)                                          # (when its reply came, tokens)
         self.today = deque(when for when, _ in past)
@@ -101,6 +101,7 @@ class Limits:
             self.done.append((now, used or tokens))
             self.scale = max(self.scale, self.scale * used / tokens)
             self.today.append(now)
+            self.calls += 1
             self.turn.notify_all()
 
     def pause(self, seconds: float) -> None:
@@ -161,7 +162,7 @@ class Judge:
         self.limits = Limits(rpm, tpm, rpd, replies.times)
         self.stop, self.local = threading.Event(), threading.local()
         self.without: set[str] = set()                                   # optional fields that the server does not take
-        self.calls = self.dead = 0                                       # made in all; questions failed in a row
+        self.dead = 0                                                    # questions failed in a row
 
     def ask(self, questions: Iterable[Question], total: int = 0, retry_failed: bool = False) -> None:
         """Settle every question. Raises BadInput where going on is pointless; what was replied is in the journal."""
@@ -257,7 +258,6 @@ class Judge:
                 status, headers, data = 0, {}, f"{type(problem).__name__}: {problem}"
             finally:
                 self.limits.leave(guess, reply.usage.get("prompt", 0) if reply else 0)
-            self.calls += 1
             if reply:
                 return reply
             error = error_of(data)
@@ -286,7 +286,7 @@ class Judge:
         """One HTTP call -> status, headers, JSON (or the text, where it is none). A body None is a GET."""
         if not hasattr(self.local, "session"):
             session = self.local.session = requests.Session()
-            session.trust_env = False                                    # or .netrc would replace our header; so, once and by hand:
+            session.trust_env = False                                    # or .netrc would replace our header; once, by hand:
             session.proxies = requests.utils.get_environ_proxies(self.base)
             session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         headers = self.wire.headers(self.key) | {"Content-Type": "application/json"}

@@ -16,7 +16,7 @@ Previous: judge.py.  Next: pairs.py (from scores to pairs).
 import json
 import random
 import re
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import oracle
@@ -69,7 +69,9 @@ def shown_order(record: dict, seed: int) -> list[int]:
 
 def question(record: dict, about: str, seed: int, golden: bool) -> Question:
     """The one call that a record costs. `about` names the judge and its settings: with others, it is another question."""
-    places, counter = shown_order(record, seed), iter(range(1, 1000))
+    places, counter = shown_order(record, seed), count(1)
+    if len(places) > 26:
+        raise BadInput(f"record {record['id']}: has {len(places)} answers, and there are 26 letters; remove some")
     talk = "\n".join(f"{m['role']}: {re.sub('<image>', lambda _: f'[picture {next(counter)}]', m['content'])}"
                      for m in record["messages"])
     shown = "\n".join(f"<candidate_{chr(65 + p)}>\n{record['answers'][k]['text']}\n</candidate_{chr(65 + p)}>"
