@@ -280,7 +280,7 @@ def look(s: Settings, items: list[dict], out: Path) -> None:
     found = [(r, pair) for r in items if (pair := pairs.choose_pair(r, s.gap, s.seed))]
     if s.pairs:
         numbers = pairs.statistics(items, s.gap, s.seed)
-        write_whole(out / "pairs.json", json.dumps(numbers, indent=1) + "\n")
+        write_whole(out / "pairs.json", json.dumps(describe_run(s, pairs=numbers)) + "\n")
         print(pairs.show(numbers))
     if s.board:
         title = f"{Path(s.data).name}, judged by {s.judge or 'nobody here'}"

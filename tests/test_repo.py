@@ -160,3 +160,11 @@ def test_the_readmes_table_is_drawn_from_results():
     readme = [line.strip() for line in README.splitlines()]
     for line in evaluate.table(rows).splitlines():
         assert line.strip() in readme, f"not in README.md: {line}"
+
+
+def test_the_readmes_look_at_the_pairs_is_drawn_from_results():
+    """Lines of `python annotate.py` in the README are pairs.show of the pairs.json that it wrote."""
+    import pairs
+    said = pairs.show(json.loads((ROOT / "results" / "pairs.json").read_text())["pairs"])
+    shown = [line.strip() for line in README.split("`--pairs` prints")[1].split("With several GPUs")[0].splitlines() if line.startswith("    ")]
+    assert len(shown) >= 6 and all(line in ("...", *map(str.strip, said.splitlines())) for line in shown)
