@@ -129,13 +129,14 @@ def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: in
     tokens, pixels, rejects = Tokens(folder, config), Pixels(config, s.crop), []
     how = {"n": s.n, "temperature": s.temperature, "top_p": s.top_p, "max_new": s.max_new, "seed": s.seed}
     about, todo, refused = sha(checkpoint.stamp(folder), str(how), str(s.crop), s.dtype), [], set()
+    keys = {}
     for record in (r for r in items if not r["answers"]):
         try:
             longest = len(make_tree(tokens, record, []).prompt) + s.max_new
             if longest > config.text.max_position_embeddings:
                 raise BadInput(f"prompt and answer may take {longest} tokens, more than the model was built for "
                                f"({config.text.max_position_embeddings}); shorten it or lower --max_new")
-            record["key"] = sha(about, record["id"], json.dumps(record["messages"]), record["images_sha"])
+            keys[record["id"]] = sha(about, record["id"], json.dumps(record["messages"]), record["images_sha"])
             todo.append(record)
         except BadInput as problem:
             rejects.append({"id": record["id"], "reason": str(problem)})
@@ -145,10 +146,10 @@ def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: in
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     have = read_answers(out)
     mine = [part for k, part in enumerate(todo[at:at + s.batch] for at in range(0, len(todo), s.batch)) if k % world == rank]
-    missing = [part for part in mine if not all(r["key"] in have for r in part)]
+    missing = [part for part in mine if not all(keys[r["id"]] in have for r in part)]
     if rank == 0 and todo:
         print(f"sampling: {s.n} answers to each of {len(todo)} records at temperature {s.temperature}; "
-              f"{sum(r['key'] in have for r in todo)} were answered before")
+              f"{sum(key in have for key in keys.values())} were answered before")
     if missing:
         own = s.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
         device = f"cuda:{os.environ['LOCAL_RANK']}" if own else s.device
@@ -157,22 +158,25 @@ def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: in
                 total=sum(map(len, missing)), desc="sampling", unit="rec", disable=True if rank else None, leave=False) as bar:
             for part in missing:                                         # whole batches, so that rounding is the same
                 for record, answers in zip(part, sample_batch(model, tokens, pixels, part, **how)):
-                    if record["key"] not in have:
-                        journal.append({"key": record["key"], "id": record["id"], "answers": answers})
+                    if keys[record["id"]] not in have:
+                        journal.append({"key": keys[record["id"]], "id": record["id"], "answers": answers})
                 bar.update(len(part))
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     have = read_answers(out)
     for record in todo:
-        record["answers"] = have.get(record.pop("key"), [])
+        record["answers"] = have.get(keys[record["id"]], [])
     return rejects
 
 
 def read_answers(out: Path) -> dict[str, list]:
     """What all processes have sampled so far, this run or an earlier one, by key."""
-    lines = (line for path in sorted(out.glob("answers-*.jsonl")) for line in open(path, encoding="utf8"))
-    return {row["key"]: row["answers"] for row in (json.loads(line) for line in lines if line.endswith("\n"))}
+    journals = [Journal(path, write=False) for path in sorted(out.glob("answers-*.jsonl"))]
+    found = {key: journal[key]["answers"] for journal in journals for key in journal.at}
+    for journal in journals:
+        journal.close()
+    return found
 
 
 # ---- what it takes --------------------------------------------------------------------------------------------
@@ -183,8 +187,10 @@ ANSWER, COMMENT, SECONDS = 150, 90, 8.0     # guesses: tokens of an answer not y
 def plan(s: Settings, items: list[dict]) -> str:
     """What judging these records would take, before a cent is spent, and what the judge would read."""
     answered = [r if r["answers"] else r | {"answers": [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n} for r in items]
-    state = judge.Replies(Path(s.out) / "journal.jsonl").state if (Path(s.out) / "journal.jsonl").exists() else {}
-    asked = [(q, len(r["answers"])) for r, q in ((r, ask(r, s)) for r in answered) if q.key not in state]
+    journal = Path(s.out) / "journal.jsonl"
+    state = judge.Replies(journal, write=False).state if journal.exists() else {}
+    done = lambda q: q.key in state and not (s.retry_failed and state[q.key] != "ok")
+    asked = [(q, len(r["answers"])) for r, q in ((r, ask(r, s)) for r in answered) if not done(q)]
     sent, back = sum(q.tokens for q, _ in asked), sum(n * COMMENT + ANSWER * s.golden for _, n in asked)
     minutes = max(len(asked) * SECONDS / s.workers / 60, len(asked) / s.rpm if s.rpm else 0, sent / s.tpm if s.tpm else 0)
     days = f", on {math.ceil(len(asked) / s.rpd)} days" if s.rpd and len(asked) > s.rpd else ""
@@ -245,7 +251,7 @@ def with_scores(record: dict, q: Question, replies: judge.Replies, s: Settings) 
         try:
             found, state = q.check(row["text"]), "ok"
         except ValueError as problem:
-            state, reason = "unparseable", str(problem)
+            state, reason = "unparseable", reason or str(problem)
     answers = [{key: value for key, value in a.items() if key not in ("scores", "comment")} for a in record["answers"]]
     for k, (scores, comment) in zip(places, found["shown"] if found else []):
         answers[k] |= {"scores": scores, "comment": comment}
@@ -309,12 +315,19 @@ def miniature(s: Story) -> Story:
 def annotate(s: Settings) -> list[dict]:
     """--data -> records with answers and scores, in memory and in --out; nothing in the processes that only sample."""
     rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(s.out)
-    if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1 or s.temperature < 0 or not 0 < s.top_p <= 1:
+    if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1 or not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1:
         raise BadInput("--n must lie from 1 to 26, --max_new, --batch and --gap be at least 1, --temperature not negative, "
                        "--top_p above 0 and at most 1")
     if s.export not in ("", "trl"):
         raise BadInput(f"--export {s.export}: the one format known is trl")
+    if Path(s.board or out / "x").is_dir():
+        raise BadInput(f"--board {s.board} is a folder; name a file in it")
+    if s.judge not in ("", "oracle") or s.dry_run:
+        judge.door(s.judge, s.judge_url, s.workers, s.timeout, s.budget, s.rpm, s.tpm, s.rpd, s.dry_run)
     items, rejects = records.read(s.data, s.image_root)
+    if rejects and Path(s.data).resolve() == (out / "records.jsonl").resolve():
+        raise BadInput(f"{s.data} would lose {len(rejects)} records, the first being {rejects[0]['id']}: {rejects[0]['reason']}; "
+                       "mend it, or choose another --out")
     if rank == 0:
         records.report(s.data, len(items), rejects, None if s.dry_run else out)
     if s.dry_run:

@@ -140,13 +140,16 @@ class Journal:
     key, read back from the disk, so that memory holds only where each row stands. Any thread may append.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, write: bool = True):
+        """write=False only looks, while another process may be writing."""
         self.path, self.at, self.size = Path(path), {}, 0
         self.lock, self.disk, self.written, self.safe = threading.Lock(), threading.Lock(), 0, 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND if write else os.O_RDONLY, 0o644)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if write:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BadInput(f"{self.path} is being written by another process; wait for it, or choose another --out") from None
         with open(self.path, "rb") as f:
@@ -155,15 +158,17 @@ class Journal:
                     break
                 try:
                     row = json.loads(line)
-                    self.at[row["key"]] = self.size
-                    self.seen(row)
+                    if self.seen(row):
+                        self.at[row["key"]] = self.size
                 except (ValueError, KeyError, TypeError):
                     raise BadInput(f"{self.path}: line {number} is damaged; remove that line and run again") from None
                 self.size += len(line)
-        os.ftruncate(self.fd, self.size)
+        if write:
+            os.ftruncate(self.fd, self.size)
 
-    def seen(self, row: dict) -> None:
-        """Called once for every row, found or appended."""
+    def seen(self, row: dict) -> bool:
+        """Called once for every row, found or appended: does it stand for its key from now on?"""
+        return bool(row["key"])
 
     def append(self, row: dict) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -174,11 +179,11 @@ class Journal:
             except OSError:
                 os.ftruncate(self.fd, self.size)                         # no half line for the next one to grow onto
                 raise
-            self.at[row["key"]] = self.size
+            if self.seen(row):
+                self.at[row["key"]] = self.size
             self.size += len(line)
             self.written += 1
             mine = self.written
-            self.seen(row)
         with self.disk:                                                  # one flush serves all who wait for it
             if self.safe < mine:
                 upto = self.written

@@ -43,7 +43,7 @@ import requests
 from tqdm import tqdm
 
 from common import BadInput, Journal
-from wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, rejected
+from wire import PROTOCOLS, Question, Reply, delay_of, error_of, is_error, jpeg, rejected
 
 STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
 ASKS = 3                 # replies to one question before it counts as unparseable
@@ -51,6 +51,7 @@ TRIES = 6                # calls without a reply before it counts as failed; a 4
 WAIT, MOST = 1.0, 60.0   # seconds: the first wait is at most WAIT, it doubles with every try, up to MOST
 PATIENCE = 300           # seconds: a server that asks for more is not waited for
 DEAD = 20                # questions failed in a row, and the server is gone
+NETWORK = (requests.RequestException, requests.packages.urllib3.exceptions.HTTPError)
 KEPT = "what was judged is kept; run the same command again afterwards"
 
 
@@ -60,23 +61,28 @@ class Limits:
     """At most `rpm` requests and `tpm` tokens in any minute, `rpd` requests in any day, as the server sees it (0: no limit).
 
     The server sees a request at some moment between its sending and its reply. So it counts from its sending until a
-    minute after its reply, and no window of a minute can hold more, however the network delays things.
+    minute after its reply, and no window of a minute can hold more, however the network delays things. Both are noted in `log`,
+    so that a restart knows of them; a call without a reply there may have arrived up to `timeout` later. Tokens are a guess
+    until the server has counted some: while it has not, one call goes out alone.
     """
 
-    def __init__(self, rpm: int = 0, tpm: int = 0, rpd: int = 0, past: Iterable[tuple] = (), minute: float = 60,
+    def __init__(self, log: Path, rpm: int = 0, tpm: int = 0, rpd: int = 0, timeout: float = 0, minute: float = 60,
                  day: float = 86400):
         self.rpm, self.tpm, self.rpd, self.minute, self.day = rpm, tpm, rpd, minute, day
-        self.busy, self.until, self.scale, self.calls, self.turn = [], 0.0, 1.0, 0, threading.Condition()
-        past = sorted((time.monotonic() - max(0.0, time.time() - when), tokens) for when, tokens in past)
-        self.done = deque(past)                                          # (when its reply came, tokens)
-        self.today = deque(when for when, _ in past)
+        self.busy, self.until, self.scale, self.calls, self.turn = [], 0.0, 0.0, 0, threading.Condition()
+        rows = [list(map(float, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
+        past = {row[0]: (row[2] if len(row) > 2 else row[0] + timeout, row[1]) for row in rows if len(row) > 1}
+        ages = sorted((max(0.0, time.time() - when), tokens) for when, tokens in past.values())[::-1]
+        self.done = deque((time.monotonic() - age, tokens) for age, tokens in ages)      # (when its reply came, tokens)
+        self.today = deque(when for when, _ in self.done)
+        self.log = open(log, "a")
 
-    def enter(self, guess: int, stop: threading.Event) -> int:
-        """Wait until about `guess` tokens may be sent; returns what to tell `leave`. Raises Stopped, or BadInput where the
-        day is spent."""
+    def enter(self, guess: int, stop: threading.Event) -> tuple[float, int]:
+        """Wait until about `guess` tokens may be sent; returns what to hand to `leave`. Raises Stopped, or BadInput where
+        the day is spent."""
         with self.turn:
             while not stop.is_set():
-                now, tokens = time.monotonic(), math.ceil(guess * self.scale)
+                now, tokens = time.monotonic(), math.ceil(guess * (self.scale or 1))
                 while self.done and self.done[0][0] <= now - self.minute:
                     self.done.popleft()
                 while self.today and self.today[0] <= now - self.day:
@@ -84,22 +90,28 @@ class Limits:
                 if self.rpd and len(self.today) + len(self.busy) >= self.rpd:
                     raise BadInput(f"the {self.rpd} requests of --rpd are spent; {KEPT}")
                 count = len(self.busy) + len(self.done)
-                load = sum(self.busy) + sum(t for _, t in self.done) if self.tpm else 0
-                if now >= self.until and not (self.rpm and count >= self.rpm) and not (
-                        self.tpm and count and load + tokens > self.tpm):
-                    self.busy.append(tokens)
-                    return tokens
+                load = sum(t for _, t in [*self.busy, *self.done]) if self.tpm else 0
+                full = self.rpm and count >= self.rpm or self.tpm and (
+                    count and load + tokens > self.tpm or self.busy and not self.scale)
+                if now >= self.until and not full:
+                    self.busy.append((time.time(), tokens))
+                    self.note(*self.busy[-1])
+                    return self.busy[-1]
                 soonest = max(self.until, self.done[0][0] + self.minute if self.done and now >= self.until else 0)
                 self.turn.wait(min(max(soonest - now, 0.01), 0.5))
             raise Stopped
 
-    def leave(self, tokens: int, used: int) -> None:
+    def note(self, sent: float, tokens: int, *replied: float) -> None:
+        print(f"{sent:.6f}", tokens, *replied, file=self.log, flush=True)
+
+    def leave(self, call: tuple[float, int], used: int) -> None:
         """The reply is there; it counted `used` tokens (0: nobody says). Guesses that were too low are raised from now on."""
         with self.turn:
-            now = time.monotonic()
-            self.busy.remove(tokens)
+            now, (sent, tokens) = time.monotonic(), call
+            self.busy.remove(call)
+            self.note(sent, used or tokens, time.time())
             self.done.append((now, used or tokens))
-            self.scale = max(self.scale, self.scale * used / tokens)
+            self.scale = max(self.scale, (self.scale or 1) * used / tokens)
             self.today.append(now)
             self.calls += 1
             self.turn.notify_all()
@@ -113,18 +125,18 @@ class Limits:
 class Replies(Journal):
     """The journal of a judge: what is settled and how, what was replied to questions not yet settled, what it all cost."""
 
-    def __init__(self, path: Path):
-        self.state, self.before, self.used, self.times = {}, {}, Counter(), deque(maxlen=100_000)
-        super().__init__(path)
+    def __init__(self, path: Path, write: bool = True):
+        self.state, self.before, self.used = {}, {}, Counter()
+        super().__init__(path, write)
 
-    def seen(self, row: dict) -> None:
+    def seen(self, row: dict) -> bool:
         self.used.update(row["usage"] | {"replies": 1})
-        self.times.append((row["time"], row["usage"].get("prompt", 0)))
         if row["final"]:
             self.state[row["key"]] = row["state"]
             self.before.pop(row["key"], None)
         else:
             self.before.setdefault(row["key"], []).append(row["state"])
+        return row["final"]
 
     def keep(self, q: Question, reply: Reply, final: bool = True) -> None:
         self.append({"key": q.key, "id": q.id, "state": reply.state, "final": final, "reason": reply.reason,
@@ -151,15 +163,9 @@ class Judge:
 
     def __init__(self, spec: str, replies: Replies, url: str = "", *, workers: int = 16, timeout: float = 120, budget: int = 8192,
                  thinking: str = "", rpm: int = 0, tpm: int = 0, rpd: int = 0):
-        name, _, self.model = spec.partition(":")
-        if name not in PROTOCOLS or not self.model:
-            raise BadInput(f"--judge {spec}: say gemini:MODEL or openai:MODEL")
-        if min(workers, timeout, budget) <= 0 or min(rpm, tpm, rpd) < 0:
-            raise BadInput("--workers, --timeout and --budget must be positive, --rpm, --tpm and --rpd not negative (0: none)")
-        self.wire, self.replies, self.workers, self.timeout = PROTOCOLS[name], replies, workers, timeout
-        self.budget, self.thinking = budget, thinking
-        self.base, self.key = base_url(self.wire.base, url), find_key(self.wire.keys, needed=name == "gemini" or not url)
-        self.limits = Limits(rpm, tpm, rpd, replies.times)
+        self.wire, self.model, self.base, self.key = door(spec, url, workers, timeout, budget, rpm, tpm, rpd)
+        self.replies, self.workers, self.timeout, self.budget, self.thinking = replies, workers, timeout, budget, thinking
+        self.limits = Limits(replies.path.with_name("calls.log"), rpm, tpm, rpd, timeout)
         self.stop, self.local = threading.Event(), threading.local()
         self.without: set[str] = set()                                   # optional fields that the server does not take
         self.dead = 0                                                    # questions failed in a row
@@ -180,7 +186,7 @@ class Judge:
         try:
             for q in questions:
                 state = self.replies.state.get(q.key)
-                if state is None or state != "ok" and retry_failed:
+                if state is None or retry_failed and state != "ok" and not self.reads_now(q):
                     pool.submit(self.settle, q).add_done_callback(finished.put)
                     busy += 1
                     collect(2 * self.workers)
@@ -199,6 +205,14 @@ class Judge:
             except KeyboardInterrupt:
                 os._exit(130)                                            # every line of the journal is on disk
             bar.close()
+
+    def reads_now(self, q: Question) -> bool:
+        """Can the raw reply that was once unparseable be used after all?"""
+        row = self.replies[q.key]
+        try:
+            return row["state"] == "unparseable" and (q.check(row["text"]), True)[1]
+        except ValueError:
+            return False
 
     def settle(self, q: Question) -> str:
         """Ask until the question has its final state, which is returned."""
@@ -237,9 +251,9 @@ class Judge:
             reply = self.wire.reply(data)
             used = {name: int(n or 0) for name, n in reply.usage.items()}
             if not isinstance(reply.text, str):
-                raise TypeError(f"text is {reply.text!r:.40}")
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
-            return Reply("unparseable", "", f"a reply of unknown shape ({type(problem).__name__}: {problem})")
+                raise TypeError(f"text is {reply.text!r}")
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
+            return Reply("unparseable", "", self.scrub(f"a reply of unknown shape ({type(problem).__name__}: {problem})")[:500])
         reply.usage, reply.version = used, self.scrub(reply.version)
         reply.text, reply.reason = self.scrub(reply.text), self.scrub(reply.reason)
         return reply
@@ -250,17 +264,19 @@ class Judge:
         while True:
             without, reply = set(self.without), None
             body = json.dumps(self.wire.body(self.model, q, images, budget, self.thinking, without)).encode()
-            guess = self.limits.enter(q.tokens, self.stop)
+            call = self.limits.enter(q.tokens, self.stop)
             try:
                 status, headers, data = self.send(url, body)
-                reply = self.read(data) if status == 200 and isinstance(data, (dict, list)) else None
-            except requests.RequestException as problem:
+                reply = self.read(data) if status == 200 and not is_error(data) else None
+            except NETWORK as problem:
                 status, headers, data = 0, {}, f"{type(problem).__name__}: {problem}"
             finally:
-                self.limits.leave(guess, reply.usage.get("prompt", 0) if reply else 0)
+                self.limits.leave(call, reply.usage.get("prompt", 0) if reply else 0)
             if reply:
                 return reply
             error = error_of(data)
+            if status == 200 and "code" in error:                        # an error in the clothes of a reply
+                status = error["code"] if error["code"] in range(400, 600) else 500
             what = self.scrub(f"{f'HTTP {status}' if status else 'no reply'}: {error.get('message') or error}")[:500]
             if status == 400 and (names := rejected(self.wire.optional, error) - without):
                 if names - self.without:
@@ -270,16 +286,16 @@ class Judge:
             self.stop_if_pointless(status, error, what)
             if status not in (0, 200, 408, 409, 425, 429) and status < 500:
                 raise Failed(what)
+            wait = random.uniform(0, min(MOST, WAIT * 2 ** tries))
             tries += 0.25 if status == 429 else 1
             if tries >= TRIES:
                 raise Failed(f"{what} ({TRIES} tries)")
             asked = delay_of(headers, error)
             if asked > PATIENCE:
                 raise BadInput(f"the server asks to wait {asked:.0f} s ({what}); {KEPT}")
-            seconds = asked + random.uniform(0, min(MOST, WAIT * 2 ** tries))
             if status == 429:
-                self.limits.pause(seconds)
-            elif self.stop.wait(seconds):
+                self.limits.pause(asked + wait)
+            elif self.stop.wait(asked + wait):
                 raise Stopped
 
     def send(self, url: str, body: bytes | None) -> tuple[int, dict, object]:
@@ -294,18 +310,18 @@ class Judge:
         with self.local.session.request("GET" if body is None else "POST", url, data=body, headers=headers, stream=True,
                                         timeout=(min(20, self.timeout), self.timeout), allow_redirects=False) as r:
             content = bytearray()
-            for chunk in r.iter_content(1 << 16):
+            while chunk := r.raw.read1(1 << 16, decode_content=True):    # what is there: a reply may come in drips
                 content += chunk
                 if time.monotonic() > until or len(content) > 1 << 24:
                     raise requests.Timeout(f"the reply took longer than {self.timeout:g} s, or is endless")
             try:
                 return r.status_code, r.headers, json.loads(content)
             except (ValueError, RecursionError):
-                return r.status_code, r.headers, content[:300].decode("utf8", "replace")
+                return r.status_code, r.headers, self.scrub(content.decode("utf8", "replace"))[:300]
 
     def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
         said = json.dumps(error)
-        if status == 429 and ("PerDay" in said or "insufficient_quota" in said or re.search(r"limit: 0\b(?!\.)", said)):
+        if status == 429 and re.search(r"PerDay|per day|\bRPD\b|\bTPD\b|insufficient_quota|limit: 0\b(?!\.)", said):
             raise BadInput(f"the quota is spent ({what}); wait for the next day or have it raised; {KEPT}")
         if status in (401, 403) or status == 400 and re.search("API_KEY_INVALID|API key not valid|FAILED_PRECONDITION", said):
             raise BadInput(f"the server refuses the key or the account ({what}); check {' or '.join(self.wire.keys)}; {KEPT}")
@@ -320,21 +336,37 @@ class Judge:
             data = self.send(f"{self.base}/models", None)[2]
             rows = data.get("models") or data.get("data")
             return self.scrub(f"it offers {', '.join(str(row.get('name') or row.get('id')) for row in rows[:50])}; ")
-        except (requests.RequestException, AttributeError, TypeError):
+        except (*NETWORK, AttributeError, TypeError):
             return ""
 
     def scrub(self, text: str) -> str:
         """Without the key, should a server echo it; halves of characters, which no file can hold, become "?"."""
         text = str(text).encode("utf8", "replace").decode()
-        return text.replace(self.key, "[key]") if self.key else text
+        plain = re.sub(r"\\u00([2-7][0-9a-fA-F])", lambda escape: chr(int(escape[1], 16)), text)     # JSON can spell it so, too
+        return (text if self.key not in plain else plain).replace(self.key, "[key]") if len(self.key) > 7 else text
+
+
+def door(spec: str, url: str, workers: int, timeout: float, budget: int, rpm: int, tpm: int, rpd: int, dry: bool = False) -> tuple:
+    """(wire format, model, base URL, key) of a judge; a dry run needs no key. Raises BadInput for what cannot be used."""
+    if min(workers, budget) <= 0 or not 0 < timeout < 1e6 or min(rpm, tpm, rpd) < 0:
+        raise BadInput("--workers, --timeout and --budget must be positive, --rpm, --tpm and --rpd not negative (0: none)")
+    name, _, model = spec.partition(":")
+    if name not in PROTOCOLS or not model:
+        raise BadInput(f"--judge {spec}: say gemini:MODEL, openai:MODEL or, for the miniature, oracle")
+    wire = PROTOCOLS[name]
+    return wire, model, base_url(wire.base, url), "" if dry else find_key(wire.keys, needed=name == "gemini" or not url)
 
 
 def base_url(usual: str, url: str) -> str:
     """--judge_url replaces scheme and host, or the whole base where it has a path."""
     if not url:
         return usual
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]*\w[\w.:-]*", parts.hostname or "") and parts.port != 0
+    except ValueError:                                                   # a port or an IPv6 address that is none
+        good = False
+    if not good or "@" in parts.netloc or parts.query or parts.fragment:
         raise BadInput("--judge_url: say http://host:port or https://host/v1, without a user, password or key in it")
     return url.rstrip("/") if parts.path.strip("/") else url.rstrip("/") + urlsplit(usual).path
 

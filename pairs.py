@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from records import ATTRIBUTES, image_path, quality
+from rubric import conversation
 from vision import load_image
 
 GAP = 2         # smallest difference in S between chosen and rejected (the paper's rule)
@@ -141,7 +142,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 0 1rem 3rem }}
 header {{ position: sticky; top: 0; background: Canvas; padding: .6rem 0 }} h1 {{ font-size: 1.15rem; margin: 0 0 .3rem }}
-label {{ margin-right: 1.2rem; white-space: nowrap }} img {{ width: 100%; border-radius: 4px; margin-bottom: .3rem }}
+label {{ margin-right: 1.2rem; white-space: nowrap }} img {{ width: 100%; max-height: 20rem; object-fit: contain }}
 article {{ display: grid; grid-template-columns: 13rem 1fr; gap: .3rem 1.2rem; padding: 1rem 0; border-top: 1px solid #8886 }}
 article[hidden] {{ display: none }} .text {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .3rem }}
 small {{ opacity: .75; display: block; overflow-wrap: anywhere }} b {{ color: light-dark(#b3261e, #ff8a80) }}
@@ -179,9 +180,8 @@ def board(records: list[dict], root: Path, gap: int = GAP, seed: int = 0, title:
 def article(record: dict, root: Path, gap: int, seed: int) -> str:
     pair, judge = choose_pair(record, gap, seed), record.get("judge") or {}
     S = [quality(a) for a in record["answers"] if a.get("scores")]
-    said = lambda m: html.escape(f"{m['role']}: " + m["content"].replace("<image>", "").strip())
-    talk = "".join(f'<div class="text">{said(m)}</div>' for m in record["messages"])
-    golden = record.get("golden") and f'<div class="answer"><small>golden</small>{html.escape(record["golden"])}</div>' or ""
+    talk = f'<div class="text">{html.escape(conversation(record))}</div>'
+    golden = record.get("golden") and f'<div class="answer"><small>golden</small><div class="text">{html.escape(record["golden"])}</div></div>' or ""
     answers = "".join(one_answer(a, "chosen" if pair and k == pair[0] else "rejected" if pair and k == pair[1] else "")
                       for k, a in enumerate(record["answers"]))
     state = " · ".join(html.escape(str(judge[key])) for key in ("model", "state", "reason") if judge.get(key))
@@ -194,6 +194,7 @@ def article(record: dict, root: Path, gap: int, seed: int) -> str:
 def one_answer(answer: dict, role: str) -> str:
     scores, comment = answer.get("scores"), answer.get("comment") or ""
     line = f"S {quality(answer)}: " + ", ".join(f"{name} {scores[name]}" for name in ATTRIBUTES) if scores else "not scored"
+    line += ", cut off by the token budget" * (answer.get("finish") == "length")
     return (f'<div class="answer {role}"><div class="text">{html.escape(answer["text"])}</div>'
             f"<small><b>{role}</b> {line}</small><small>{html.escape(comment)}</small></div>")
 

@@ -213,9 +213,14 @@ def check_scores(scores, k: int) -> None:
 
 
 def clean(text: str, what: str, markers: bool = False) -> None:
+    """Raises BadInput for what a tokenizer would read as a control token, and for what no file can hold."""
     for token in CONTROL + (() if markers else ("<image>",)):
         if token in text:
             raise BadInput(f"{what} contains {token}, which the tokenizer reads as a control token; remove it")
+    whole(text, what)
+
+
+def whole(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -289,7 +294,7 @@ def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple
             if isinstance(raw, BadInput):
                 raise raw
             if isinstance(raw, dict):
-                name = identity(raw, where)
+                name = identity(raw, where).encode("utf8", "replace").decode()
             record = convert(raw, where)
             seen[name] += 1
             if seen[name] > 1 and "messages" not in raw:                 # LLaVA's own files repeat ids, one per picture
@@ -298,6 +303,7 @@ def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple
             if seen[name] > 1:
                 raise BadInput("a record with this id came before")
             check(record)
+            whole(json.dumps(record, ensure_ascii=False), "a field")
             record["root"] = str(root)
             record["images_sha"] = check_images(record, root, image_size)
             records.append(record)

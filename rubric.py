@@ -67,33 +67,47 @@ def shown_order(record: dict, seed: int) -> list[int]:
     return order
 
 
+def conversation(record: dict) -> str:
+    """As one reads it: a line per turn, [picture k] for the k-th picture."""
+    counter = count(1)
+    return "\n".join(f"{m['role']}: {re.sub('<image>', lambda _: f'[picture {next(counter)}]', m['content'])}"
+                     for m in record["messages"])
+
+
 def question(record: dict, about: str, seed: int, golden: bool) -> Question:
     """The one call that a record costs. `about` names the judge and its settings: with others, it is another question."""
-    places, counter = shown_order(record, seed), count(1)
+    places = shown_order(record, seed)
     if len(places) > 26:
         raise BadInput(f"record {record['id']}: has {len(places)} answers, and there are 26 letters; remove some")
-    talk = "\n".join(f"{m['role']}: {re.sub('<image>', lambda _: f'[picture {next(counter)}]', m['content'])}"
-                     for m in record["messages"])
     shown = "\n".join(f"<candidate_{chr(65 + p)}>\n{record['answers'][k]['text']}\n</candidate_{chr(65 + p)}>"
                       for p, k in enumerate(places))
-    text = f"The conversation:\n{talk}\n\nThe candidates:\n{shown}"
+    text = f"The conversation:\n{conversation(record)}\n\nThe candidates:\n{shown}"
     images = [Path(record["root"]) / name for name in record["images"]]      # records.read made sure that none leads outside
     return Question(sha(about, rubric(golden), record["id"], text, record["images_sha"]), record["id"], rubric(golden), text,
                     images, schema(len(places), golden), lambda reply: read_scores(reply, len(places), golden))
 
 
+def unique(pairs: list[tuple]) -> dict:
+    """A JSON object that says nothing twice."""
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name twice in one object")
+    return dict(pairs)
+
+
 def read_scores(text: str, n: int, golden: bool = False) -> dict:
     """A judge's reply -> {"golden": str or None, "shown": [(scores, comment) of A, B, ...]}. Raises ValueError with what is
     wrong with it; code fences, prose or a list around the object are passed over, wrong values never are."""
-    for start in islice((m.start() for m in re.finditer("{", text)), 50):
+    objects, end, decoder = [], 0, json.JSONDecoder(object_pairs_hook=unique)
+    for start in islice((m.start() for m in re.finditer("{", text)), 200):
         try:
-            value, _ = json.JSONDecoder().raw_decode(text, start)
+            if start >= end:
+                value, end = decoder.raw_decode(text, start)
+                objects += [value] if "candidates" in value else []
         except (ValueError, RecursionError):
             continue
-        if "candidates" in value:
-            break
-    else:
-        raise ValueError("no whole JSON object with candidates")
+    if len(objects) != 1:
+        raise ValueError(f"{'no' if not objects else 'more than one'} whole JSON object with candidates")
+    value = objects[0]
     found, letters = value["candidates"], [chr(65 + p) for p in range(n)]
     rows = isinstance(found, list) and all(isinstance(c, dict) for c in found)
     if not rows or sorted(str(c.get("id")) for c in found) != letters:

@@ -42,8 +42,8 @@ class Question:
 
     @property
     def tokens(self) -> int:
-        """About what it costs to send; three characters to the token is on the high side for English."""
-        return (len(self.system) + len(self.text)) // 3 + IMAGE_TOKENS * len(self.images) + 1
+        """About what it costs to send; three bytes to the token is on the high side for English."""
+        return len((self.system + self.text).encode()) // 3 + IMAGE_TOKENS * len(self.images) + 1
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Gemini:
             return Reply("truncated", text, "stopped at maxOutputTokens (thinking counts)", **about)
         if finish in Gemini.blocks:
             return Reply("blocked", text, finish, "RECITATION" in finish, **about)
-        return Reply("ok" if finish == "STOP" and text else "unparseable", text, "" if text else f"no text, {finish}", **about)
+        return Reply("ok" if text else "unparseable", text, "" if text else f"no text, {finish}", **about)
 
 
 class OpenAI:
@@ -153,6 +153,12 @@ PROTOCOLS = {"gemini": Gemini, "openai": OpenAI}
 
 # ---- refusals -------------------------------------------------------------------------------------------------
 
+def is_error(data) -> bool:
+    """No reply at all, whatever the status says: HTML, or {"error": ...} where candidates or choices should be."""
+    data = data[0] if isinstance(data, list) and data else data
+    return not isinstance(data, (dict, list)) or isinstance(data, dict) and bool(data.get("error"))
+
+
 def error_of(data) -> dict:
     """What went wrong, from an error body: {"error": {...}}, that in a list, {"message": ...}, a string, HTML."""
     data = data[0] if isinstance(data, list) and data else data
@@ -168,9 +174,13 @@ def rejected(optional: tuple, error: dict) -> set[str]:
 
 def delay_of(headers: dict, error: dict) -> float:
     """Seconds that a server asks to wait, from RetryInfo ("26s") or Retry-After (seconds or a date); 0 where it does not."""
-    for detail in error.get("details") or []:
+    details = error.get("details")
+    for detail in details if isinstance(details, list) else []:
         if isinstance(detail, dict) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)s", str(detail.get("retryDelay")))):
             return float(found[1])
+    spoken = re.search(r"try again in (?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?", str(error.get("message")))     # OpenAI's way
+    if spoken and any(spoken.groups()):
+        return sum(float(n or 0) * unit for n, unit in zip(spoken.groups(), (3600, 60, 1)))
     after = headers.get("Retry-After", "")
     try:
         seconds = float(after) if re.fullmatch(r"[\d.]+", after) else parsedate_to_datetime(after).timestamp() - time.time()

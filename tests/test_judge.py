@@ -257,7 +257,7 @@ def test_killed_twenty_times_the_result_is_that_of_an_undisturbed_run(tmp_path):
         assert run(data, tmp_path / "out", server, **settings) == rows
         clean = [times for text, times in server.asked.items() if not judge_server.fault_of(text, 0.3, 0)]
         assert sum(clean) - len(clean) <= (kills + restarts) * 16 + restarts * len(clean), "only calls in flight were made twice"
-    for name in ("records.jsonl", "pairs.json", "trl.jsonl"):
+    for name in ("records.jsonl", "trl.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     final = Counter(line["key"] for line in lines(tmp_path / "out") if line["final"])
     assert set(final.values()) == {1} and len(final) == 300
@@ -357,19 +357,19 @@ def test_a_minute_goes_on_after_a_restart(tmp_path, monkeypatch):
                 time.sleep(0.05)
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-        assert fullest(server.arrivals, 1.5) <= 10 + 4, "four calls may have been in flight when it was killed"
+        assert 5 < fullest(server.arrivals, 1.5) <= 10, "calls in flight when it was killed count, too"
 
 
-def test_tokens_per_minute_are_kept_with_what_the_server_counts():
-    limits, stop, sent = judge.Limits(tpm=1000, minute=0.5), threading.Event(), []
+def test_tokens_per_minute_are_kept_with_what_the_server_counts(tmp_path):
+    limits, stop, sent = judge.Limits(tmp_path / "log", tpm=1000, minute=0.5), threading.Event(), []
     for _ in range(20):
         guess = limits.enter(100, stop)
         sent.append((time.monotonic(), 250))
         limits.leave(guess, 250)                                         # two and a half times what was guessed
-    times, weights = zip(*sent[1:])
+    times, weights = zip(*sent)
     assert limits.scale == 2.5 and fullest(times, 0.5, weights) <= 1000
-    guess = judge.Limits(tpm=10).enter(100, stop)                        # larger than the limit: alone, but not never
-    assert guess == 100
+    limits = judge.Limits(tmp_path / "other", tpm=10)
+    assert limits.enter(100, stop)[1] == 100                             # larger than the limit: alone, but not never
 
 
 def test_requests_per_day_stop_the_run_and_the_next_day_goes_on(tmp_path):
@@ -380,9 +380,9 @@ def test_requests_per_day_stop_the_run_and_the_next_day_goes_on(tmp_path):
         assert len(server.arrivals) == 6 == len(lines(tmp_path / "out"))
         with pytest.raises(BadInput, match="--rpd are spent"):
             run(data, tmp_path / "out", server, rpd=6)
-        path = tmp_path / "out" / "journal.jsonl"
-        rows = [r | {"time": r["time"] - 90000} for r in lines(tmp_path / "out")]
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        log = tmp_path / "out" / "calls.log"
+        rows = [list(map(float, line.split())) for line in log.read_text().splitlines()]
+        log.write_text("".join(" ".join(str(t - 90000 * (t > 1e9)) for t in row) + "\n" for row in rows))
         assert len(run(data, tmp_path / "out", server, rpd=6)) == 10 == len(server.arrivals)
 
 
@@ -515,7 +515,7 @@ def test_gemini_replies():
     assert read(part(text="x") | {"finishReason": "MAX_TOKENS"}).state == "truncated"
     for nothing in (read(), read({"finishReason": "STOP"}), read(part(text="x", thought=True)), read(part(thoughtSignature="s"))):
         assert nothing.state == "unparseable" and nothing.reason
-    assert read(part(text="x") | {"finishReason": "BRAND_NEW"}).state == "unparseable"
+    assert read(part(text="x") | {"finishReason": "BRAND_NEW"}).state == "ok", "the caller's check decides"
 
 
 # ---- the door --------------------------------------------------------------------------------------------------
