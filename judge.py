@@ -286,16 +286,17 @@ class Judge:
             self.stop_if_pointless(status, error, what)
             if status not in (0, 200, 408, 409, 425, 429) and status < 500:
                 raise Failed(what)
-            wait = random.uniform(0, min(MOST, WAIT * 2 ** tries))
+            most = min(MOST, WAIT * 2 ** tries)
             tries += 0.25 if status == 429 else 1
             if tries >= TRIES:
                 raise Failed(f"{what} ({TRIES} tries)")
             asked = delay_of(headers, error)
             if asked > PATIENCE:
                 raise BadInput(f"the server asks to wait {asked:.0f} s ({what}); {KEPT}")
+            wait = asked + random.uniform(0, most)
             if status == 429:
-                self.limits.pause(asked + wait)
-            elif self.stop.wait(asked + wait):
+                self.limits.pause(wait)
+            elif self.stop.wait(wait):
                 raise Stopped
 
     def send(self, url: str, body: bytes | None) -> tuple[int, dict, object]:
@@ -346,7 +347,8 @@ class Judge:
         return (text if self.key not in plain else plain).replace(self.key, "[key]") if len(self.key) > 7 else text
 
 
-def door(spec: str, url: str, workers: int, timeout: float, budget: int, rpm: int, tpm: int, rpd: int, dry: bool = False) -> tuple:
+def door(spec: str, url: str, workers: int, timeout: float, budget: int, rpm: int, tpm: int, rpd: int,
+         dry: bool = False) -> tuple:
     """(wire format, model, base URL, key) of a judge; a dry run needs no key. Raises BadInput for what cannot be used."""
     if min(workers, budget) <= 0 or not 0 < timeout < 1e6 or min(rpm, tpm, rpd) < 0:
         raise BadInput("--workers, --timeout and --budget must be positive, --rpm, --tpm and --rpd not negative (0: none)")

@@ -181,7 +181,8 @@ def article(record: dict, root: Path, gap: int, seed: int) -> str:
     pair, judge = choose_pair(record, gap, seed), record.get("judge") or {}
     S = [quality(a) for a in record["answers"] if a.get("scores")]
     talk = f'<div class="text">{html.escape(conversation(record))}</div>'
-    golden = record.get("golden") and f'<div class="answer"><small>golden</small><div class="text">{html.escape(record["golden"])}</div></div>' or ""
+    golden = html.escape(record.get("golden") or "")
+    golden = golden and f'<div class="answer"><small>golden</small><div class="text">{golden}</div></div>'
     answers = "".join(one_answer(a, "chosen" if pair and k == pair[0] else "rejected" if pair and k == pair[1] else "")
                       for k, a in enumerate(record["answers"]))
     state = " · ".join(html.escape(str(judge[key])) for key in ("model", "state", "reason") if judge.get(key))

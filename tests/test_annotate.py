@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import annotate
 import checkpoint
@@ -112,6 +113,7 @@ def test_killed_processes_of_torchrun_make_the_same_file(ckpt, prompts, tmp_path
     assert sorted(p.name for p in (tmp_path / "out").glob("answers-*")) == ["answers-0.jsonl", "answers-1.jsonl"]
     assert [json.loads(line) for line in open(tmp_path / "out" / "records.jsonl")] == whole
     assert done.stdout.count("usable") == 1, "one process speaks"
+    assert sum(len(p.read_text().splitlines()) for p in (tmp_path / "out").glob("answers-*")) == 11, "nothing is done twice"
 
 
 def test_records_that_have_answers_keep_them(ckpt, prompts, tmp_path):
@@ -335,3 +337,152 @@ def test_scores_of_an_earlier_judge_do_not_survive_a_new_one(prompts, tmp_path, 
     first, second = [json.loads(line) for line in open(tmp_path / "out" / "records.jsonl")]
     assert first["judge"]["state"] == "unparseable" and first["answers"] == [{"text": "a"}, {"text": "b"}]
     assert [a["comment"] for a in second["answers"]] == ["new", "new"]
+
+
+# ---- what a mutation showed untested --------------------------------------------------------------------------
+
+def test_a_golden_answer_of_the_data_stays_where_the_judge_gives_none(tmp_path):
+    """Judged with the oracle, which says "golden" only on request."""
+    record, = tasks.draw(tasks.preference_prompts(1, 0), tmp_path)
+    row = {k: v for k, v in record.items() if k != "root"} | {"golden": "mine", "answers": [{"text": "a"}, {"text": "b"}]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
+    for golden, want in ((False, "mine"), (True, record["truth"]["turns"][-1]["full"])):
+        annotate.run(annotate.Settings(data=str(tmp_path / "r.jsonl"), out=str(tmp_path / "out"), judge="oracle", golden=golden))
+        assert json.loads((tmp_path / "out" / "records.jsonl").read_text())["golden"] == want
+
+
+def test_every_answer_has_a_seed_of_its_own():
+    assert len({annotate.answer_seed(seed, id, k) for seed in (0, 1) for id in "ab" for k in range(3)}) == 12
+
+
+def test_what_an_answer_depends_on_names_it(ckpt, prompts, tmp_path):
+    """Another seed, crop, dtype, checkpoint, question or picture: sampled anew; the same again: not."""
+    lines_so_far = lambda: len((tmp_path / "out" / "answers-0.jsonl").read_text().splitlines())
+    other = tiny_checkpoint(tmp_path / "other", "byte", seed=1)
+    raw, want = [json.loads(line) for line in open(prompts)][:2], 2
+    write = lambda rows: prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write(raw)
+    first = sampled(ckpt, prompts, tmp_path / "out")
+    for more in ({}, {"seed": 1}, {"crop": True}, {"n": 2}, {"ckpt": other}, {"dtype": "float32"}):
+        want += 2 * bool(more)
+        rows = sampled(**{"ckpt": ckpt, "prompts": prompts, "out": tmp_path / "out"} | more)
+        assert lines_so_far() == want, more
+        assert (rows == first) == (not more or "dtype" in more), more
+    write([raw[0] | {"messages": [{"role": "user", "content": "<image>\nWhat else?"}]}, raw[1] | {"images": ["2.png"]}])
+    sampled(ckpt, prompts, tmp_path / "out")
+    assert lines_so_far() == want + 2, "another question, another picture"
+
+
+def test_all_rejects_are_kept_and_max_new_counts(ckpt, prompts, tmp_path):
+    with open(prompts, "a") as f:
+        f.write('{"id": "none"}\n' + json.dumps({"id": "long", "messages": [{"role": "user", "content": "what? " * 2000}]}) + "\n")
+    sampled(ckpt, prompts, tmp_path / "out")
+    assert [json.loads(line)["id"] for line in open(tmp_path / "out" / "rejects.jsonl")] == ["none", "long"]
+    with pytest.raises(BadInput, match="no usable record"):
+        sampled(ckpt, prompts, tmp_path / "none", max_new=10**6)
+
+
+def test_pictures_are_copied_where_they_cannot_be_linked_and_names_become_relative(prompts, tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError("another disk")
+    monkeypatch.setattr(os, "link", link)
+    raw = [json.loads(line) | {"answers": [{"text": "a"}]} for line in open(prompts)][:2]
+    raw[1]["images"] = [str(prompts.parent / "1.png")]
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in raw))
+    annotate.run(annotate.Settings(data=str(prompts), out=str(tmp_path / "out")))
+    assert [json.loads(line)["images"] for line in open(tmp_path / "out" / "records.jsonl")] == [["0.png"], ["1.png"]]
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"0.png", "1.png"} and not list((tmp_path / "out").glob("*.part"))
+    assert (tmp_path / "out" / "1.png").read_bytes() == (prompts.parent / "1.png").read_bytes()
+
+
+def test_a_picture_of_equal_name_size_and_time_is_still_another_one(prompts, tmp_path):
+    for folder, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / folder / "x.bmp")
+        os.utime(tmp_path / folder / "x.bmp", (1, 1))
+    annotate.bring_pictures({"id": "r", "root": str(tmp_path / "a"), "images": ["x.bmp"]}, tmp_path / "out")
+    with pytest.raises(BadInput, match="another picture of that name"):
+        annotate.bring_pictures({"id": "r", "root": str(tmp_path / "b"), "images": ["x.bmp"]}, tmp_path / "out")
+
+
+def test_gap_and_seed_reach_numbers_board_and_export(tmp_path, capsys):
+    scored = lambda v: {"text": f"S {v}", "scores": dict(zip(ATTRIBUTES, (min(4, v), max(0, v - 4), 0, 0, 0)))}
+    rows = [{"id": f"r{k}", "images": [], "messages": [{"role": "user", "content": "q"}], "answers": list(map(scored, (8, 4, 3, 2)))} for k in range(20)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for gap, seed in ((2, 0), (2, 1), (5, 0), (7, 0)):
+        annotate.run(annotate.Settings(data=str(tmp_path / "r.jsonl"), out=str(tmp_path / "out"), gap=gap, seed=seed, pairs=True, export="trl",
+                                       board=str(tmp_path / "b.html")))
+        want = [rows[k]["answers"][pair[1]]["text"] for k, r in enumerate(rows) if (pair := pairs.choose_pair(r, gap, seed))]
+        assert [json.loads(line)["rejected"][0]["content"][0]["text"] for line in open(tmp_path / "out" / "trl.jsonl")] == want
+        assert json.loads((tmp_path / "out" / "pairs.json").read_text())["pairs"]["pairs"] == len(want) == (0 if gap == 7 else 20)
+        assert re.findall(r'answer rejected"><div class="text">(S \d)', (tmp_path / "b.html").read_text()) == want
+
+
+def test_the_miniature_is_drawn_by_one_process_and_judged_once(tmp_path, monkeypatch, capsys):
+    for _ in range(2):
+        annotate.run(annotate.Story(out=str(tmp_path / "out"), prompts=3, max_new=4))
+        assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="needs one process"):
+        annotate.run(annotate.Story(out=str(tmp_path / "out"), prompts=3))
+
+
+@pytest.mark.parametrize("bad", [{"top_p": 0.0}, {"top_p": 1.5}, {"max_new": 0}, {"batch": 0}, {"gap": 0}], ids=str)
+def test_numbers_that_cannot_be_sampled_with(ckpt, prompts, tmp_path, bad):
+    with pytest.raises(BadInput, match="--n must lie from 1 to 26"):
+        sampled(ckpt, prompts, tmp_path / "out", **bad)
+
+
+def test_everything_a_question_depends_on_is_in_its_key():
+    keys = {rubric.question(with_answers("a", "b") | change, about, 0, golden).key for change, about, golden in (
+        ({}, "judge", False), ({}, "other", False), ({}, "judge", True), ({"images_sha": "1"}, "judge", False), ({"id": "y"}, "judge", False),
+        ({"answers": [{"text": "a"}, {"text": "c"}]}, "judge", False), ({"messages": [{"role": "user", "content": "?"}]}, "judge", False))}
+    assert len(keys) == 7
+
+
+def test_as_many_answers_as_letters():
+    assert "<candidate_Z>" in rubric.question(with_answers(*map(str, range(26))), "", 0, False).text
+    with pytest.raises(BadInput, match="record x: has 27 answers"):
+        rubric.question(with_answers(*map(str, range(27))), "", 0, False)
+
+
+def test_the_schema_bounds_the_grades_and_demands_them_all():
+    one = rubric.schema(2, False)["properties"]["candidates"]["items"]
+    assert one["required"] == ["id", "comment", *ATTRIBUTES] and all((one["properties"][n]["minimum"], one["properties"][n]["maximum"]) == (0, 4) for n in ATTRIBUTES)
+
+
+def test_equal_lengths_are_neither_longer_nor_shorter_and_the_gap_is_the_one_asked_for():
+    rows = [judged("p", (4, 4, 4, 0, 0), (2, 4, 4, 0, 0), texts=["one two", "three four"])]
+    x = pairs.statistics(rows)
+    assert x["pairs"] == 1 and x["chosen_longer"] == x["chosen_shorter"] == 0 and pairs.statistics(rows, gap=3)["pairs"] == 0
+
+
+def test_places_share_ties_by_three_and_leave_out_records_half_judged():
+    half = judged("h", (4, 4, 4, 0, 0), (0, 0, 0, 0, 0), order=[0, 1])
+    del half["answers"][1]["scores"]
+    rows = pairs.places([half, judged("t", (4, 4, 4, 0, 0), (4, 4, 4, 0, 0), (0, 0, 0, 0, 0), order=[2, 0, 1])])
+    assert [(p["n"], p["S"], p["best"]) for p in rows] == [(1, 0, 0), (1, 12, 0.5), (1, 12, 0.5)]
+    assert [p["fair"] for p in rows] == pytest.approx([1 / 3] * 3)
+
+
+def test_the_page_of_numbers_by_hand():
+    page = pairs.show(pairs.statistics([judged("p", (4, 4, 4, 1, 0), (0, 0, 0, 0, 1), (1, 2, 2, 1, 0), (0, 2, 2, 0, 1))]))
+    assert re.search(r"helpfulness +50% +25% +0% +0% +25% +1\.25 ", page)
+
+
+def test_the_board_shows_small_pictures_reasons_and_records_in_their_order(tmp_path, monkeypatch):
+    import base64, io
+    from PIL import Image
+    picture(700, 300).save(tmp_path / "a.jpg")
+    row = judged("<i>p</i>", (1, 1, 1, 0, 0), (0, 0, 0, 0, 0)) | {"images": ["a.jpg"], "judge": {"state": "blocked", "reason": "too rude"}}
+    page = pairs.board([row], tmp_path)
+    embedded, = re.findall(r"base64,([^\"]+)", page)
+    assert "<i>" not in page and "&lt;i&gt;p" in page, "an id is text, too"
+    assert "blocked · too rude" in page and Image.open(io.BytesIO(base64.b64decode(embedded))).size == (320, 137)
+    monkeypatch.setattr(pairs, "SHOWN", 5)
+    ids = re.findall(r"<small>r(\d+)</small>", pairs.board([judged(f"r{k}", (0, 0, 0, 0, 0)) for k in range(40)], tmp_path))
+    assert len(ids) == 5 and ids == sorted(ids, key=int)
+
+
+def test_white_space_around_it_does_not_make_another_text():
+    assert pairs.choose_pair(judged("x", (4, 4, 4, 0, 0), (0, 0, 0, 0, 0), texts=[" a", "a\n"])) is None

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import annotate
 import common
 import dpo
 import evaluate
@@ -300,3 +301,13 @@ def test_the_command_line_from_another_folder(ckpt, folder, tmp_path):
     assert bad.returncode == 1 and bad.stdout == "" and bad.stderr == "sft.py: --ckpt nowhere: no such folder\n"
 
     assert "Traceback" not in good.stderr + bad.stderr
+
+
+# ---- what a mutation showed untested --------------------------------------------------------------------------
+
+def test_a_switch_is_on_off_or_an_error(capsys):
+    on = [common.flags(annotate.Settings, argv).pairs for argv in ([], ["--pairs"], ["--pairs", "1"], ["--pairs", "0"])]
+    assert on == [False, True, True, False]
+    with pytest.raises(SystemExit):
+        common.flags(annotate.Settings, ["--pairs", "yes"])
+    assert "--pairs" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -577,3 +578,527 @@ def test_a_dry_run_sends_nothing_and_shows_what_would_be_sent(tmp_path, capsys, 
         assert not server.arrivals and not (tmp_path / "out").exists()
     said = capsys.readouterr().out
     assert "calls                  50" in said and "5 min" in said and "<candidate_D>" in said and "verbosity" in said
+
+
+# ---- what reviews found wrong ---------------------------------------------------------------------------------
+
+ASK = Question("k", "i", "correctness", "what?")
+
+
+def one(tmp_path, server, spec="gemini:mock", **more):
+    return judge.Judge(spec, judge.Replies(tmp_path / "j.jsonl"), server.url, **more)
+
+
+@pytest.mark.parametrize("spec, reply", [("openai:m", {"choices": [{"message": {"content": [KEY]}}]}),
+                                         ("gemini:m", {"candidates": [{}], "usageMetadata": {"promptTokenCount": KEY}})])
+def test_the_key_is_taken_out_of_a_reply_of_unknown_shape(tmp_path, spec, reply):
+    with Server() as server:
+        server.refuse = lambda handler, body: (200, reply)
+        one(tmp_path, server, spec).settle(ASK)
+    assert KEY[:20] not in (tmp_path / "j.jsonl").read_text()
+
+
+@pytest.mark.parametrize("before", [280, 300 - len(KEY) + 1])
+def test_the_key_is_not_cut_in_two_before_it_is_searched_for(tmp_path, before):
+    with Server() as server:
+        server.refuse = lambda handler, body: (422, "x" * before + KEY)
+        one(tmp_path, server).settle(ASK)
+    assert KEY[:15] not in (tmp_path / "j.jsonl").read_text()
+
+
+def test_a_key_in_json_escapes_is_found(tmp_path):
+    data = write_data(tmp_path / "data", 1)
+
+    def refuse(handler, body):
+        reply = good(body)
+        part = reply["candidates"][0]["content"]["parts"][0]
+        part["text"] = part["text"].replace("It says", "".join(f"\\u{ord(c):04x}" for c in KEY))
+        return 200, reply
+    with Server() as server:
+        server.refuse = refuse
+        run(data, tmp_path / "out", server)
+    assert KEY not in (tmp_path / "out" / "records.jsonl").read_text()
+
+
+def test_a_reply_that_drips_is_given_up_after_the_timeout(tmp_path, monkeypatch):
+    """With a Content-Length, iter_content waits until 64 KiB are there, and the clock is not looked at in between."""
+    monkeypatch.setattr(judge, "TRIES", 1)
+
+    def drip(handler, body):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        for _ in range(30):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.1)
+        raise ConnectionError
+    with Server() as server:
+        server.refuse, began = drip, time.monotonic()
+        one(tmp_path, server, timeout=0.5).settle(ASK)
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("body", ['{"candidates": [{}], "usageMetadata": {"promptTokenCount": 1e999}}', '{"candidates": [{}], "usageMetadata": {"promptTokenCount": Infinity}}'])
+def test_an_infinite_count_is_a_reply_of_unknown_shape(tmp_path, body):
+    with Server() as server:
+        server.refuse = lambda handler, _: (200, body)
+        assert one(tmp_path, server).settle(ASK) == "unparseable"
+
+
+def test_error_details_of_any_shape_are_no_crash(tmp_path):
+    for details in (5, True, 1.5):
+        assert wire.delay_of({}, {"details": details}) == 0
+
+
+@pytest.mark.parametrize("change", [{"id": "\ud800"}, {"note": "\ud800"}, {"answers": [{"text": "a", "comment": "\ud800"}, {"text": "b"}]}], ids=str)
+@pytest.mark.parametrize("judged", [True, False])
+def test_half_a_character_anywhere_in_a_record_is_rejected_before_anything_is_paid_for(tmp_path, change, judged):
+    data = write_data(tmp_path / "data", 2)
+    rows = [json.loads(line) for line in open(data)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in (rows[0], rows[1] | change)))
+    with Server() as server:
+        assert len(run(data, tmp_path / "out", server, **{} if judged else {"judge": ""})) >= 1
+
+
+def test_a_dry_run_does_not_lock_the_journal(tmp_path, capsys):
+    """Neither for the same process nor, while another one judges, against it."""
+    data = write_data(tmp_path / "data", 1)
+    with Server() as server:
+        rows = run(data, tmp_path / "out", server)
+        annotate.run(annotate.Settings(data=str(data), out=str(tmp_path / "out"), judge="gemini:mock", dry_run=True))
+        assert run(data, tmp_path / "out", server) == rows
+
+
+def test_journal_and_records_agree_about_the_state(tmp_path):
+    """A good text under an unknown finish is paid for three times as unparseable, and then is ok in records.jsonl."""
+    data = write_data(tmp_path / "data", 1)
+
+    def refuse(handler, body):
+        reply = good(body)
+        reply["candidates"][0]["finishReason"] = "BRAND_NEW"
+        return 200, reply
+    with Server() as server:
+        server.refuse = refuse
+        row, = run(data, tmp_path / "out", server)
+        assert row["judge"]["state"] == lines(tmp_path / "out")[-1]["state"] and (row["judge"]["state"] != "ok" or len(server.arrivals) == 1)
+
+
+def test_what_a_better_parser_has_saved_is_not_asked_again(tmp_path, monkeypatch):
+    """What is ok is never asked again. --retry_failed goes by the journal's old state, pays anew, and a worse reply wins."""
+    data, real = write_data(tmp_path / "data", 3), rubric.read_scores
+    with Server() as server:
+        monkeypatch.setattr(rubric, "read_scores", lambda text, n, golden: real(text, n + 1, golden))
+        run(data, tmp_path / "out", server)
+        monkeypatch.setattr(rubric, "read_scores", real)
+        made, rows = len(server.arrivals), run(data, tmp_path / "out", server)
+        assert {r["judge"]["state"] for r in rows} == {"ok"}
+        run(data, tmp_path / "out", server, retry_failed=True)
+        assert len(server.arrivals) == made
+
+
+def test_the_first_wait_is_at_most_WAIT(tmp_path, monkeypatch):
+    longest = []
+    monkeypatch.setattr(random, "uniform", lambda a, b: longest.append(b) or 0)
+    with Server() as server:
+        server.refuse = lambda handler, body: (500, "no")
+        one(tmp_path, server).settle(ASK)
+    assert longest[0] == judge.WAIT, "as the comment beside WAIT says"
+
+
+# ---- what a mutation showed untested --------------------------------------------------------------------------
+
+def test_a_row_is_read_from_its_place_whatever_bytes_stand_before_it(tmp_path):
+    with closing(Journal(tmp_path / "j.jsonl")) as journal:
+        journal.append({"key": "a", "x": "é€"})
+        journal.append({"key": "b"})
+        assert journal["b"] == {"key": "b"}
+
+
+@pytest.mark.parametrize("line", ["3", "[1]", "null", '{"x": 1}'])
+def test_a_line_that_is_no_row_is_damaged(tmp_path, line):
+    (tmp_path / "j.jsonl").write_text('{"key": "a"}\n' + line + "\n")
+    with pytest.raises(BadInput, match="line 2 is damaged"):
+        Journal(tmp_path / "j.jsonl")
+
+
+def test_a_row_is_flushed_to_disk_before_append_returns(tmp_path, monkeypatch):
+    """Also where another row came in during a flush: that flush did not promise to hold it."""
+    journal, real, flushed, others = Journal(tmp_path / "j.jsonl"), os.fsync, [], []
+
+    def fsync(fd):
+        flushed.append(journal.path.read_text())
+        real(fd)
+        if len(flushed) == 1:
+            others.append(threading.Thread(target=journal.append, args=({"key": "late"},)))
+            others[0].start()
+            while '"late"' not in journal.path.read_text():
+                time.sleep(0.001)
+            time.sleep(0.05)
+    monkeypatch.setattr(os, "fsync", fsync)
+    journal.append({"key": "a"})
+    others[0].join()
+    assert len(flushed) == 2 and '"a"' in flushed[0] and '"late"' in flushed[1]
+
+
+def test_what_gemini_is_sent():
+    q = Question("k", "i", "be strict", "which?", schema={"type": "object"})
+    body = Gemini.body("m", q, ["AAAA"], 7, "low", set())
+    assert body["generationConfig"] == {"maxOutputTokens": 7, "responseMimeType": "application/json", "responseJsonSchema": q.schema,
+                                        "thinkingConfig": {"thinkingLevel": "low"}}
+    assert body["contents"][0]["parts"] == [{"inlineData": {"mimeType": "image/jpeg", "data": "AAAA"}}, {"text": "which?"}]
+    assert body["store"] is False and {s["threshold"] for s in body["safetySettings"]} == {"BLOCK_NONE"}
+    less = Gemini.body("m", q, [], 7, "low", set(Gemini.optional))
+    assert less["generationConfig"] == {"maxOutputTokens": 7, "responseMimeType": "application/json"} and "store" not in less
+
+
+def test_what_an_openai_style_server_is_sent():
+    q = Question("k", "i", "be strict", "which?", schema={"type": "object"})
+    body = OpenAI.body("m", q, ["AAAA"], 7, "low", set())
+    assert (body["temperature"], body["max_tokens"], body["reasoning_effort"]) == (0, 7, "low")
+    assert body["response_format"]["json_schema"]["schema"] == q.schema
+    assert not set(OpenAI.optional) & set(OpenAI.body("m", q, [], 7, "low", set(OpenAI.optional)))
+    assert OpenAI.headers("") == {}, "a server of one's own gets no empty key"
+
+
+def test_what_a_question_costs_to_send_counts_its_pictures():
+    assert Question("k", "i", "s" * 30, "t" * 60, [1, 2]).tokens == 30 + 2 * wire.IMAGE_TOKENS + 1
+
+
+@pytest.mark.parametrize("finish", ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY",
+                                    "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"])
+def test_every_way_of_gemini_to_block_an_answer_is_known(finish):
+    found = Gemini.reply({"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": finish}]})
+    assert (found.state, found.reason, found.again) == ("blocked", finish, "RECITATION" in finish)
+
+
+def test_a_gemini_reply_may_stand_in_a_list_or_lack_its_finish():
+    reply = {"candidates": [{"content": {"parts": [{"text": "x"}]}}]}
+    assert Gemini.reply(reply) == Gemini.reply([reply]) and Gemini.reply(reply).state == "ok"
+
+
+def test_openai_replies():
+    read = lambda finish, **message: OpenAI.reply({"choices": [{"message": message, "finish_reason": finish}]}).state
+    assert read("stop", content="x") == "ok" and read("stop", content="") == "unparseable"
+    assert read("length", content="x") == "truncated" and read("content_filter", content="x") == "blocked"
+    assert read("stop", content="x", refusal="no") == read("stop", content=None, refusal="no") == "blocked"
+
+
+def test_what_went_wrong_is_found_in_any_error_body():
+    assert wire.error_of([{"error": {"message": "a"}}]) == wire.error_of({"error": {"message": "a"}}) == {"message": "a"}
+    assert wire.error_of({"error": "a"}) == wire.error_of({"message": "a"}) == wire.error_of("<b>a</b>") == {"message": "a"}
+    assert wire.error_of([]) == {"message": "[]"}
+
+
+# ---- limits
+
+def stopped_after(seconds):
+    stop = threading.Event()
+    timer = threading.Timer(seconds, stop.set)
+    timer.daemon = True
+    timer.start()
+    return stop
+
+
+def test_what_is_in_flight_counts(tmp_path):
+    limits = judge.Limits(tmp_path / "log", rpd=2)
+    limits.enter(1, threading.Event()), limits.enter(1, threading.Event())
+    with pytest.raises(BadInput, match="--rpd are spent"):
+        limits.enter(1, threading.Event())
+    for limits in (judge.Limits(tmp_path / "a", rpm=1), judge.Limits(tmp_path / "b", tpm=100)):
+        limits.enter(60, threading.Event())
+        with pytest.raises(judge.Stopped):
+            limits.enter(60, stopped_after(0.2))
+
+
+def test_what_the_server_counted_fills_the_minute_not_what_was_guessed(tmp_path):
+    limits = judge.Limits(tmp_path / "log", tpm=100)
+    limits.leave(limits.enter(50, threading.Event()), 100)
+    with pytest.raises(judge.Stopped):
+        limits.enter(1, stopped_after(0.2))
+
+
+def test_a_guess_once_raised_stays(tmp_path):
+    limits = judge.Limits(tmp_path / "log", tpm=10**6)
+    for used, scale in ((250, 2.5), (10, 2.5), (0, 2.5)):
+        limits.leave(limits.enter(100, threading.Event()), used)
+        assert limits.scale == scale
+
+
+def test_a_short_pause_does_not_shorten_a_long_one_and_a_long_one_can_be_stopped(tmp_path):
+    limits, began = judge.Limits(tmp_path / "log"), time.monotonic()
+    limits.pause(0.4)
+    limits.pause(0.01)
+    limits.enter(1, threading.Event())
+    assert time.monotonic() - began >= 0.4
+    limits.pause(4)
+    with pytest.raises(judge.Stopped):
+        limits.enter(1, stopped_after(0.1))
+    assert time.monotonic() - began < 3
+
+
+def test_a_clock_that_was_set_back_does_not_block_the_next_run(tmp_path):
+    (tmp_path / "log").write_text(f"{time.time() + 1000} 5 {time.time() + 1001}\n")
+    judge.Limits(tmp_path / "log", rpm=1, minute=0.1).enter(1, stopped_after(3))
+
+
+def test_a_restart_knows_the_tokens_of_the_last_minute_and_the_calls_that_a_kill_cut_off(tmp_path):
+    limits = judge.Limits(tmp_path / "log", tpm=100)
+    limits.leave(limits.enter(40, threading.Event()), 70)
+    with pytest.raises(judge.Stopped):
+        judge.Limits(tmp_path / "log", tpm=100).enter(40, stopped_after(0.1))
+    limits = judge.Limits(tmp_path / "other", rpm=1, minute=0.2)
+    limits.enter(1, threading.Event())                                   # and killed before there was a reply
+    began = time.monotonic()
+    judge.Limits(tmp_path / "other", rpm=1, minute=0.2, timeout=0.3).enter(1, threading.Event())
+    assert 0.15 < time.monotonic() - began < 1.5, "it may have arrived as late as now"
+
+
+# ---- one client
+
+SAID = {"candidates": [{"content": {"parts": [{"text": "fine"}]}, "finishReason": "STOP"}]}
+
+
+def in_turn(*replies):
+    """The server's replies one after the other, the last one for ever."""
+    replies = list(replies)
+    return lambda handler, body: replies.pop(0) if len(replies) > 1 else replies[0]
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 529])
+def test_a_status_that_passes_is_tried_again(tmp_path, status):
+    with Server() as server:
+        server.refuse = in_turn((status, "wait"), (200, SAID))
+        assert one(tmp_path, server).settle(ASK) == "ok" and len(server.arrivals) == 2
+
+
+@pytest.mark.parametrize("reply, calls, state", [((500, "no"), 6, "failed"), ((422, "no"), 1, "failed"), ((429, "no"), 24, "failed"),
+                                                 ((200, "<html>Please sign in</html>"), 6, "failed"), ((200, "[" * 100_000), 6, "failed"),
+                                                 ((200, {"candidates": []}), 3, "unparseable")])
+def test_how_often_a_question_is_tried(tmp_path, monkeypatch, reply, calls, state):
+    monkeypatch.setattr(judge, "WAIT", 0.001)
+    with Server() as server:
+        server.refuse = in_turn(reply)
+        client = one(tmp_path, server)
+        assert client.settle(ASK) == state == client.replies.state["k"] and len(server.arrivals) == calls
+
+
+def test_truncated_replies_do_not_count_as_unparseable(tmp_path):
+    cut = {"candidates": [{"finishReason": "MAX_TOKENS"}]}
+    with Server() as server:
+        server.refuse = in_turn((200, cut), (200, {}))
+        client = one(tmp_path, server, budget=100)
+        assert client.settle(ASK) == "unparseable" and server.budgets["what?"] == [100, 200, 200, 200]
+
+
+def test_waits_double_up_to_the_longest(tmp_path, monkeypatch):
+    longest = []
+    monkeypatch.setattr(judge, "MOST", 0.1)
+    monkeypatch.setattr(random, "uniform", lambda a, b: longest.append((a, b)) or 0)
+    with Server() as server:
+        server.refuse = in_turn((500, "no"))
+        one(tmp_path, server).settle(ASK)
+    assert {a for a, _ in longest} == {0} and len(longest) == 5, "full jitter"
+    widths = [b for _, b in longest]
+    assert all(b == min(2 * a, 0.1) for a, b in zip(widths, widths[1:])) and widths[-1] == 0.1 > widths[0]
+
+
+def test_a_wait_ends_when_the_run_does(tmp_path):
+    with Server() as server:
+        server.refuse = in_turn((503, "busy", {"Retry-After": "4"}))
+        client, began = one(tmp_path, server), time.monotonic()
+        client.stop = stopped_after(0.2)
+        with pytest.raises(judge.Stopped):
+            client.settle(ASK)
+        assert time.monotonic() - began < 3
+
+
+def test_a_run_that_stops_does_not_wait_for_those_who_wait(tmp_path):
+    data, began = write_data(tmp_path / "data", 2), time.monotonic()
+    with Server() as server:
+        server.refuse = in_turn((503, "busy", {"Retry-After": "4"}), (401, "no"))
+        with pytest.raises(BadInput, match="refuses the key"):
+            run(data, tmp_path / "out", server)
+    assert time.monotonic() - began < 3
+
+
+def test_calls_without_a_reply_leave_the_limits_and_replies_teach_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "WAIT", 0.001)
+    with Server() as server:
+        server.refuse = in_turn((200, SAID | {"usageMetadata": {"promptTokenCount": 10 * ASK.tokens}}))
+        client = one(tmp_path, server)
+        assert client.settle(ASK) == "ok" and client.limits.scale == 10 and client.limits.done[-1][1] == 10 * ASK.tokens
+    client.base = "http://127.0.0.1:9"
+    assert client.settle(ASK) == "failed" and not client.limits.busy and client.limits.calls == 1 + judge.TRIES
+
+
+def test_a_server_that_never_takes_a_field_it_does_not_get_ends_as_failed(tmp_path):
+    count = iter(range(10**6))
+    with Server() as server:
+        server.refuse = lambda handler, body: (400, {"error": {"message": "bad store"}}) if next(count) < 20 else (200, SAID)
+        assert one(tmp_path, server).settle(ASK) == "failed" and len(server.arrivals) == 2
+
+
+def test_a_reply_without_end_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "TRIES", 1)
+
+    def drip(handler, body, piece=b" ", pause=0.1):
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for _ in range(40):
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            handler.wfile.flush()
+            time.sleep(pause)
+        raise ConnectionError
+    with Server() as server:
+        client, began = one(tmp_path, server, timeout=0.5), time.monotonic()
+        server.refuse = drip
+        assert client.settle(ASK) == "failed" and time.monotonic() - began < 2 and "took longer than 0.5 s" in client.replies["k"]["reason"]
+        client.timeout, server.refuse = 60, lambda handler, body: drip(handler, body, b" " * (1 << 20), 0)
+        assert client.settle(ASK) == "failed" and "is endless" in client.replies["k"]["reason"]
+
+
+def test_a_picture_that_is_gone_is_a_failed_question_and_nothing_is_sent(tmp_path):
+    with Server() as server:
+        client = one(tmp_path, server)
+        assert client.settle(Question("k", "i", "s", "t", [tmp_path / "gone.png"])) == "failed" == client.replies.state["k"]
+        assert "gone.png" in client.replies["k"]["reason"] and not server.arrivals
+
+
+def test_failures_between_successes_do_not_end_the_run_and_twenty_in_a_row_do(tmp_path):
+    data, count = write_data(tmp_path / "data", 50), iter(range(10**6))
+    with Server() as server:
+        server.refuse = lambda handler, body: (422, "no") if next(count) % 2 else (200, good(body))
+        rows = run(data, tmp_path / "out", server, workers=1)
+        assert Counter(r["judge"]["state"] for r in rows) == {"ok": 25, "failed": 25}
+        server.refuse = in_turn((422, "no"))
+        rows = run(write_data(tmp_path / "19", judge.DEAD - 1), tmp_path / "nineteen", server, workers=1)
+        assert {r["judge"]["state"] for r in rows} == {"failed"}
+        with pytest.raises(BadInput, match="20 records in a row"):
+            run(write_data(tmp_path / "20", judge.DEAD), tmp_path / "twenty", server, workers=1)
+        assert [r["state"] for r in lines(tmp_path / "twenty")] == ["failed"] * 20
+
+
+def test_what_is_asked_again_on_request_has_all_its_replies_again(tmp_path):
+    data = write_data(tmp_path / "data", 1)
+    with Server() as server:
+        server.refuse = in_turn((200, {}))
+        for times in (1, 2):
+            run(data, tmp_path / "out", server, retry_failed=True)
+            assert len(server.arrivals) == times * judge.ASKS
+
+
+def test_a_run_says_what_it_used_and_what_all_runs_did(tmp_path, capsys):
+    data = write_data(tmp_path / "data", 4)
+    reply = SAID | {"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "thoughtsTokenCount": 3}}
+    with Server() as server:
+        server.refuse = in_turn((200, reply))
+        for every in (12, 24):
+            rows = run(data, tmp_path / "out", server, retry_failed=True)
+            assert re.search(rf"used: 12 calls in .* 120 sent, 24 back, 36 of thought \(in the journal: {every}0, {every * 2}, {every * 3}\)", capsys.readouterr().out)
+    assert rows[0]["judge"]["usage"] == {"prompt": 10, "answer": 2, "thoughts": 3}
+
+
+def test_a_blocked_reply_has_no_scores_whatever_its_text(tmp_path):
+    data = write_data(tmp_path / "data", 1)
+
+    def refuse(handler, body):
+        reply = good(body)
+        reply["candidates"][0]["finishReason"] = "SAFETY"
+        return 200, reply
+    with Server() as server:
+        server.refuse = refuse
+        row, = run(data, tmp_path / "out", server)
+    assert row["judge"]["state"] == "blocked" and row["judge"]["reason"] == "SAFETY"
+    check_scores([row])
+
+
+def test_the_key_is_taken_out_of_version_reason_and_text(tmp_path):
+    reply = {"candidates": [{"content": {"parts": [{"text": KEY}]}, "finishReason": KEY}], "modelVersion": KEY}
+    with Server() as server:
+        server.refuse = in_turn((200, reply), (200, {"promptFeedback": {"blockReason": KEY}}))
+        client = one(tmp_path, server)
+        client.settle(ASK), client.settle(ASK)
+        written = (tmp_path / "j.jsonl").read_text()
+        assert KEY not in written and '"version": "[key]"' in written and "prompt [key]" in written
+        client.send = lambda *a: (200, {}, {"data": [{"id": KEY}]})
+        assert client.offers() == "it offers [key]; "
+        for data in ("<html>", {"data": [7]}, [], None):
+            client.send = lambda *a: (404, {}, data)
+            assert client.offers() == ""
+
+
+def test_halves_of_characters_can_be_written_down(tmp_path):
+    with Server() as server:
+        server.refuse = in_turn((200, r'{"candidates": [{"content": {"parts": [{"text": "a\ud800"}]}}], "modelVersion": "\udfff"}'))
+        client = one(tmp_path, server)
+        assert client.settle(ASK) == "ok" and client.replies["k"]["text"] == "a?"
+
+
+def test_a_server_of_ones_own_needs_no_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    data = write_data(tmp_path / "data", 2)
+    with Server() as server:
+        check_scores(rows := run(data, tmp_path / "out", server, "openai:m"))
+    assert {r["judge"]["state"] for r in rows} == {"ok"} and {r["judge"]["version"] for r in rows} == {"mock-1"}
+    monkeypatch.delenv("GEMINI_API_KEY")
+    with pytest.raises(BadInput, match="no key"), Server() as server:
+        one(tmp_path, server)
+
+
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"timeout": 0}, {"budget": 0}, {"rpm": -1}, {"tpm": -1}, {"rpd": -1}], ids=str)
+def test_numbers_that_make_no_sense_are_refused(tmp_path, bad):
+    with pytest.raises(BadInput, match="must be positive"):
+        judge.Judge("gemini:m", judge.Replies(tmp_path / "j.jsonl"), **bad)
+
+
+@pytest.mark.parametrize("url", ["http://", "http:///v1", "http://host#key"])
+def test_half_an_address_is_refused(url):
+    with pytest.raises(BadInput, match="say http://host:port"):
+        judge.base_url("https://x/v1", url)
+
+
+@pytest.mark.parametrize("status, error, stops", [
+    (403, {"message": "no"}, "refuses the key"), (400, {"message": "no", "details": [{"reason": "API_KEY_INVALID"}]}, "refuses the key"),
+    (400, {"code": "model_not_found"}, "is not to be had"), (308, {}, "redirect"), (429, {"message": "limit: 0, model: x"}, "quota is spent"),
+    (429, {"message": "limit: 0.5, model: x"}, ""), (429, {"message": "limit: 05"}, ""), (400, {"message": "a bad picture"}, "")])
+def test_only_what_cannot_get_better_stops_the_run(tmp_path, status, error, stops):
+    with Server() as server:
+        client = one(tmp_path, server)
+        if not stops:
+            return client.stop_if_pointless(status, error, "")
+        with pytest.raises(BadInput, match=stops):
+            client.stop_if_pointless(status, error, "")
+
+
+def test_proxies_and_certificates_of_the_environment_are_used(tmp_path, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    with Server() as server:
+        monkeypatch.setenv("http_proxy", server.url)
+        server.refuse, proxied = in_turn((200, SAID)), one(tmp_path, server)
+        proxied.base = "http://judge.invalid/v1beta"
+        assert proxied.settle(ASK) == "ok" and len(server.arrivals) == 1
+        assert proxied.local.session.verify == str(tmp_path / "ca.pem")
+
+
+def test_candidates_in_another_order_are_read_by_their_letters():
+    rows = [{"id": name, "comment": name} | dict.fromkeys(records.ATTRIBUTES, grade) for name, grade in (("B", 1), ("A", 4))]
+    found = rubric.read_scores(json.dumps({"candidates": rows}), 2)["shown"]
+    assert [(scores["helpfulness"], comment) for scores, comment in found] == [(4, "A"), (1, "B")]
+
+
+def test_a_dry_run_counts_what_is_left_its_tokens_and_the_limits(tmp_path, capsys):
+    data = write_data(tmp_path / "data", 50)
+    plan = lambda s: annotate.plan(s, records.read(data)[0])
+    s = annotate.Settings(data=str(data), out=str(tmp_path / "out"), judge="gemini:mock")
+    sent = int(re.search(r"tokens sent +([\d,]+)", plan(s))[1].replace(",", ""))
+    assert 50 * wire.IMAGE_TOKENS < sent < 50 * (wire.IMAGE_TOKENS + 1500)
+    s.tpm, s.rpd = sent // 7, 20
+    assert re.search(r"time +7 min", plan(s)) and "on 3 days" in plan(s)
+    with Server() as server:
+        run(data, tmp_path / "out", server)
+    said = plan(s)
+    assert "50 records, 50 judged before" in said and "calls                   0" in said

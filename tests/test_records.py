@@ -390,3 +390,22 @@ def test_question_files_are_recognised(raw, question, golden, images):
     assert record["messages"][-1]["content"] == question and record.get("golden") == golden and record["images"] == images
     assert record["messages"][0]["content"].startswith("<image>") and record["answers"] == []
     assert all(record[key] == raw[key] for key in ("category", "task", "caption") if key in raw), "unknown fields travel along"
+
+
+# ---- what a mutation showed untested --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("raw", [{"q_a_pairs": ["What?"]}, {"q_a_pairs": [["a", "b", "c"]]}, {"q_a_pairs": "What?"}, {"q_a_pairs": [3]}], ids=str)
+def test_pairs_of_questions_that_are_none_are_refused(raw):
+    with pytest.raises(BadInput, match="q_a_pairs must be a list"):
+        records.convert(raw, "here")
+
+
+@pytest.mark.parametrize("answer", [None, "", " ", 3, ["x"]])
+def test_an_answer_that_is_no_text_is_not_golden(answer):
+    assert "golden" not in records.convert({"question": "What?", "answer": answer}, "here")
+
+
+def test_text_comes_before_question_and_the_last_pair_is_asked():
+    assert records.convert({"text": "a?", "question": "b?"}, "here")["messages"][-1]["content"] == "a?"
+    messages = records.convert({"q_a_pairs": [["1?", "1."], ["2?", "2."], ["3?", None]]}, "here")["messages"]
+    assert [m["content"] for m in messages] == ["1?", "1.", "2?", "2.", "3?"] and [m["role"][0] for m in messages] == list("uauau")

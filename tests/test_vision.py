@@ -6,7 +6,9 @@ Every file format is compared with an image built by hand; the pipeline and the 
 installed. All pictures are made here.
 """
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image, ImageFile
 
 import vision
 from common import BadInput
-from vision import CLIP_MEAN, CLIP_STD, ViT, VisionConfig, decode_image, load_image, preprocess
+from vision import CLIP_MEAN, CLIP_STD, ViT, VisionConfig, decode_image, load_image, preprocess, to_rgb
 
 RGB = np.asarray(picture(5, 3))                              # (3, 5, 3): three rows, five columns, nothing symmetric
 
@@ -294,3 +296,24 @@ def test_pictures_do_not_see_each_other():
 def test_llava_reads_576_patches():
     assert VisionConfig(image_size=336, patch_size=14).patches == 576
     assert VisionConfig(num_hidden_layers=24).depth == 23 and vision.VisionConfig(feature_layer=5).depth == 5
+
+
+# ---- what a mutation showed untested --------------------------------------------------------------------------
+
+def test_pillows_own_limit_survives_threads(monkeypatch):
+    """Two pictures opened at once: neither may take the other's lifted limit for Pillow's own."""
+    real, waits = Image.open, iter((0.1, 0.2))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12345)
+    monkeypatch.setattr(Image, "open", lambda f: time.sleep(next(waits)) or real(f))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(decode_image, png(9, 9), "a")
+        time.sleep(0.05)
+        second = pool.submit(decode_image, png(9, 9), "b")
+        assert first.result().size == second.result().size == (9, 9)
+    assert Image.MAX_IMAGE_PIXELS == 12345
+
+
+def test_floats_are_scaled_by_what_they_hold():
+    for top, values in ((1.0, (0, 0.5, 1)), (255, (0, 127.5, 255)), (65535, (0, 32767.5, 65535))):
+        image = Image.fromarray(np.array([values], np.float32))
+        assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 128, 255]
