@@ -16,7 +16,7 @@ answers and scores, and the pictures beside it (hard links where possible), so t
     python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run                     what would judging cost?
     torchrun --nproc_per_node 8 -- annotate.py --ckpt DIR --data FILE --judge gemini:MODEL     sample on 8 GPUs, then judge
 
-Previous: pairs.py.  Next: evaluate.py (did it help).
+Previous: pairs.py.  Next: rejection.py (the first rival).
 """
 import datetime
 import filecmp

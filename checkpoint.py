@@ -37,7 +37,8 @@ from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
 
 SHARD_BYTES = 5 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
-                   "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
+                   "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+                   "steer.json")                           # what a SteerLM model was trained to be asked for
 TAKE_TOKENIZER = ("no tokenizer.json in {folder}: copy it there from a llava-hf folder of the same model (for LLaVA-1.5: "
                   "llava-hf/llava-1.5-7b-hf or -13b-hf; for a text-only Llama: its own transformers folder)")
 
@@ -307,9 +308,10 @@ def processor_json(config: Config, crop: bool) -> dict[str, dict]:
     return {"preprocessor_config.json": image, "processor_config.json": processor}
 
 
-def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: bool = False) -> Path:
+def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: bool = False,
+         more: dict[str, dict] | None = None) -> Path:
     """Write `folder` whole or not at all: weights in llava-hf names, configs, tokenizer files copied along; `crop` says how
-    the model was shown its images, for those who load it elsewhere."""
+    the model was shown its images, for those who load it elsewhere. `more` are JSON files by name."""
     folder, config = Path(folder), model.config
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -334,11 +336,11 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         documents["model.safetensors.index.json"] = {"weight_map": weight_map, "metadata": {
             "total_size": sum(x.nbytes for x in named.values())}}
-    for name, document in documents.items():
-        write_whole(aside / name, json.dumps(document, indent=1) + "\n")
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_from) / name).is_file():
             shutil.copyfile(Path(tokenizer_from) / name, aside / name)
+    for name, document in (documents | (more or {})).items():
+        write_whole(aside / name, json.dumps(document, indent=1) + "\n")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():                                            # a kill between these lines loses neither

@@ -217,6 +217,7 @@ def describe_run(settings, **more) -> dict:
         commit = git.stdout.strip() or "unknown"
     except OSError:                                                      # no git on this machine
         commit = "unknown"
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "settings": dataclasses.asdict(settings),
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "settings": dataclasses.asdict(settings) if settings else {},
             "commit": commit, "python": platform.python_version(),
             "torch": torch.__version__, "threads": torch.get_num_threads(), **more}

@@ -35,11 +35,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import kernels
+import records
 from checkpoint import TAKE_TOKENIZER, read_json
 from common import BadInput
 from kernels import Mask
 from model import Config, Llava
-from records import image_path
+from records import ATTRIBUTES, image_path
 from vision import load_image, preprocess
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -54,6 +55,12 @@ def template(messages: list[dict]) -> str:
     for m in messages:
         text += f" {m['content']}</s>" if m["role"] == "assistant" else f"USER: {m['content']} ASSISTANT:"
     return text
+
+
+def steered(messages: list[dict], form: dict, scores: dict) -> list[dict]:
+    """The conversation with its last question asking for these scores, in the words of `form` (steerlm.py)."""
+    words = {name: form["grades"][scores[name]] for name in ATTRIBUTES}
+    return messages[:-1] + [messages[-1] | {"content": messages[-1]["content"] + form["text"].format(**words)}]
 
 
 class Tokens:
@@ -82,7 +89,8 @@ class Tokens:
             raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
                            "take tokenizer.json from the llava-hf folder of the same model")
         self.bos = self.tokenizer.token_to_id("<s>") if wants_bos(folder) else None
-        self.source = path
+        self.source, steer = path, Path(folder) / "steer.json"
+        self.steer = read_json(steer) if steer.is_file() else None           # written by steerlm.py: what to ask of every answer
 
     def encode(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text).ids
@@ -125,7 +133,7 @@ def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = 
     history      also mark the earlier assistant turns, so that instruction tuning can score them
     max_length   longest prompt + answer in tokens; what is longer is refused, never cut (0: no limit)
     """
-    messages = record["messages"]
+    messages = steered(record["messages"], tokens.steer, tokens.steer["target"]) if tokens.steer else record["messages"]
     if record["images"] and not tokens.patches:
         raise BadInput("has images, but this checkpoint is text-only")
     text = template(messages)
@@ -247,3 +255,22 @@ def answer_logps(model: Llava, pack: Pack) -> Tensor:
     tests all come through here."""
     logps = token_logps(model, pack)
     return torch.zeros(pack.answers, dtype=logps.dtype, device=logps.device).index_add(0, pack.owner, logps)
+
+
+# ---- from a file to trees --------------------------------------------------------------------------------------
+
+def read_trees(s, tokens: Tokens, pixels: Pixels, out: Path, trees_of) -> tuple[list[dict], list[list[Tree]]]:
+    """The usable records of s.data and the trees that trees_of(record) makes of each; what raises BadInput there, or was
+    refused before, is reported. Raises BadInput where nothing is left."""
+    usable, rejects = records.read(s.data, s.image_root, pixels.size)
+    items, trees = [], []
+    for record in usable:
+        try:
+            trees.append(trees_of(record))
+            items.append(record)
+        except BadInput as problem:
+            rejects.append({"id": record["id"], "reason": str(problem)})
+    records.report(s.data, len(items), rejects, out)
+    if not items:
+        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+    return items, trees

@@ -27,7 +27,7 @@ length_rejected: a judge that likes long answers teaches length.
     python dpo.py                                                          the whole story on the miniature
     python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo       your model, your preferences
 
-Previous: evaluate.py.
+Previous: evaluate.py.  Next: reproduce.py (the whole experiment).
 """
 import hashlib
 import json
@@ -47,10 +47,9 @@ from tqdm import tqdm
 import annotate
 import checkpoint
 import evaluate
-import records
 from common import (BadInput, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, sha, update,
                     write_jsonl, write_whole)
-from data import Pixels, Tokens, Tree, answer_logps, make_tree, split, template
+from data import Pixels, Tokens, Tree, answer_logps, make_tree, read_trees, split, template
 from model import Llava
 from pairs import GAP, choose_pair
 from sft import shuffled
@@ -70,6 +69,7 @@ class Settings:
     epochs: int = 3              # passes over the pairs (the paper's 3)
     batch: int = 128             # pairs per optimizer step (the paper's 128)
     lr: float = 5e-7             # peak learning rate for full fine-tuning (RLAIF-V's; the paper's 5e-5 is for LoRA)
+    average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
     beta: float = 0.1            # how strongly the policy is tied to its start (the paper's 0.1)
     gap: int = GAP               # smallest score difference between chosen and rejected (the paper's 2)
     warmup: float = 0.03         # share of the steps with rising learning rate (the paper's 3 %)
@@ -78,7 +78,7 @@ class Settings:
     reference: str = ""          # reference log-probs file; empty: <out>/reference.jsonl
     pack: int = 8192             # tokens computed at once; gradients accumulate over a batch's packs
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
-    crop: int = 0                # 1: centre-crop images instead of padding them to a square
+    crop: bool = False           # centre-crop images instead of padding them to a square
 
 
 @dataclass
@@ -216,11 +216,13 @@ def check_contract(loss: float, margins: Tensor, beta: float, dtype: torch.dtype
     print(f"step-0 contract holds: {verdict}")
 
 
-def pair_logps(model: Llava, pairs: list[Pair], pixels: Pixels) -> tuple[Tensor, Tensor]:
-    """(2, B) log-probs of chosen and rejected under the policy now, and under the reference."""
+def pair_logps(model: Llava, pairs: list[Pair], pixels: Pixels, average: bool) -> tuple[Tensor, Tensor]:
+    """(2, B) log-probs of chosen and rejected under the policy now, and under the reference; sums, or means per token."""
     device = model.head.device
     policy = answer_logps(model, pixels.pack([p.tree for p in pairs]).to(device)).view(-1, 2).T
-    return policy, torch.stack([p.reference for p in pairs], 1).to(device)
+    reference = torch.stack([p.reference for p in pairs], 1).to(device)
+    lengths = torch.tensor([[len(a) if average else 1 for a in p.tree.answers] for p in pairs], device=device).T
+    return policy / lengths, reference / lengths
 
 
 def in_packs(pairs: list[Pair], budget: int) -> list[list[Pair]]:
@@ -242,7 +244,7 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
                 group["lr"] = rate
             members, seen = [next(order) for _ in range(batch)], []
             for part in in_packs(members, s.pack):
-                policy, ref = pair_logps(model, part, pixels)
+                policy, ref = pair_logps(model, part, pixels, s.average)
                 losses, reward_chosen, reward_rejected = dpo_loss(*policy, *ref, s.beta)
                 (losses.sum() / batch).backward()                    # the mean over the batch, however it is packed
                 seen.append(torch.stack([losses.detach(), reward_chosen, reward_rejected, *policy.detach()]))
@@ -272,7 +274,7 @@ def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> 
     """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
     margins = []
     for part in in_packs(pairs, s.pack):
-        policy, ref = pair_logps(model, part, pixels)
+        policy, ref = pair_logps(model, part, pixels, s.average)
         margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist()
     right = sum(1.0 if m > UNDECIDED else 0.5 if m >= -UNDECIDED else 0.0 for m in margins)
     return {"pairs": len(pairs), "margin": round(sum(margins) / len(pairs), 6) + 0.0, "accuracy": right / len(pairs)}
@@ -280,20 +282,10 @@ def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> 
 
 # ---- the script -----------------------------------------------------------------------------------------------
 
-def load_trees(s: Settings, tokens: Tokens, pixels: Pixels, limit: int, out: Path) -> tuple[list[dict], list[Tree]]:
-    """The usable records of --data and their trees with *all* their answers; everything else is reported."""
-    usable, rejects = records.read(s.data, s.image_root, pixels.size)
-    items, trees = [], []
-    for record in usable:
-        try:
-            if not record["answers"]:
-                raise BadInput("has no answers")
-            trees.append(make_tree(tokens, record, [a["text"] for a in record["answers"]], max_length=limit))
-            items.append(record)
-        except BadInput as problem:
-            rejects.append({"id": record["id"], "reason": str(problem)})
-    records.report(s.data, len(items), rejects, out)
-    return items, trees
+def all_answers(tokens: Tokens, record: dict, limit: int) -> Tree:
+    if not record["answers"]:
+        raise BadInput("has no answers")
+    return make_tree(tokens, record, [a["text"] for a in record["answers"]], max_length=limit)
 
 
 def align(s: Settings, out: Path) -> Llava:
@@ -304,10 +296,9 @@ def align(s: Settings, out: Path) -> Llava:
     device, dtype = device_and_dtype(s.device, s.dtype)
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
-    tokens, pixels = Tokens(folder, config), Pixels(config, bool(s.crop))
-    items, trees = load_trees(s, tokens, pixels, s.max_length or config.text.max_position_embeddings, out)
-    if not items:
-        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+    tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
+    limit = s.max_length or config.text.max_position_embeddings
+    items, trees = read_trees(s, tokens, pixels, out, lambda record: all_answers(tokens, record, limit))
     if s.steps != 0 and not any(choose_pair(r, s.gap, s.seed) and not is_held_out(r["id"], s.holdout) for r in items):
         raise BadInput(f"{s.data}: no usable pair among {len(items)} records; a pair needs two different answers whose "
                        f"scores S differ by at least --gap {s.gap}, or chosen and rejected given in the data"
@@ -330,7 +321,7 @@ def align(s: Settings, out: Path) -> Llava:
         write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
         print(f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
               f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({len(held_out)} pairs)")
-    print(f"model: {checkpoint.save(model, out / 'model', folder, bool(s.crop))}   metrics: {out}/metrics.jsonl")
+    print(f"model: {checkpoint.save(model, out / 'model', folder, s.crop)}   metrics: {out}/metrics.jsonl")
     return model
 
 

@@ -13,7 +13,7 @@ A model is asked held-out questions and decodes greedily; every scorer is a pure
 
     python evaluate.py --ckpt runs/dpo/model        (default: the shipped Vicuna-mini and LLaVA-mini)
 
-Previous: annotate.py.  Next: dpo.py (the remedy).
+Previous: steerlm.py.  Next: dpo.py (the remedy).
 """
 import json
 import math
@@ -28,7 +28,7 @@ from annotate import sample
 from common import BadInput, describe_run, device_and_dtype, main, write_jsonl, write_whole
 from data import Pixels, Tokens
 from model import Llava
-from records import quality
+from records import ATTRIBUTES, quality
 
 ITEMS = {"text": 165, "exist": 200, "attribute": 200, "describe": 100, "choice": 100}    # fixed, seeded, held out
 MAX_NEW = 48                                                                             # words; the longest truth has 36
@@ -42,6 +42,7 @@ class Settings:
     device: str = "auto"           # cpu, cuda, ...
     dtype: str = "auto"            # float32, bfloat16; auto: float32 on the CPU
     split: str = "test"            # which held-out items: test, or dev for choosing settings
+    target: str = ""               # five scores to ask a SteerLM model for, such as "4 4 4 4 0"; empty: what its folder says
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------
@@ -93,6 +94,19 @@ def miniature(model: Llava, tokens: Tokens, folder: Path, name: str, split: str 
     return scores, answers
 
 
+def behind_a_picture(model: Llava, tokens: Tokens, folder: Path, name: str, split: str = "test") -> dict:
+    """The text score with a random held-out picture before the first question: does the mere presence of an image hurt? The
+    picture has nothing to do with the question (the paper's test, with an image that the model does see)."""
+    items = tasks.draw(tasks.items("text", ITEMS["text"], split), folder)
+    pictures = tasks.draw(tasks.items("exist", len(items), split, seed=1), folder / "unrelated")
+    for record, other in zip(items, pictures):
+        first, *rest = record["messages"]
+        record |= {"images": other["images"], "root": other["root"],
+                   "messages": [first | {"content": "<image>\n" + first["content"]}, *rest]}
+    pairs = ask_two_turns(model, tokens, Pixels(model.config), items, f"{name}: behind a picture")
+    return mean([oracle.score_text(r, pair)["score"] for r, pair in zip(items, pairs)])
+
+
 COLUMNS = {"text": "5.2f", "core": "5.3f", "terse": "5.2f", "words": "5.1f", "exist": "5.3f", "attribute": "5.3f",
            "describe": "5.3f", "choice": "5.3f", "judged": "5.2f"}
 
@@ -108,9 +122,14 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def score_checkpoint(folder: Path, name: str, pictures: Path, device, dtype, split: str = "test") -> tuple[dict, list]:
+def score_checkpoint(folder: Path, name: str, pictures: Path, device, dtype, split: str = "test",
+                     target: str = "") -> tuple[dict, list]:
     model = checkpoint.load(folder, device, dtype)
-    return miniature(model, Tokens(folder, model.config), pictures, name, split)
+    tokens = Tokens(folder, model.config)
+    if tokens.steer:
+        tokens.steer["target"] |= dict(zip(ATTRIBUTES, map(int, target.split())))
+        print(f"{name}: every question asks for {', '.join(f'{name} {k}' for name, k in tokens.steer['target'].items())}")
+    return miniature(model, tokens, pictures, name, split)
 
 
 # ---- the script -----------------------------------------------------------------------------------------------
@@ -122,7 +141,7 @@ def run(s: Settings) -> None:
     device, dtype = device_and_dtype(s.device, s.dtype)
     for ckpt in s.ckpt.split(","):
         folder = checkpoint.resolve(ckpt)
-        rows[ckpt], answers = score_checkpoint(folder, ckpt, out, device, dtype, s.split)
+        rows[ckpt], answers = score_checkpoint(folder, ckpt, out, device, dtype, s.split, s.target)
         write_jsonl(out / f"answers-{ckpt.strip('/').replace('/', '-')}.jsonl", answers)
     write_whole(out / "scores.json", json.dumps(describe_run(s, scores=rows), indent=1) + "\n")
     print(table(rows))

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import records
 from common import BadInput, describe_run, device_and_dtype, main, masters, schedule, update, write_whole
-from data import Pack, Pixels, Tokens, Tree, make_tree, split, token_logps
+from data import Pack, Pixels, Tokens, Tree, make_tree, read_trees, split, token_logps
 from model import Llava
 
 
@@ -55,7 +55,7 @@ class Settings:
     clip: float = 1.0            # largest gradient norm (LLaVA's default)
     pack: int = 8192             # tokens computed at once; gradients accumulate over a batch's packs
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
-    crop: int = 0                # 1: centre-crop images instead of padding them to a square
+    crop: bool = False           # centre-crop images instead of padding them to a square
 
 
 def shuffled(items: list, seed: int) -> Iterator:
@@ -133,8 +133,10 @@ def target(record: dict) -> str:
     raise BadInput("has no golden answer and no scored ones")
 
 
-def run(settings: Settings) -> None:
-    s, out = settings, Path(settings.out)
+def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: dict | None = None) -> None:
+    """--data and --ckpt -> the tuned model in `out`/model. trees_of(tokens, record, longest) gives what to learn from a record;
+    `more` are JSON files that go with the model."""
+    out = Path(s.out)
     if not s.data:
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
     if (out / "model").exists():
@@ -144,29 +146,25 @@ def run(settings: Settings) -> None:
     device, dtype = device_and_dtype(s.device, s.dtype)
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
-    tokens, pixels = Tokens(folder, config), Pixels(config, bool(s.crop))
-    usable, rejects = records.read(s.data, s.image_root, pixels.size)
+    tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     limit = s.max_length or config.text.max_position_embeddings
-    trees = []
-    for record in usable:
-        try:
-            trees.append(make_tree(tokens, record, [target(record)], history=True, max_length=limit))
-        except BadInput as problem:
-            rejects.append({"id": record["id"], "reason": str(problem)})
-    records.report(s.data, len(trees), rejects, out)
-    if not trees:
-        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+    items, rows = read_trees(s, tokens, pixels, out, lambda record: trees_of(tokens, record, limit))
+    trees = [tree for row in rows for tree in row]
     model, batch = checkpoint.load(folder, device, dtype), min(s.batch, len(trees))
     steps = s.steps if s.steps >= 0 else s.epochs * len(trees) // batch
     write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
-    print(f"{len(trees)} records, {steps} steps of {batch}, {device} {dtype}")
+    print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}, {device} {dtype}")
     with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
         def log(row):
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
         train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, clip=s.clip, pack=s.pack,
               rate=lambda step, steps: schedule(step, steps, s.warmup), log=log)
-    print(f"model: {checkpoint.save(model, out / 'model', folder, bool(s.crop))}")
+    print(f"model: {checkpoint.save(model, out / 'model', folder, s.crop, more)}")
+
+
+def run(s: Settings) -> None:
+    fit(s, lambda tokens, record, limit: [make_tree(tokens, record, [target(record)], history=True, max_length=limit)])
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def draw(items: list[dict], folder: Path) -> list[dict]:
         for name in record["images"]:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".part")
+            aside = path.with_suffix(f".{os.getpid()}.part")             # several processes may draw the same picture
             render(scene_of(record), record["truth"]["seed"]).save(aside, format="PNG")
             os.replace(aside, path)
     return items

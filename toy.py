@@ -59,6 +59,7 @@ class Settings:
     out: str = "toy"             # folder to write; it must not hold a model yet
     seed: int = 0                # of initialisation and data
     scale: float = 1.0           # share of every stage's steps (0.01 to see it run)
+    width: int = 128             # of the language model, a multiple of 32
 
 
 # ---- sizes and initialisation ---------------------------------------------------------------------------------
@@ -202,11 +203,12 @@ def birth(model: Llava, tokens: Tokens) -> None:
             block.self_attn.o_proj.weight.copy_(block.self_attn.v_proj.weight.T)
 
 
-def train_language(folder: Path, seed: int, scale: float, steps: int = 2000, batch: int = 16,
+def train_language(folder: Path, seed: int, scale: float, width: int = 128, steps: int = 2000, batch: int = 16,
                    lr: float = 2e-3) -> None:
     torch.set_num_threads(1)
     steps = max(2, int(steps * scale))
-    text = TextConfig(**LANGUAGE)
+    text = TextConfig(**LANGUAGE | dict(hidden_size=width, intermediate_size=2 * width, num_attention_heads=width // 32,
+                                        num_key_value_heads=width // 32))
     tokens = Tokens(folder, Config(text))
     text.vocab_size = tokens.tokenizer.get_vocab_size()
     model = Llava(Config(text, None, -1))
@@ -271,14 +273,16 @@ def train_visual(folder: Path, seed: int, scale: float) -> None:
 
 def run(s: Settings) -> None:
     out, began = Path(s.out), time.time()
+    if s.width < 32 or s.width % 32:
+        raise BadInput(f"--width {s.width}: a multiple of 32")
     if out.exists():
         raise BadInput(f"{out} is already there; remove it first (rm -r {out})")
     folder = out.with_name(out.name + ".building")
     shutil.rmtree(folder, ignore_errors=True)
     write_tokenizer(folder)
     spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=stage, args=(folder, s.seed, s.scale), daemon=True)
-               for stage in (train_tower, train_language)]
+    workers = [spawn.Process(target=stage, args=(folder, s.seed, s.scale, *more), daemon=True)
+               for stage, *more in ((train_tower,), (train_language, s.width))]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -1,0 +1,152 @@
+"""The experiment's rows, drawn: what was lost, what came back, and what the training looked like.
+
+    forgetting.png    text ability against vision ability: tuning goes one way, each method another; every seed a dot
+    dynamics.png      DPO step by step: margin and accuracy, log-probs of chosen and rejected (both fall; the gap is what rises)
+    curves.png        text ability against the share of the data, and against the share of wrong labels
+    attributes.png    how the judge's five attributes go together (the paper's Fig. 3)
+    board.png         the first questions of a seeded draw, answered before and after: unpicked
+
+Everything is read from files that reproduce.py wrote; nothing is computed here but means.
+
+    python figures.py --rows results/reproduce.jsonl --runs runs/reproduce/seed-10 --out results/figures
+
+Previous: reproduce.py.
+"""
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import common  # first: it tells OpenMP how to wait
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import evaluate
+from common import BadInput, main, read_jsonl
+from pairs import statistics
+from records import ATTRIBUTES
+from tasks import items
+from vision import load_image
+
+COLORS = {"Vicuna-mini": "#777777", "LLaVA-mini": "#333333", "SFT, short answers": "#c77700", "SFT, full answers": "#1f77b4",
+          "Rejection sampling": "#2a9d8f", "SteerLM": "#8e44ad", "DPO": "#d62728"}
+
+
+@dataclass
+class Settings:
+    """Draw the figures of reproduce.py."""
+    rows: str = "runs/reproduce/rows.jsonl"    # what reproduce.py measured
+    runs: str = "runs/reproduce/seed-10"       # one seed's folder: metrics, records and answers
+    out: str = "runs/reproduce/figures"        # pictures go here
+
+
+def values(rows: list[dict], name: str, column: str) -> np.ndarray:
+    """One number per seed."""
+    return np.array([row["scores"][column]["mean"] for row in rows if row["name"] == name and column in row["scores"]])
+
+
+def forgetting(rows: list[dict]):
+    """Text (1 to 10) up, the judge's opinion of image answers (0 to 12) to the right."""
+    figure, axis = plt.subplots(figsize=(7, 5))
+    start = None
+    for name, color in COLORS.items():
+        shown = name if len(values(rows, name, "text")) else ""
+        x, y = values(rows, shown, "judged"), values(rows, shown, "text")
+        if not len(y):
+            continue
+        if not len(x):                                                   # the text model sees nothing: a level, not a point
+            axis.axhline(y.mean(), color=color, linestyle=":", linewidth=1.2)
+            axis.annotate(f"{name}: no vision", (0.02, y.mean()), xycoords=("axes fraction", "data"), va="bottom", color=color)
+            continue
+        axis.scatter(x, y, s=14, color=color, alpha=0.35, linewidths=0)
+        axis.scatter(x.mean(), y.mean(), s=60, color=color, zorder=3)
+        axis.annotate(name, (x.mean(), y.mean()), xytext=(0, 7), textcoords="offset points", color=color, ha="center")
+        if name == "LLaVA-mini":
+            start = x.mean(), y.mean()
+        elif start:
+            style = {"arrowstyle": "->", "color": color, "alpha": 0.6, "shrinkB": 4}
+            axis.annotate("", (x.mean(), y.mean()), start, arrowprops=style)
+    axis.set(xlabel="image answers, the judge's S (0 to 12)", ylabel="text ability, MT-mini (1 to 10)",
+             title=f"What each method makes of the same judged answers ({len(values(rows, 'LLaVA-mini', 'text'))} seeds)")
+    axis.margins(0.15)
+    return figure
+
+
+def dynamics(metrics: list[dict]):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    steps = [m["step"] for m in metrics]
+    left.plot(steps, [m["loss"] for m in metrics], color="#333333", label="loss")
+    left.plot(steps, [m["margin"] for m in metrics], color="#d62728", label="margin, beta x nats")
+    left.plot(steps, [m["accuracy"] for m in metrics], color="#1f77b4", label="accuracy")
+    left.axhline(np.log(2), color="#999999", linestyle=":", linewidth=1)
+    left.annotate("ln 2", (0, np.log(2)), va="bottom", color="#777777")
+    for name, color in (("logp_chosen", "#2a9d8f"), ("logp_rejected", "#c77700")):
+        right.plot(steps, [m[name] for m in metrics], color=color, label=name.replace("logp_", "") + ", nats")
+    for axis, title in ((left, "loss, margin, accuracy"), (right, "log-probability of the answers")):
+        axis.set(xlabel="step", title=title)
+        axis.legend(frameon=False)
+    return figure
+
+
+def curves(rows: list[dict]):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, what, ends in ((axes[0], "of the data", ("LLaVA-mini", "DPO")), (axes[1], "of labels flipped", ("DPO", None))):
+        names = [ends[0], *(f"DPO, {share}% {what}" for share in (25, 50, 75)), ends[1]]
+        for column, color in (("text", "#d62728"), ("judged", "#1f77b4")):
+            found = [(25 * k, v) for k, name in enumerate(names) if name and len(v := values(rows, name, column))]
+            axis.plot([x for x, _ in found], [v.mean() for _, v in found], color=color, marker="o",
+                      label=f"{column} ({'1 to 10' if column == 'text' else '0 to 12'})")
+            for x, v in found:
+                axis.scatter([x] * len(v), v, s=10, color=color, alpha=0.35, linewidths=0)
+        axis.set(xlabel=f"% {what}", xticks=[0, 25, 50, 75, 100] if ends[1] else [0, 25, 50, 75])
+        axis.legend(frameon=False)
+    return figure
+
+
+def attributes(numbers: dict):
+    figure, axis = plt.subplots(figsize=(5, 4.2))
+    table = np.array([[np.nan if v is None else v for v in row] for row in numbers["correlations"]], float)
+    axis.imshow(table, vmin=-1, vmax=1, cmap="RdBu_r")
+    for i, j in np.ndindex(5, 5):
+        axis.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color="white" if abs(table[i, j]) > 0.6 else "black")
+    axis.set(xticks=range(5), yticks=range(5), yticklabels=ATTRIBUTES, title="attributes of the same answers, Pearson")
+    axis.set_xticklabels(ATTRIBUTES, rotation=30, ha="right")
+    return figure
+
+
+def board(folder: Path, runs: dict[str, str], n: int = 6):
+    """The first n of a seeded draw of image questions, and what each model says."""
+    said = {name: {r["id"]: r["answers"][-1] for r in read_jsonl(folder / run / "answers.jsonl")} for name, run in runs.items()}
+    asked = {r["id"]: r for bench in ("exist", "attribute", "describe") for r in items(bench, evaluate.ITEMS[bench], "test")}
+    picked = random.Random(0).sample(sorted(asked), n)
+    figure, axes = plt.subplots(n, 2, figsize=(9, 1.5 * n), width_ratios=(1, 5))
+    for (left, right), name in zip(axes, picked):
+        record = asked[name]
+        left.imshow(load_image(folder / "data" / record["images"][0]))
+        lines = [record["messages"][-1]["content"].replace("<image>\n", ""), f"  truth: {record['golden']}"]
+        lines += [f"  {model}: {answers[name]}" for model, answers in said.items()]
+        right.text(0, 0.5, "\n".join(lines), va="center", wrap=True)
+        left.axis("off")
+        right.axis("off")
+    return figure
+
+
+def run(s: Settings) -> None:
+    rows, folder, out = read_jsonl(Path(s.rows)), Path(s.runs), Path(s.out)
+    if not rows:
+        raise BadInput(f"--rows {s.rows}: holds no rows; run reproduce.py first")
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = {"forgetting": forgetting(rows), "curves": curves(rows),
+             "dynamics": dynamics(read_jsonl(folder / "dpo" / "metrics.jsonl")),
+             "attributes": attributes(statistics(read_jsonl(folder / "data" / "records.jsonl"))),
+             "board": board(folder, {"LLaVA-mini": "llava-mini", "SFT": "sft--full-answers", "DPO": "dpo"})}
+    for name, figure in drawn.items():
+        figure.tight_layout()
+        figure.savefig(out / f"{name}.png", dpi=150)
+    print(f"figures: {', '.join(f'{out}/{name}.png' for name in drawn)}")
+
+
+if __name__ == "__main__":
+    main(Settings, run)

@@ -1,0 +1,50 @@
+"""The first rival: keep the best of n sampled answers, and tune on it as if a teacher had written it.
+
+    best = argmax over the n answers of S,      S = helpfulness + correctness + coherence;      then next-token loss on it
+
+Also called best-of-n or rejection sampling (arXiv:2402.10884 after LLaMA-2's). It sees the same scores as DPO and throws most
+of them away: that the best answer was better, never by how much nor than what. And where all n answers are poor, it learns the
+least poor one; `--least` sets a bar (the paper's file names speak of perfect scores: 12).
+
+Ties are drawn with a seed of the record's own; answers that the token budget cut off do not count; a record whose judge gave no
+scores is skipped, counted and listed.
+
+    python rejection.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/rejection
+
+Previous: annotate.py.  Next: steerlm.py (the second rival).
+"""
+import random
+from dataclasses import dataclass
+
+import sft
+from common import BadInput, main
+from data import Tokens, Tree, make_tree
+from records import quality
+
+
+@dataclass
+class Settings(sft.Settings):
+    """Supervised fine-tuning on the best of each record's scored answers."""
+    out: str = "runs/rejection"  # run folder
+    least: int = 0               # smallest S of an answer worth learning; 12: only perfect ones
+
+
+def best(record: dict, least: int = 0, seed: int = 0) -> int:
+    """The index of the answer with the largest S; ties are drawn. Raises BadInput where there is none of at least `least`."""
+    scored = {k: quality(a) for k, a in enumerate(record["answers"]) if a.get("scores") and a.get("finish") != "length"}
+    if not scored:
+        raise BadInput("has no whole answer with scores")
+    top = max(scored.values())
+    if top < least:
+        raise BadInput(f"its best answer has S = {top}, less than --least {least}")
+    return random.Random(f"{seed}/{record['id']}").choice([k for k, s in scored.items() if s == top])
+
+
+def run(s: Settings) -> None:
+    def trees_of(tokens: Tokens, record: dict, limit: int) -> list[Tree]:
+        return [make_tree(tokens, record, [record["answers"][best(record, s.least, s.seed)]["text"]], max_length=limit)]
+    sft.fit(s, trees_of)
+
+
+if __name__ == "__main__":
+    main(Settings, run)
