@@ -141,7 +141,7 @@ def fingerprint(model: Llava, tokens: Tokens, items: list[dict], pixels: Pixels)
     data = [[r["id"], r["messages"], [a["text"] for a in r["answers"]], r["images_sha"]] for r in items]
     probe = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
     return {"weights": digest.hexdigest()[:16], "data": sha(json.dumps(data)),
-            "template": sha(template(probe), tokens.source.read_bytes(), str(tokens.bos)),
+            "template": sha(template(probe), tokens.source.read_bytes(), str(tokens.bos), str(tokens.steer)),
             "image processing": f"{pixels.size} px, {'crop' if pixels.crop else 'pad'}",
             "dtype": str(model.head.dtype)}
 

@@ -308,8 +308,14 @@ def spoil_config(ckpt):
     path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
 
 
+def spoil_steer(ckpt):
+    form = {"text": " {helpfulness}", "grades": list("01234"), "target": dict.fromkeys(records.ATTRIBUTES, 4)}
+    (ckpt / "steer.json").write_text(json.dumps(form))
+
+
 q, i, a = RECORDS[1]
 STALE = {
+    "what a SteerLM model is asked for": (spoil_steer, None, {}, ["template"]),
     "weights": (spoil_weights, None, {}, ["weights"]),
     "rope theta": (spoil_config, None, {}, ["weights"]),
     "tokenizer": (spoil_tokenizer, None, {}, ["template"]),
