@@ -183,6 +183,9 @@ def work(jobs: list[tuple], workers: int, title: str) -> None:
 COLUMNS = ("text", "core", "behind a picture", "words", "exist", "attribute", "describe", "choice", "judged", "image words")
 
 
+SHORT = {"behind a picture": "pictured"}
+
+
 def spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation over seeds (0 for one)."""
     m = sum(values) / len(values)
@@ -192,13 +195,13 @@ def spread(values: list[float]) -> tuple[float, float]:
 def table(rows: list[dict], names: list[str], columns: tuple = COLUMNS) -> str:
     """One line per run: steps, then mean ± sd over seeds of every column."""
     width, out = max(map(len, names)), []
-    out.append(" " * width + "  steps" + "".join(f"{c:>17}" for c in columns))
+    out.append(" " * width + "  steps" + "".join(f"{SHORT.get(c, c):>13}" for c in columns))
     for name in names:
         mine = [row for row in rows if row["name"] == name]
         line = f"{name:<{width}}{max((row['steps'] for row in mine), default=0) or '-':>7}"
         for column in columns:
             values = [row["scores"][column]["mean"] for row in mine if column in row["scores"]]
-            line += f"{'{:.3f} ±{:.3f}'.format(*spread(values)) if values else '-':>17}"
+            line += f"{'{:.2f} ±{:.2f}'.format(*spread(values)) if values else '-':>13}"
         out.append(line)
     return "\n".join(out)
 

@@ -64,7 +64,7 @@ def test_every_run_leaves_a_row_and_the_table_shows_it(experiment, capsys):
     vicuna = next(row for row in rows if row["name"] == "Vicuna-mini")
     assert "judged" not in vicuna["scores"] and vicuna["steps"] == 0
     page = (out / "tables.txt").read_text()
-    assert f"{vicuna['scores']['text']['mean']:.3f} ±0.000" in page and "6.73" in page and "not sizes" in page
+    assert f"{vicuna['scores']['text']['mean']:.2f} ±0.00" in page and "6.73" in page and "not sizes" in page
 
 
 def test_what_is_done_is_not_done_again(experiment, monkeypatch):
@@ -109,7 +109,7 @@ def test_spread_and_table_by_hand():
     assert reproduce.spread([1.0, 3.0]) == (2.0, 2 ** 0.5) and reproduce.spread([5.0]) == (5.0, 0.0)
     rows = [{"name": "x", "seed": k, "steps": 7, "scores": {"text": {"mean": v}}} for k, v in enumerate((1.0, 3.0))]
     head, line = reproduce.table(rows, ["x"], ("text", "core")).splitlines()
-    assert line.split() == ["x", "7", "2.000", "±1.414", "-"] and head.split() == ["steps", "text", "core"]
+    assert line.split() == ["x", "7", "2.00", "±1.41", "-"] and head.split() == ["steps", "text", "core"]
 
 
 @pytest.mark.parametrize("flags, why", [({"methods": "PPO"}, "choose among SFT"), ({"seeds": 0}, "at least 1"), ({"only": "eat"}, "--only build")])
