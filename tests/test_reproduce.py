@@ -125,3 +125,10 @@ def test_a_failed_run_names_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "task", fails)
     with pytest.raises(BadInput, match=r"annotate: no; see .*data.log"):
         reproduce.run(reproduce.Settings(out=str(tmp_path)))
+
+
+def test_the_readmes_tables_are_drawn_from_results():
+    rows = read_jsonl(ROOT / "results" / "reproduce.jsonl")
+    readme = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    for line in reproduce.report(rows).splitlines():
+        assert line.strip() in readme, f"not in README.md: {line}"
