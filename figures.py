@@ -31,7 +31,9 @@ from tasks import items
 from vision import load_image
 
 COLORS = {"Vicuna-mini": "#777777", "LLaVA-mini": "#333333", "SFT, short answers": "#c77700", "SFT, full answers": "#1f77b4",
-          "Rejection sampling": "#2a9d8f", "SteerLM": "#8e44ad", "DPO": "#d62728"}
+          "Rejection sampling": "#2a9d8f", "SteerLM, not asked for scores": "#8e44ad", "DPO": "#d62728"}
+PLACE = {"LLaVA-mini": (10, -5, "left"), "SteerLM, not asked for scores": (-8, -4, "right"),
+         "SFT, short answers": (0, -16, "center"), "DPO": (0, -16, "center")}     # where names stand that others would cover
 
 
 @dataclass
@@ -62,7 +64,8 @@ def forgetting(rows: list[dict]):
             continue
         axis.scatter(x, y, s=14, color=color, alpha=0.35, linewidths=0)
         axis.scatter(x.mean(), y.mean(), s=60, color=color, zorder=3)
-        axis.annotate(name, (x.mean(), y.mean()), xytext=(0, 7), textcoords="offset points", color=color, ha="center")
+        dx, dy, side = PLACE.get(name, (0, 7, "center"))
+        axis.annotate(name, (x.mean(), y.mean()), xytext=(dx, dy), textcoords="offset points", color=color, ha=side)
         if name == "LLaVA-mini":
             start = x.mean(), y.mean()
         elif start:
@@ -70,6 +73,9 @@ def forgetting(rows: list[dict]):
             axis.annotate("", (x.mean(), y.mean()), start, arrowprops=style)
     axis.set(xlabel="image answers, the judge's S (0 to 12)", ylabel="text ability, MT-mini (1 to 10)",
              title=f"What each method makes of the same judged answers ({len(values(rows, 'LLaVA-mini', 'text'))} seeds)")
+    if len(off := values(rows, "SteerLM", "text")):
+        axis.text(0.98, 0.03, f"off the page: SteerLM asked for all fours, text {off.mean():.1f}", ha="right", color="#8e44ad",
+                  transform=axis.transAxes)
     axis.margins(0.15)
     return figure
 
