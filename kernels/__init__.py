@@ -6,7 +6,7 @@
 
 Each file holds the formula, the plain-torch specification and the implementation, which is plain torch too so far.
 
-Previous: kernels/logprob.py.  Next: vision.py (pixels to vectors).
+Previous: kernels/fused_head.py.  Next: vision.py (pixels to vectors).
 """
 from kernels.attention import Mask, attention, decode
 from kernels.logprob import logps

@@ -28,7 +28,7 @@ Calls of similar size are padded to one shape and run as a batch, so that a thou
 few calls, not a thousand. All layers of a model share the plan.
 
 References: FlashAttention (arXiv:2205.14135), FlashMask (arXiv:2410.01359) for column-range masks.
-Previous: oracle.py.  Next: kernels/logprob.py (what the hidden states are for).
+Previous: oracle.py.  Next: kernels/flash.py (the same on a GPU).
 """
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -88,15 +88,22 @@ class Mask:
         mask = cls(start, start + length, start)
         rows = rows.view(count, length)
         mask.plan = [Call(rows, rows, whole=True)], rows                     # nothing to find out
+        mask.trees = [], [(k * length, (k + 1) * length) for k in range(count)]
         return mask
 
     def to(self, device) -> "Mask":
         """The same mask elsewhere. Its plan is made here first: cutting is work for the CPU, without waiting for a GPU."""
         calls, order = self.plan
         moved = Mask(self.lo.to(device), self.hi.to(device), self.own.to(device))
+        moved.trees = self.trees
         moved.plan = [replace(c, q_rows=c.q_rows.to(device), k_rows=c.k_rows.to(device),
                               visible=None if c.visible is None else c.visible.to(device)) for c in calls], order.to(device)
         return moved
+
+    @cached_property
+    def trees(self) -> tuple[list, list]:
+        """Trees [start, prompt's end, answer's end, ...] and images (start, end), in tokens."""
+        return segments(self)
 
     @cached_property
     def plan(self) -> tuple[list[Call], Tensor]:
@@ -110,7 +117,10 @@ def make_plan(mask: Mask) -> tuple[list[Call], Tensor]:
     Raises ValueError where the three vectors do not describe trees laid out as prompt, answer, answer, ...
     """
     device, T = mask.own.device, len(mask.own)
-    trunks, branches, full = problems(mask)
+    trees, images = mask.trees
+    trunks = [(tree[0], tree[0], tree[2] if len(tree) > 2 else tree[1]) for tree in trees]   # (first query, first key, end)
+    branches = [(tree[2], tree[0], tree[-1]) for tree in trees if len(tree) > 3]
+    full = [(start, start, end) for start, end in images]
     calls, flat, real = [], [], []
 
     def add(q_spans, k_spans, causal=False, masked=False):
@@ -138,8 +148,8 @@ def make_plan(mask: Mask) -> tuple[list[Call], Tensor]:
     return calls, order
 
 
-def problems(mask: Mask) -> tuple[list, list, list]:
-    """Trunks, branches and images, each problem as (first query, first key, end) in tokens."""
+def segments(mask: Mask) -> tuple[list, list]:
+    """Trees [start, prompt's end, answer's end, ...] and images (start, end) of a row."""
     lo, hi, own = (x.tolist() for x in (mask.lo, mask.hi, mask.own))
     T = len(own)
     key = list(zip(own, lo, hi))
@@ -151,16 +161,13 @@ def problems(mask: Mask) -> tuple[list, list, list]:
         if lo[start] == hi[start]:                                   # a prompt opens a tree
             trees.append([start, end])
         elif (lo[start], hi[start]) == (start, end):                 # an image, or a ViT's picture
-            full.append((start, start, end))
+            full.append((start, end))
         elif trees and (lo[start], hi[start]) == tuple(trees[-1][:2]) and start == trees[-1][-1]:
             trees[-1].append(end)                                    # an answer joins the tree
         else:
             raise ValueError(f"mask: tokens {start}..{end} see [{lo[start]}, {hi[start]}), "
                              "which is no prompt standing before them")
-    # tree = [start, prompt end, end of answer 1, end of answer 2, ...]
-    trunks = [(tree[0], tree[0], tree[2] if len(tree) > 2 else tree[1]) for tree in trees]
-    branches = [(tree[2], tree[0], tree[-1]) for tree in trees if len(tree) > 3]
-    return trunks, branches, full
+    return trees, full
 
 
 def by_size(spans: list, waste: float) -> list[list]:

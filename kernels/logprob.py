@@ -20,7 +20,7 @@ log-sum-exp and the result are fp32 whatever the model's dtype: summed over a 12
 move the log-prob by half a nat.
 
 References: Cut Cross-Entropy (arXiv:2411.09009), Liger Kernel (arXiv:2410.10989).
-Previous: kernels/attention.py.  Next: kernels/__init__.py (what callers import).
+Previous: kernels/flash.py.  Next: kernels/fused_head.py (the same on a GPU).
 """
 import torch
 from torch import Tensor
