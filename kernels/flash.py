@@ -37,8 +37,8 @@ from torch import Tensor
 from kernels.attention import Mask
 
 LOG2E, ACC = 1.4426950408889634, {torch.float32: tl.float32, torch.float64: tl.float64}
-# (BM, BN, warps, stages) per head dimension: forward, dk and dv, dq. Compiled by hand, bf16: no spill on sm_80 and sm_90, 16 bytes
-# on sm_100 (forward, 64), more on gfx942 (backward, 128). Never run on a GPU yet.
+# (BM, BN, warps, stages) per head dimension: forward, dk and dv, dq. Compiled by hand, bf16: no spill on sm_80 and sm_90,
+# 16 bytes on sm_100 (forward, 64), more on gfx942 (backward, 128). Never run on a GPU yet.
 BLOCKS = {64: ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 4, 2)), 128: ((64, 32, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2))}
 
 
