@@ -663,7 +663,7 @@ def test_sft_runs_three_steps_from_llava_json(ckpt, tmp_path, capsys):
     rows = rows_of(out / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert set(rows[0]) == {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
-    assert "5 records, 3 steps of 5" in capsys.readouterr().out
+    assert "5 records, 5 answers to learn, 3 steps of 5" in capsys.readouterr().out
     model, trees, pixels = sft_trees(ckpt, tmp_path / "data" / "llava.json")
     with torch.no_grad():
         logps = torch.cat([token_logps(model, pixels.pack([t])) for t in trees])
