@@ -126,48 +126,46 @@ def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: in
     """Give every record without answers its n; returns the rejects. Process `rank` of `world` does every world-th batch."""
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
-    tokens, pixels, rejects = Tokens(folder, config), Pixels(config, s.crop), []
+    tokens, pixels, keys, rejects = Tokens(folder, config), Pixels(config, s.crop), {}, {}
     how = {"n": s.n, "temperature": s.temperature, "top_p": s.top_p, "max_new": s.max_new, "seed": s.seed}
-    about, todo, refused = sha(checkpoint.stamp(folder), str(how), str(s.crop), s.dtype), [], set()
-    keys = {}
+    about = sha(checkpoint.stamp(folder), str(how), str(s.crop), s.dtype)
     for record in (r for r in items if not r["answers"]):
         try:
-            longest = len(make_tree(tokens, record, []).prompt) + s.max_new
-            if longest > config.text.max_position_embeddings:
-                raise BadInput(f"prompt and answer may take {longest} tokens, more than the model was built for "
-                               f"({config.text.max_position_embeddings}); shorten it or lower --max_new")
+            check_room(len(make_tree(tokens, record, []).prompt) + s.max_new, config.text.max_position_embeddings)
             keys[record["id"]] = sha(about, record["id"], json.dumps(record["messages"]), record["images_sha"])
-            todo.append(record)
         except BadInput as problem:
-            rejects.append({"id": record["id"], "reason": str(problem)})
-            refused.add(record["id"])
-    items[:] = [r for r in items if r["id"] not in refused]
+            rejects[record["id"]] = str(problem)
+    items[:] = [r for r in items if r["id"] not in rejects]
+    todo, have = [r for r in items if r["id"] in keys], read_answers(out)
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    have = read_answers(out)
-    mine = [part for k, part in enumerate(todo[at:at + s.batch] for at in range(0, len(todo), s.batch)) if k % world == rank]
-    missing = [part for part in mine if not all(keys[r["id"]] in have for r in part)]
     if rank == 0 and todo:
         print(f"sampling: {s.n} answers to each of {len(todo)} records at temperature {s.temperature}; "
               f"{sum(key in have for key in keys.values())} were answered before")
+    parts = [todo[at:at + s.batch] for at in range(0, len(todo), s.batch)][rank::world]
+    missing = [part for part in parts if not all(keys[r["id"]] in have for r in part)]   # whole ones: rounding stays the same
     if missing:
         own = s.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
         device = f"cuda:{os.environ['LOCAL_RANK']}" if own else s.device
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
-        with closing(Journal(out / f"answers-{rank}.jsonl")) as journal, tqdm(
-                total=sum(map(len, missing)), desc="sampling", unit="rec", disable=True if rank else None, leave=False) as bar:
-            for part in missing:                                         # whole batches, so that rounding is the same
-                for record, answers in zip(part, sample_batch(model, tokens, pixels, part, **how)):
-                    if keys[record["id"]] not in have:
-                        journal.append({"key": keys[record["id"]], "id": record["id"], "answers": answers})
-                bar.update(len(part))
+        with closing(Journal(out / f"answers-{rank}.jsonl")) as journal:
+            for part in tqdm(missing, desc="sampling", unit="batch", disable=True if rank else None, leave=False):
+                rows = zip(part, sample_batch(model, tokens, pixels, part, **how))
+                for record, answers in ((r, a) for r, a in rows if keys[r["id"]] not in have):
+                    journal.append({"key": keys[record["id"]], "id": record["id"], "answers": answers})
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     have = read_answers(out)
     for record in todo:
         record["answers"] = have.get(keys[record["id"]], [])
-    return rejects
+    return [{"id": name, "reason": reason} for name, reason in rejects.items()]
+
+
+def check_room(longest: int, limit: int) -> None:
+    if longest > limit:
+        raise BadInput(f"prompt and answer may take {longest} tokens, more than the model was built for ({limit}); shorten it or "
+                       "lower --max_new")
 
 
 def read_answers(out: Path) -> dict[str, list]:
@@ -188,7 +186,10 @@ def plan(s: Settings, items: list[dict]) -> str:
     """What judging these records would take, before a cent is spent, and what the judge would read."""
     answered = [r if r["answers"] else r | {"answers": [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n} for r in items]
     journal = Path(s.out) / "journal.jsonl"
-    state = judge.Replies(journal, write=False).state if journal.exists() else {}
+    state = {}
+    if journal.exists():
+        with closing(judge.Replies(journal, write=False)) as replies:
+            state = replies.state
     done = lambda q: q.key in state and not (s.retry_failed and state[q.key] != "ok")
     asked = [(q, len(r["answers"])) for r, q in ((r, ask(r, s)) for r in answered) if not done(q)]
     sent, back = sum(q.tokens for q, _ in asked), sum(n * COMMENT + ANSWER * s.golden for _, n in asked)

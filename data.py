@@ -63,6 +63,14 @@ def steered(messages: list[dict], form: dict, scores: dict) -> list[dict]:
     return messages[:-1] + [messages[-1] | {"content": messages[-1]["content"] + form["text"].format(**words)}]
 
 
+def target_scores(text: str) -> dict[str, int]:
+    """"4 4 4 4 0" -> the five scores to ask for. Raises BadInput where it is not that."""
+    values = text.split()
+    if len(values) != 5 or not set(values) <= set("01234"):
+        raise BadInput(f"--target {text}: five numbers from 0 to 4, for {', '.join(ATTRIBUTES)}")
+    return dict(zip(ATTRIBUTES, map(int, values)))
+
+
 class Tokens:
     """A checkpoint's tokenizer.json with the few ids this code needs, and the image expansion.
 

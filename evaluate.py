@@ -26,9 +26,9 @@ import oracle
 import tasks
 from annotate import sample
 from common import BadInput, describe_run, device_and_dtype, main, write_jsonl, write_whole
-from data import Pixels, Tokens
+from data import Pixels, Tokens, target_scores
 from model import Llava
-from records import ATTRIBUTES, quality
+from records import quality
 
 ITEMS = {"text": 165, "exist": 200, "attribute": 200, "describe": 100, "choice": 100}    # fixed, seeded, held out
 MAX_NEW = 48                                                                             # words; the longest truth has 36
@@ -127,7 +127,7 @@ def score_checkpoint(folder: Path, name: str, pictures: Path, device, dtype, spl
     model = checkpoint.load(folder, device, dtype)
     tokens = Tokens(folder, model.config)
     if tokens.steer:
-        tokens.steer["target"] |= dict(zip(ATTRIBUTES, map(int, target.split())))
+        tokens.steer["target"] |= target_scores(target) if target else {}
         print(f"{name}: every question asks for {', '.join(f'{name} {k}' for name, k in tokens.steer['target'].items())}")
     return miniature(model, tokens, pictures, name, split)
 
@@ -138,6 +138,8 @@ def run(s: Settings) -> None:
     out, rows = Path(s.out), {}
     if s.split not in ("dev", "test"):
         raise BadInput(f"--split {s.split}: dev or test")
+    if s.target:
+        target_scores(s.target)                                          # at the door, not after the first checkpoint
     device, dtype = device_and_dtype(s.device, s.dtype)
     for ckpt in s.ckpt.split(","):
         folder = checkpoint.resolve(ckpt)

@@ -54,8 +54,7 @@ def forgetting(rows: list[dict]):
     figure, axis = plt.subplots(figsize=(7, 5))
     start = None
     for name, color in COLORS.items():
-        shown = name if len(values(rows, name, "text")) else ""
-        x, y = values(rows, shown, "judged"), values(rows, shown, "text")
+        x, y = values(rows, name, "judged"), values(rows, name, "text")
         if not len(y):
             continue
         if not len(x):                                                   # the text model sees nothing: a level, not a point

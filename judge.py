@@ -40,6 +40,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 from common import BadInput, Journal
@@ -51,7 +52,7 @@ TRIES = 6                # calls without a reply before it counts as failed; a 4
 WAIT, MOST = 1.0, 60.0   # seconds: the first wait is at most WAIT, it doubles with every try, up to MOST
 PATIENCE = 300           # seconds: a server that asks for more is not waited for
 DEAD = 20                # questions failed in a row, and the server is gone
-NETWORK = (requests.RequestException, requests.packages.urllib3.exceptions.HTTPError)
+NETWORK = (requests.RequestException, urllib3.exceptions.HTTPError)
 KEPT = "what was judged is kept; run the same command again afterwards"
 
 
@@ -130,7 +131,7 @@ class Replies(Journal):
         super().__init__(path, write)
 
     def seen(self, row: dict) -> bool:
-        self.used.update(row["usage"] | {"replies": 1})
+        self.used.update(row["usage"])
         if row["final"]:
             self.state[row["key"]] = row["state"]
             self.before.pop(row["key"], None)
@@ -209,10 +210,13 @@ class Judge:
     def reads_now(self, q: Question) -> bool:
         """Can the raw reply that was once unparseable be used after all?"""
         row = self.replies[q.key]
+        if row["state"] != "unparseable":
+            return False
         try:
-            return row["state"] == "unparseable" and (q.check(row["text"]), True)[1]
+            q.check(row["text"])
         except ValueError:
             return False
+        return True
 
     def settle(self, q: Question) -> str:
         """Ask until the question has its final state, which is returned."""

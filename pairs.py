@@ -16,19 +16,17 @@ every place should hold the best answer equally often.
 
 Previous: rubric.py.  Next: annotate.py (the whole of annotation).
 """
-import base64
 import html
 import math
 import random
 from collections import Counter
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from records import ATTRIBUTES, image_path, quality
 from rubric import conversation
-from vision import load_image
+from wire import jpeg
 
 GAP = 2         # smallest difference in S between chosen and rejected (the paper's rule)
 SHOWN = 300     # records on a board; a page with thousands of pictures opens nowhere
@@ -186,7 +184,7 @@ def article(record: dict, root: Path, gap: int, seed: int) -> str:
     answers = "".join(one_answer(a, "chosen" if pair and k == pair[0] else "rejected" if pair and k == pair[1] else "")
                       for k, a in enumerate(record["answers"]))
     state = " · ".join(html.escape(str(judge[key])) for key in ("model", "state", "reason") if judge.get(key))
-    pictures = "".join(f'<img alt="" src="data:image/jpeg;base64,{thumbnail(image_path(root, name))}">'
+    pictures = "".join(f'<img alt="" src="data:image/jpeg;base64,{jpeg(image_path(root, name), 320)}">'
                        for name in record["images"])
     return (f'<article data-gap="{max(S) - min(S) if S else 0}"><div>{pictures}<small>{html.escape(record["id"])}</small>'
             f"<small>{state}</small></div><div>{talk}{answers}{golden}</div></article>")
@@ -198,10 +196,3 @@ def one_answer(answer: dict, role: str) -> str:
     line += ", cut off by the token budget" * (answer.get("finish") == "length")
     return (f'<div class="answer {role}"><div class="text">{html.escape(answer["text"])}</div>'
             f"<small><b>{role}</b> {line}</small><small>{html.escape(comment)}</small></div>")
-
-
-def thumbnail(path: Path, side: int = 320) -> str:
-    image, buffer = load_image(path, small=side), BytesIO()
-    image.thumbnail((side, side))
-    image.save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode()

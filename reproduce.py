@@ -16,7 +16,7 @@ length-blind part (core). Whatever comes out is printed.
 Every run is a folder that appears when it is done; the same command goes on where it was stopped.
 
     python reproduce.py                                     one seed on the shipped miniature, some minutes on two cores
-    python reproduce.py --seeds 5 --from_scratch            every stage anew per seed, about two hours
+    python reproduce.py --seeds 5 --from_scratch            every stage anew per seed, about an hour
     python reproduce.py --search                            the search for learning rates
 
 Previous: dpo.py.  Next: figures.py (the same rows, drawn).
@@ -30,6 +30,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import common  # first: it tells OpenMP how to wait
 import torch
@@ -51,12 +52,12 @@ from pairs import choose_pair
 @dataclass
 class Settings:
     """The whole experiment in miniature."""
-    out: str = "runs/reproduce"    # one folder per seed, rows.jsonl, tables.txt, figures
+    out: str = "runs/reproduce"    # one folder per seed, rows.jsonl, tables.txt
     seeds: int = 1                 # how many
     first: int = 10                # the first of them; 0 to 2 were used while this was made
     from_scratch: bool = False     # build every seed's models anew; else all seeds start from the shipped miniature
     only: str = ""                 # build, annotate, train or tables: that stage alone
-    methods: str = ""              # comma-separated names of RUNS; empty: all
+    methods: str = ""              # names of RUNS with semicolons between them; empty: all
     search: bool = False           # three learning rates per method on development items, instead of the experiment
     workers: int = 2               # runs at once, one thread each
 
@@ -84,8 +85,8 @@ MAIN = list(RUNS)[:5]
 STEERED = {"": {"helpfulness": 4}, ", verbosity 0": {"verbosity": 0}, ", not asked for scores": None}   # how SteerLM is measured
 SETTINGS = {"sft": sft.Settings, "rejection": rejection.Settings, "steerlm": steerlm.Settings, "dpo": dpo.Settings}
 PAPER = {   # Table 4 of arXiv:2402.10884, 13B: MT-Bench (1 to 10), AlpacaEval (%), MM-Vet, LLaVA-Bench, POPE (F1)
-    "Vicuna-mini": (6.57, 81.4), "LLaVA-mini": (5.99, 79.3, 36.3, 73.1, 0.859),
-    "SFT, full answers": (5.01, 50.2, 36.5, 63.7, 0.850),
+    "Vicuna-1.5": (6.57, 81.4), "LLaVA-1.5": (5.99, 79.3, 36.3, 73.1, 0.859), "LLaVA-RLHF": (6.18, 81.0, 37.2, 76.8, 0.869),
+    "Standard SFT": (5.01, 50.2, 36.5, 63.7, 0.850),
     "Rejection sampling": (6.22, 74.9, 38.0, 70.6, 0.883), "SteerLM": (5.70, 68.8, 35.2, 67.0, 0.878),
     "DPO": (6.73, 86.4, 41.2, 79.1, 0.870)}
 
@@ -135,7 +136,17 @@ def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict[s
     return scores, said
 
 
-def task(job: tuple) -> None:
+class Job(NamedTuple):
+    kind: str                   # build, annotate, measure or train
+    folder: Path                # where it leaves what it makes
+    name: str                   # of a run or a model; "" for build and annotate
+    ckpt: Path                  # what it starts from
+    seed: int
+    split: str                  # test, or dev for the search
+    lr: float = 0.0             # 0: the method's own
+
+
+def task(job: Job) -> None:
     """One unfinished piece of work, in a process and thread of its own; what it prints goes to its log."""
     kind, folder, name, ckpt, seed, split, lr = job
     torch.set_num_threads(1)
@@ -165,35 +176,38 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() or c == "." else "-" for c in name.strip().lower())
 
 
-def work(jobs: list[tuple], workers: int, title: str) -> None:
+def work(jobs: list[Job], workers: int, title: str) -> None:
     """Do what is not done yet, `workers` at once. Raises BadInput naming the log of what failed."""
     done = {"build": "config.json", "annotate": "records.jsonl"}
-    jobs = [job for job in jobs if not (job[1] / done.get(job[0], "row.jsonl")).exists()]
+    jobs = [job for job in jobs if not (job.folder / done.get(job.kind, "row.jsonl")).exists()]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(task, job): job for job in jobs}
         for future in tqdm(as_completed(futures), total=len(jobs), desc=title, unit="run", disable=None):
             if future.exception():
-                folder = futures[future][1]
+                job = futures[future]
                 pool.shutdown(cancel_futures=True)
-                raise BadInput(f"{futures[future][2] or title}: {future.exception()}; see {folder}.log")
+                raise BadInput(f"{job.name or title}: {future.exception()}; see {job.folder}.log")
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 COLUMNS = ("text", "core", "behind a picture", "words", "exist", "attribute", "describe", "choice", "judged", "image words")
-
-
 SHORT = {"behind a picture": "pictured"}
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds (0 for one)."""
+    """Mean and standard deviation over seeds (0 for one, which `cell` does not show)."""
     m = sum(values) / len(values)
     return m, math.sqrt(sum((v - m) ** 2 for v in values) / max(1, len(values) - 1))
 
 
+def cell(values: list[float]) -> str:
+    m, sd = spread(values) if values else (0, 0)
+    return "-" if not values else f"{m:.2f} ±{sd:.2f}" if len(values) > 1 else f"{m:.2f}      "
+
+
 def table(rows: list[dict], names: list[str], columns: tuple = COLUMNS) -> str:
-    """One line per run: steps, then mean ± sd over seeds of every column."""
+    """One line per run: steps, then mean ± sd over seeds of every column; one seed has no ±."""
     width, out = max(map(len, names)), []
     out.append(" " * width + "  steps" + "".join(f"{SHORT.get(c, c):>13}" for c in columns))
     for name in names:
@@ -201,8 +215,8 @@ def table(rows: list[dict], names: list[str], columns: tuple = COLUMNS) -> str:
         line = f"{name:<{width}}{max((row['steps'] for row in mine), default=0) or '-':>7}"
         for column in columns:
             values = [row["scores"][column]["mean"] for row in mine if column in row["scores"]]
-            line += f"{'{:.2f} ±{:.2f}'.format(*spread(values)) if values else '-':>13}"
-        out.append(line)
+            line += f"{cell(values):>13}"
+        out.append(line.rstrip())
     return "\n".join(out)
 
 
@@ -213,11 +227,11 @@ def report(rows: list[dict]) -> str:
     order = ("Vicuna-mini", "LLaVA-mini", *MAIN[:3], *(f"SteerLM{how}" for how in STEERED), "DPO")
     main_rows = [name for name in order if name in have]
     out = [f"The miniature: mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}), test items",
-           table(rows, main_rows), "", "The paper, LLaVA-1.5-13B, judged by GPT-4 (another scale: compare signs, not sizes)",
+           table(rows, main_rows), "", "The paper, 13B models, judged by GPT-4 (another scale: compare signs, not sizes)",
            f"{'':22}{'MT-Bench':>10}{'AlpacaEval':>12}{'MM-Vet':>8}{'LLaVA-Bench':>13}{'POPE':>7}"]
     for name, values in PAPER.items():
         cells = [*map(str, values), *["-"] * (5 - len(values))]
-        out.append(f"{name.replace('-mini', '-1.5-13B'):22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (10, 12, 8, 13, 7))))
+        out.append(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (10, 12, 8, 13, 7))))
     others = [name for name in (*RUNS, "LLaVA-mini, narrower") if name in have and name not in MAIN]
     if others:
         out += ["", "What DPO does with less, with wrong labels, and otherwise set", table(rows, ["DPO", *others])]
@@ -240,22 +254,21 @@ def run(s: Settings) -> None:
         folder = out / f"{'search' if s.search else 'seed'}-{seed}"
         ckpt = folder / "toy" if s.from_scratch else shipped
         narrow = folder / "narrow" if s.from_scratch and seed == s.first else None     # one seed has a second size
-        builds += [("build", path, "", ckpt, seed, split, 0.0) for path in ([folder / "toy"] if s.from_scratch else []) + (
-            [narrow] if narrow else [])]
-        samples.append(("annotate", folder / "data", "", ckpt, seed, split, 0.0))
-        runs += [("measure", folder / slug(name), name, path, seed, split, 0.0)
+        builds += [Job("build", path, "", path, seed, split) for path in (ckpt, narrow) if s.from_scratch and path]
+        samples.append(Job("annotate", folder / "data", "", ckpt, seed, split))
+        runs += [Job("measure", folder / slug(name), name, path, seed, split)
                  for name, path in (("Vicuna-mini", ckpt / "vicuna"), ("LLaVA-mini", ckpt), ("LLaVA-mini, narrower", narrow))
                  if path]
         rates = RATES if s.search else (0.0,)
         for name in MAIN if s.search else names:
             path = narrow if name.endswith("narrower model") else ckpt
-            runs += [("train", folder / slug(f"{name} {lr or ''}"), name, path, seed, split, lr) for lr in rates if path]
+            runs += [Job("train", folder / slug(f"{name} {lr or ''}"), name, path, seed, split, lr) for lr in rates if path]
     for stage, jobs in (("build", builds), ("annotate", samples), ("train", runs)):
         if stage in stages:
             work(jobs, s.workers, stage)
     if "tables" not in stages:
         return
-    rows = [row for job in runs if (job[1] / "row.jsonl").exists() for row in read_jsonl(job[1] / "row.jsonl")]
+    rows = [row for job in runs if (job.folder / "row.jsonl").exists() for row in read_jsonl(job.folder / "row.jsonl")]
     if s.search:
         rows = [row | {"name": f"{row['name']}, lr {row['lr']:g}" if row["lr"] else row["name"]} for row in rows]
     write_jsonl(out / ("search.jsonl" if s.search else "rows.jsonl"), rows)

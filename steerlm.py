@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import checkpoint
 import sft
 from common import BadInput, main
-from data import Tokens, Tree, make_tree, steered
+from data import Tokens, Tree, make_tree, steered, target_scores
 from records import ATTRIBUTES
 
 FORM = "\nAnswer with " + ", ".join(f"{name} {{{name}}}" for name in ATTRIBUTES) + "."
@@ -38,12 +38,10 @@ class Settings(sft.Settings):
 
 def steer_form(s: Settings) -> dict:
     """What steer.json holds: {"text", "grades", "target"}. Raises BadInput where the flags make none."""
-    grades, target = s.grades.split(), s.target.split()
+    grades = s.grades.split()
     if len(grades) != 5 or len(set(grades)) != 5:
         raise BadInput(f"--grades {s.grades}: five different words, lowest first")
-    if len(target) != 5 or not set(target) <= set("01234"):
-        raise BadInput(f"--target {s.target}: five numbers from 0 to 4, for {', '.join(ATTRIBUTES)}")
-    form = {"text": s.form, "grades": grades, "target": dict(zip(ATTRIBUTES, map(int, target)))}
+    form = {"text": s.form, "grades": grades, "target": target_scores(s.target)}
     try:
         shown = {grades[k]: steered([{"content": ""}], form, dict.fromkeys(ATTRIBUTES, k)) for k in range(5)}
     except (KeyError, IndexError, ValueError) as problem:

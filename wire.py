@@ -56,10 +56,10 @@ class Reply:
     usage: dict = field(default_factory=dict)
 
 
-def jpeg(path: Path) -> str:
-    """An image file, as base64 of a fresh JPEG: upright, RGB, at most SIDE on a side, no EXIF."""
-    image, buffer = load_image(path, small=SIDE), BytesIO()
-    image.thumbnail((SIDE, SIDE))
+def jpeg(path: Path, side: int = SIDE) -> str:
+    """An image file, as base64 of a fresh JPEG: upright, RGB, at most `side` on a side, no EXIF."""
+    image, buffer = load_image(path, small=side), BytesIO()
+    image.thumbnail((side, side))
     image.info = {}
     image.save(buffer, "JPEG", quality=QUALITY)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -68,6 +68,7 @@ def jpeg(path: Path) -> str:
 # ---- two servers ----------------------------------------------------------------------------------------------
 
 class Gemini:
+    """Names that belong together; there is never an object of it, nor of the next."""
     base, keys = "https://generativelanguage.googleapis.com/v1beta", ("GEMINI_API_KEY", "GOOGLE_API_KEY")
     optional = ("store", "thinkingLevel", "responseJsonSchema")
     blocks = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY",

@@ -53,32 +53,39 @@ def tiles(mask: Mask, BM: int, BN: int) -> tuple[Tensor, Tensor]:
     key = ("tiles", BM, BN)
     if key not in mask.__dict__:
         trees, images = mask.trees
-        queries, keys = [], []
-        for s, e in images:
-            queries += [(q, min(q + BM, e), s, e, min(q + BM, e), 0) for q in range(s, e, BM)]
-            keys += [(n, min(n + BN, e), s, e, s, e) for n in range(s, e, BN)]
-        for s, pe, *ends in trees:
-            e = ends[-1] if ends else pe
-            later = list(zip(ends, ends[1:]))                            # the first answer simply continues the prompt
-            trunk = ends[0] if ends else pe
-            for q0 in range(s, e, BM):
-                q1 = min(q0 + BM, e)
-                own = [s] * (q0 < trunk) + [a for a, b in later if a < q1 and b > q0]       # where these rows' segments start
-                if own == [s]:
-                    queries.append((q0, q1, s, s, s, q0 + 1))            # causal text
-                elif own[0] == s:
-                    queries.append((q0, q1, s, s, s, min(pe, q0 + 1)))   # trunk and later answers in one block
-                else:
-                    queries.append((q0, q1, s, pe, own[0], q0 + 1 if len(own) == 1 else own[0]))
-            for n0 in range(s, e, BN):
-                n1 = min(n0 + BN, e)
-                last = [e] * (n0 < pe) + [b for a, b in zip([pe, *ends], ends) if a < n1 and b > n0]   # who sees these keys
-                keys.append((n0, n1, n0, max(last), n1 - 1, min(last)))
+        queries = [(q, min(q + BM, e), s, e, min(q + BM, e), 0) for s, e in images for q in range(s, e, BM)]
+        queries += [t for tree in trees for t in query_tiles(tree, BM)]
+        keys = [(n, min(n + BN, e), s, e, s, e) for s, e in images for n in range(s, e, BN)]
+        keys += [t for tree in trees for t in key_tiles(tree, BN)]
         queries.sort(key=lambda t: t[2] - t[3] + t[4] - t[1])            # longest first: no program starts late and runs long
         keys.sort(key=lambda t: t[2] - t[3])
-        device = mask.own.device
-        mask.__dict__[key] = tuple(torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (queries, keys))
+        mask.__dict__[key] = tuple(torch.tensor(x, dtype=torch.int32).to(mask.own.device, non_blocking=True)
+                                   for x in (queries, keys))
     return mask.__dict__[key]
+
+
+def query_tiles(tree: list[int], BM: int) -> list[tuple]:
+    """Cut a tree [start, prompt's end, answer's end, ...] into blocks of rows; a block may hold several answers."""
+    (s, pe, *ends), out = tree, []
+    trunk = ends[0] if ends else pe                                      # the first answer simply continues the prompt
+    for q0 in range(s, tree[-1], BM):
+        q1 = min(q0 + BM, tree[-1])
+        own = [s] * (q0 < trunk) + [a for a, b in zip(ends, ends[1:]) if a < q1 and b > q0]     # where the rows' segments start
+        if own[0] == s:                                                  # causal text; where later answers join, up to the prompt
+            out.append((q0, q1, s, s, s, q0 + 1 if len(own) == 1 else min(pe, q0 + 1)))
+        else:
+            out.append((q0, q1, s, pe, own[0], q0 + 1 if len(own) == 1 else own[0]))
+    return out
+
+
+def key_tiles(tree: list[int], BN: int) -> list[tuple]:
+    """Cut a tree into blocks of keys. All rows behind a key of the prompt see it, of an answer's keys only the answer's own."""
+    (s, pe, *ends), e, out = tree, tree[-1], []
+    for n0 in range(s, e, BN):
+        n1 = min(n0 + BN, e)
+        last = [e] * (n0 < pe) + [b for a, b in zip([pe, *ends], ends) if a < n1 and b > n0]
+        out.append((n0, n1, n0, max(last), n1 - 1, min(last)))
+    return out
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------

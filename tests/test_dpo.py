@@ -743,3 +743,13 @@ def test_a_damaged_reference_is_refused_not_read(ckpt, data, tmp_path):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(BadInput, match="damaged"):
         dpo.run(dpo.Settings(**run))
+
+
+def test_averages_are_sums_over_the_answers_tokens_for_policy_and_reference_alike(ckpt, data, tmp_path):
+    model = checkpoint.load(ckpt)
+    tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
+    items, _ = records.read(data)
+    pairs = [dpo.Pair(make_tree(tokens, r, [a["text"] for a in r["answers"][:2]]), torch.tensor([-7.0, -11.0])) for r in items]
+    lengths = torch.tensor([[len(a) for a in p.tree.answers] for p in pairs]).T
+    for sums, means in zip(dpo.pair_logps(model, pairs, pixels, False), dpo.pair_logps(model, pairs, pixels, True)):
+        assert torch.allclose(means, sums / lengths) and not torch.allclose(means, sums)
