@@ -27,7 +27,7 @@ length_rejected: a judge that likes long answers teaches length.
     python dpo.py                                                          the whole story on the miniature
     python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo       your model, your preferences
 
-Previous: evaluate.py.  Next: reproduce.py (the whole experiment).
+Previous: evaluate.py.  Next: figures.py (how an experiment looks).
 """
 import hashlib
 import json

@@ -6,11 +6,12 @@
     attributes.png    how the judge's five attributes go together (the paper's Fig. 3)
     board.png         the first questions of a seeded draw, answered before and after: unpicked
 
-Everything is read from files that reproduce.py wrote; nothing is computed here but means.
+Everything is read from files; nothing is computed here but means. reproduce.py, which writes them, draws at its end; this
+command draws again.
 
     python figures.py --rows results/reproduce.jsonl --runs runs/reproduce/seed-10 --out results/figures
 
-Previous: reproduce.py.
+Previous: dpo.py.  Next: reproduce.py (what there is to draw).
 """
 import random
 from dataclasses import dataclass
@@ -144,12 +145,15 @@ def run(s: Settings) -> None:
         raise BadInput(f"--rows {s.rows}: holds no rows; run reproduce.py first")
     out.mkdir(parents=True, exist_ok=True)
     drawn = {"forgetting": forgetting(rows), "curves": curves(rows),
-             "dynamics": dynamics(read_jsonl(folder / "dpo" / "metrics.jsonl")),
-             "attributes": attributes(statistics(read_jsonl(folder / "data" / "records.jsonl"))),
-             "board": board(folder, {"LLaVA-mini": "llava-mini", "SFT": "sft--full-answers", "DPO": "dpo"})}
+             "attributes": attributes(statistics(read_jsonl(folder / "data" / "records.jsonl")))}
+    if (folder / "dpo").exists():                                        # reproduce.py --methods may have left it out
+        drawn["dynamics"] = dynamics(read_jsonl(folder / "dpo" / "metrics.jsonl"))
+    runs = {"LLaVA-mini": "llava-mini", "SFT": "sft--full-answers", "DPO": "dpo"}
+    drawn["board"] = board(folder, {name: run for name, run in runs.items() if (folder / run).exists()})
     for name, figure in drawn.items():
         figure.tight_layout()
         figure.savefig(out / f"{name}.png", dpi=150)
+        plt.close(figure)
     print(f"figures: {', '.join(f'{out}/{name}.png' for name in drawn)}")
 
 

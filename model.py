@@ -26,7 +26,7 @@ Previous: vision.py (pixels to vectors).  Next: checkpoint.py (weights in and ou
 """
 import math
 from dataclasses import dataclass, field
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -235,14 +235,15 @@ class Answer:
 
 
 @torch.no_grad()
-def generate(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None], *, n: int = 1, max_new: int = 1024,
-             temperature: float = 0.0, top_p: float = 1.0, seeds: list[list[int]] | None = None,
-             eos: int = 2) -> list[list[Answer]]:
-    """n answers to each of R prompts. The prompt is computed once for its n answers.
+def stream(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None], *, n: int = 1, max_new: int = 1024,
+           temperature: float = 0.0, top_p: float = 1.0, seeds: list[list[int]] | None = None,
+           eos: int = 2) -> Iterator[Tensor]:
+    """n answers to each of R prompts, one token (R*n,) of each per step; `eos` from an answer's end on.
 
     prompts   R lists of ids, placeholders expanded    pixels   R times (images, 3, S, S) or None
     seeds     (R, n) ints, an answer's own; the text of an answer depends on its prompt and its seed, not on what
               else is in the batch (up to floating-point rounding of batched matrix products)
+    The prompt is computed once for its n answers.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must not be negative, and top_p {top_p} must lie in (0, 1]")
@@ -254,19 +255,24 @@ def generate(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None]
     hidden = hidden.repeat_interleave(n, 0)                                  # (R*n, D): the last prompt token's
     length = cache.prompt_len.repeat_interleave(n)                           # (R*n,) the next token's position
     active = torch.ones(R * n, dtype=torch.bool, device=device)
-    tokens = []
     for step in range(max_new):
         logits = (hidden @ model.head.T).float()                             # (R*n, V)
         token = sample_token(logits, temperature, top_p, uniform[:, step])
         token = token.masked_fill(~active, eos)
-        tokens.append(token)
+        yield token
         active = active & (token != eos)
         if not active.any() or step == max_new - 1:
-            break
+            return
         hidden = model.language_model(model.language_model.embed_tokens(token), length + step, cache.decode)
-    out = torch.stack(tokens, 1).tolist() if tokens else [[] for _ in range(R * n)]
+
+
+def generate(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None], *, n: int = 1, eos: int = 2,
+             **how) -> list[list[Answer]]:
+    """n whole answers to each of R prompts; arguments as for `stream`."""
+    steps = list(stream(model, prompts, pixels, n=n, eos=eos, **how))
+    out = torch.stack(steps, 1).tolist() if steps else [[] for _ in range(len(prompts) * n)]
     answers = [Answer(ids[:ids.index(eos)], "stop") if eos in ids else Answer(ids, "length") for ids in out]
-    return [answers[r * n:(r + 1) * n] for r in range(R)]
+    return [answers[r * n:(r + 1) * n] for r in range(len(prompts))]
 
 
 class Cache:

@@ -19,7 +19,7 @@ Every run is a folder that appears when it is done; the same command goes on whe
     python reproduce.py --seeds 5 --from_scratch            every stage anew per seed, about an hour
     python reproduce.py --search                            the search for learning rates
 
-Previous: dpo.py.  Next: figures.py (the same rows, drawn).
+Previous: figures.py.  Next: chat.py (see for yourself).
 """
 import contextlib
 import json
@@ -40,6 +40,7 @@ import annotate
 import checkpoint
 import dpo
 import evaluate
+import figures
 import rejection
 import sft
 import steerlm
@@ -52,7 +53,7 @@ from pairs import choose_pair
 @dataclass
 class Settings:
     """The whole experiment in miniature."""
-    out: str = "runs/reproduce"    # one folder per seed, rows.jsonl, tables.txt
+    out: str = "runs/reproduce"    # one folder per seed, rows.jsonl, tables.txt, figures
     seeds: int = 1                 # how many
     first: int = 10                # the first of them; 0 to 2 were used while this was made
     from_scratch: bool = False     # build every seed's models anew; else all seeds start from the shipped miniature
@@ -275,6 +276,8 @@ def run(s: Settings) -> None:
     text = table(rows, list(dict.fromkeys(row["name"] for row in rows))) if s.search else report(rows)
     write_whole(out / ("search.txt" if s.search else "tables.txt"), text + "\n")
     print(text)
+    if not s.search:
+        figures.run(figures.Settings(rows=str(out / "rows.jsonl"), runs=str(out / f"seed-{s.first}"), out=str(out / "figures")))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
     python -m pytest tests/test_reproduce.py -q
 """
 import json
+import shutil
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 import annotate
 import evaluate
-import figures
 import reproduce
 from common import BadInput, read_jsonl
 from conftest import ROOT
@@ -85,8 +87,17 @@ def test_half_the_data_and_flipped_labels_reach_the_training(experiment):
 
 def test_the_figures_are_drawn_from_the_rows(experiment):
     out, _ = experiment
-    figures.run(figures.Settings(rows=str(out / "rows.jsonl"), runs=str(out / "seed-10"), out=str(out / "figures")))
     assert {p.name for p in (out / "figures").iterdir()} == {f"{name}.png" for name in ("forgetting", "dynamics", "curves", "attributes", "board")}
+
+
+def test_figures_of_an_experiment_with_fewer_methods(experiment, tmp_path, monkeypatch):
+    out, settings = experiment
+    few = Path(shutil.copytree(out, tmp_path / "few"))
+    shutil.rmtree(few / "figures")
+    shutil.rmtree(few / "seed-10" / "dpo")
+    monkeypatch.setattr(reproduce, "task", lambda job: pytest.fail(f"{job} was done before"))
+    reproduce.run(replace(settings, out=str(few), methods="SFT, full answers"))
+    assert {p.stem for p in (few / "figures").iterdir()} == {"forgetting", "curves", "attributes", "board"}
 
 
 def judged(k, S):

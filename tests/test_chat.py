@@ -1,0 +1,117 @@
+"""A conversation in a terminal, driven as a user drives it: lines in, lines out.
+
+    python -m pytest tests/test_chat.py -q
+"""
+import io
+
+import pytest
+from PIL import Image
+
+import chat
+import checkpoint
+import steerlm
+from annotate import sample
+from common import BadInput
+from data import Pixels, Tokens
+from tasks import draw, items
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """talk(lines, **settings) -> what was printed, but for the line that says what can be typed."""
+    def run(lines, **settings):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        chat.run(chat.Settings(**settings))
+        return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("a question and return")]
+    return run
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    record, = draw(items("attribute", 1), tmp_path_factory.mktemp("chat"))
+    return record, f"{record['root']}/{record['images'][0]}"
+
+
+def greedy(messages, images, root):
+    folder = checkpoint.resolve("toy")
+    model = checkpoint.load(folder)
+    record = {"id": "x", "messages": messages, "images": images, "root": root, "answers": []}
+    return sample(model, Tokens(folder, model.config), Pixels(model.config), [record], n=1, temperature=0.0)[0][0]["text"]
+
+
+def test_two_turns_about_a_picture_are_what_the_benchmarks_would_read(talk, picture):
+    record, path = picture
+    first = record["messages"][0]["content"].removeprefix("<image>\n")
+    one, two = talk([f"/image {path}", first, "and where is it ?"])
+    messages = [record["messages"][0]]
+    assert one == greedy(messages, record["images"], record["root"])
+    messages += [{"role": "assistant", "content": one}, {"role": "user", "content": "and where is it ?"}]
+    assert two == greedy(messages, record["images"], record["root"])
+
+
+def test_answers_come_token_by_token(talk, picture, monkeypatch, capsys):
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *a, end="\n", flush=False: pieces.append((*a, end)))
+    speaker = chat.Speaker("toy/vicuna", chat.Settings())
+    speaker.say("what is the opposite of big ?", [])
+    assert len(pieces) > 4 and "".join(p[0] for p in pieces).strip() == speaker.messages[1]["content"] == "the opposite of big is small ."
+
+
+def test_reset_forgets_both_sides_and_the_pictures(talk, picture):
+    _, path = picture
+    again = talk([f"/image {path}", "what is two plus three ?", "/reset", "what is the opposite of big ?"])
+    assert again[1:] == talk(["what is the opposite of big ?"])
+
+
+def test_what_cannot_be_used_is_said_and_the_conversation_goes_on(talk, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    out = talk(["/image nowhere.png", f"/image {broken}", "/dance", "/target 9", "<image> what color ?", "a </s> b", "what is two plus two ?"])
+    for said, expected in zip(out, ("nowhere.png: No such file", "broken.png", "/dance: choose", "--target 9: five numbers",
+                                    "1 <image> markers but 0 images", "</s>")):
+        assert expected in said
+    assert len(out) == 7 and "four" in out[-1]
+
+
+def test_a_long_conversation_ends_with_a_remedy(talk):
+    out = talk(["count from one to five ."] * 60)
+    assert "built for 512; /reset" in out[-1]
+
+
+def test_max_new_cuts_and_says_so(talk):
+    assert talk(["count from one to five ."], ckpt="toy/vicuna", max_new=2)[0].endswith("... (cut after 2 tokens)")
+
+
+def test_unknown_words_are_counted(talk):
+    assert "does not know 2 of these words" in talk(["hello computer"])[0]
+
+
+def test_two_checkpoints_answer_and_one_without_eyes_is_asked_without(talk, picture):
+    _, path = picture
+    out = talk([f"/image {path}", "what is the opposite of big ?", "what is two plus two ?"], vs="toy/vicuna")
+    assert out[0].startswith("toy: ") and "(toy/vicuna sees no pictures" in out[1]
+    assert out[2:3] + out[4:] == ["the opposite of big is small ."] + [out[4]] and out[4].startswith("toy/vicuna: two plus two is four")
+
+
+def test_draw_gives_a_picture_and_a_question(talk):
+    out = talk(["/draw", "/draw"])
+    assert len(out) == 4 and out[0] != out[2] and all(line.startswith("try: ") for line in out[1::2])
+    path = out[0].split(": ")[0]
+    assert Image.open(path).size == (48, 48)
+
+
+def test_a_steered_checkpoint_says_what_it_asks_for_and_asks_for_it(talk, tmp_path):
+    form = steerlm.steer_form(steerlm.Settings(form=" {helpfulness} {correctness} {coherence} {complexity} {verbosity}",
+                                               grades="one two three four five"))
+    model = checkpoint.load(checkpoint.resolve("toy/vicuna"))
+    folder = checkpoint.save(model, tmp_path / "steered", checkpoint.resolve("toy/vicuna"), False, {"steer.json": form})
+    out = talk(["/target 0 0 0 0 0"], ckpt=str(folder), target="4 4 4 4 0")
+    assert "verbosity 0" in out[0] and "helpfulness 4" in out[0] and "helpfulness 0" in out[1]
+    speaker = chat.Speaker(str(folder), chat.Settings())
+    before = speaker.tokens.steer["target"]["verbosity"]
+    speaker.aim("4 4 4 4 0")
+    assert before == 4 and speaker.tokens.steer["target"]["verbosity"] == 0
+    with pytest.raises(BadInput, match="five numbers"):
+        chat.run(chat.Settings(target="4", ckpt=str(folder)))
+    with pytest.raises(BadInput, match="toy was not trained"):
+        chat.run(chat.Settings(target="4 4 4 4 4"))
