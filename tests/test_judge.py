@@ -218,7 +218,9 @@ def test_a_server_that_is_gone_ends_the_run_soon(tmp_path, monkeypatch):
     assert time.perf_counter() - began < 20
 
 
-def test_ctrl_c_keeps_what_is_in_flight(tmp_path, capsys):
+def test_ctrl_c_keeps_what_is_in_flight(tmp_path, capsys, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs are started deaf to it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     data = write_data(tmp_path / "data", 300)
     with Server(delay=0.2) as server:
         threading.Timer(0.8, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
