@@ -27,17 +27,22 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
 Template: vicuna_v1, exactly (FastChat `get_prompt`, LLaVA `conv_vicuna_v1`).
 Previous: records.py.  Next: sft.py (the first loss).
 """
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable, Iterator
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 import kernels
 import records
 from checkpoint import TAKE_TOKENIZER, read_json
-from common import BadInput
+from common import BadInput, sha
 from kernels import Mask
 from model import Config, Llava
 from records import ATTRIBUTES, image_path
@@ -250,6 +255,50 @@ class Pixels:
 
     def pack(self, trees: list[Tree]) -> Pack:
         return make_pack(trees, self([path for tree in trees for path in tree.images]))
+
+
+class Features(Pixels):
+    """In the place of Pixels: what the frozen tower makes of each image file, computed once and kept in a folder, under a name
+    that depends on the file, the tower's weights and the preprocessing."""
+
+    def __init__(self, model: Llava, folder: str | Path, crop: bool = False):
+        super().__init__(model.config, crop)
+        self.folder, self.tower = Path(folder), model.vision_tower
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.about = sha(repr((model.config.vision, crop, model.head.dtype)),
+                         *(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in self.tower.parameters()))
+
+    @torch.no_grad()
+    def __call__(self, paths: list[Path]) -> Tensor | None:
+        """n files -> (n, P, D), or None for no files."""
+        return torch.stack([self.one(path) for path in paths]) if paths else None
+
+    def one(self, path: Path) -> Tensor:
+        kept = self.folder / f"{sha(self.about, path.read_bytes())}.safetensors"
+        if not kept.exists():
+            weight = self.tower.embeddings.class_embedding
+            features = self.tower(super().__call__([path]).to(weight))[0]
+            aside = kept.with_suffix(f".{os.getpid()}.part")
+            save_file({"features": features.cpu().contiguous()}, aside)
+            os.replace(aside, kept)
+        return load_file(kept)["features"]
+
+
+def ahead(make: Callable, parts: Iterable) -> Iterator[tuple]:
+    """(part, make(part)) for every part; the next one is made in a thread (images decoded) while this one is computed with."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for part in parts:
+            coming, now = (part, pool.submit(make, part)), coming
+            if now:
+                yield now[0], now[1].result()
+        if coming:
+            yield coming[0], coming[1].result()
+
+
+def pack_size(wanted: int, device: torch.device) -> int:
+    """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches and a laptop's memory like."""
+    return wanted or (1024 if device.type == "cpu" else 8192)
 
 
 def token_logps(model: Llava, pack: Pack) -> Tensor:

@@ -37,6 +37,7 @@ import time
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Iterator
 
 import common  # first: it tells OpenMP how to wait
 import torch
@@ -49,7 +50,7 @@ import checkpoint
 import evaluate
 from common import (BadInput, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, sha, update,
                     write_jsonl, write_whole)
-from data import Pixels, Tokens, Tree, answer_logps, make_tree, read_trees, split, template
+from data import Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, split, template
 from model import Llava
 from pairs import GAP, choose_pair
 from sft import shuffled
@@ -76,9 +77,10 @@ class Settings:
     clip: float = 1.0            # largest gradient norm (the paper states none)
     holdout: float = 0.0         # share of the pairs kept out of training, to measure preference accuracy on
     reference: str = ""          # reference log-probs file; empty: <out>/reference.jsonl
-    pack: int = 8192             # tokens computed at once; gradients accumulate over a batch's packs
+    pack: int = 0                # tokens computed at once, gradients accumulate over packs; 0: 1024 on the CPU, 8192 on a GPU
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
     crop: bool = False           # centre-crop images instead of padding them to a square
+    features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
 
 
 @dataclass
@@ -151,8 +153,8 @@ def reference_logps(model: Llava, trees: list[Tree], pixels: Pixels, budget: int
     """log p of every answer of every tree under the model as it stands, one list per tree."""
     out, device = [], model.head.device
     with tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False) as bar:
-        for part in split(trees, budget):
-            sums = answer_logps(model, pixels.pack(part).to(device)).tolist()
+        for part, packed in ahead(pixels.pack, split(trees, budget)):
+            sums = answer_logps(model, packed.to(device)).tolist()
             for tree in part:
                 out.append([sums.pop(0) for _ in tree.answers])
             bar.update(len(part))
@@ -216,18 +218,20 @@ def check_contract(loss: float, margins: Tensor, beta: float, dtype: torch.dtype
     print(f"step-0 contract holds: {verdict}")
 
 
-def pair_logps(model: Llava, pairs: list[Pair], pixels: Pixels, average: bool) -> tuple[Tensor, Tensor]:
+def pair_logps(model: Llava, pairs: list[Pair], pack: Pack, average: bool) -> tuple[Tensor, Tensor]:
     """(2, B) log-probs of chosen and rejected under the policy now, and under the reference; sums, or means per token."""
     device = model.head.device
-    policy = answer_logps(model, pixels.pack([p.tree for p in pairs]).to(device)).view(-1, 2).T
+    policy = answer_logps(model, pack.to(device)).view(-1, 2).T
     reference = torch.stack([p.reference for p in pairs], 1).to(device)
     lengths = torch.tensor([[len(a) if average else 1 for a in p.tree.answers] for p in pairs], device=device).T
     return policy / lengths, reference / lengths
 
 
-def in_packs(pairs: list[Pair], budget: int) -> list[list[Pair]]:
+def in_packs(pairs: list[Pair], pixels: Pixels, budget: int) -> Iterator[tuple[list[Pair], Pack]]:
+    """The pairs of each pack, and the pack."""
     of = {id(p.tree): p for p in pairs}
-    return [[of[id(t)] for t in part] for part in split([p.tree for p in pairs], budget)]
+    for part, packed in ahead(pixels.pack, split([p.tree for p in pairs], budget)):
+        yield [of[id(tree)] for tree in part], packed
 
 
 def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: int, out: Path) -> None:
@@ -243,8 +247,8 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
             for group in optimizer.param_groups:
                 group["lr"] = rate
             members, seen = [next(order) for _ in range(batch)], []
-            for part in in_packs(members, s.pack):
-                policy, ref = pair_logps(model, part, pixels, s.average)
+            for part, packed in in_packs(members, pixels, s.pack):
+                policy, ref = pair_logps(model, part, packed, s.average)
                 losses, reward_chosen, reward_rejected = dpo_loss(*policy, *ref, s.beta)
                 (losses.sum() / batch).backward()                    # the mean over the batch, however it is packed
                 seen.append(torch.stack([losses.detach(), reward_chosen, reward_rejected, *policy.detach()]))
@@ -273,8 +277,8 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
 def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> dict:
     """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
     margins = []
-    for part in in_packs(pairs, s.pack):
-        policy, ref = pair_logps(model, part, pixels, s.average)
+    for part, packed in in_packs(pairs, pixels, s.pack):
+        policy, ref = pair_logps(model, part, packed, s.average)
         margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist()
     right = sum(1.0 if m > UNDECIDED else 0.5 if m >= -UNDECIDED else 0.0 for m in margins)
     return {"pairs": len(pairs), "margin": round(sum(margins) / len(pairs), 6) + 0.0, "accuracy": right / len(pairs)}
@@ -290,10 +294,11 @@ def all_answers(tokens: Tokens, record: dict, limit: int) -> Tree:
 
 def align(s: Settings, out: Path) -> Llava:
     """--data and --ckpt -> the aligned model, in memory and in `out`/model."""
-    if min(s.batch, s.epochs, s.pack, s.gap) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.beta > 0 and 0 <= s.holdout < 1):
-        raise BadInput("--batch, --epochs, --pack and --gap must be at least 1, --lr and --clip not negative, --beta positive, "
+    if min(s.batch, s.epochs, s.gap) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.pack >= 0 and s.beta > 0 and 0 <= s.holdout < 1):
+        raise BadInput("--batch, --epochs and --gap must be at least 1, --lr, --clip and --pack not negative, --beta positive, "
                        "--holdout from 0 to below 1")
     device, dtype = device_and_dtype(s.device, s.dtype)
+    s = replace(s, pack=pack_size(s.pack, device))
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
     tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
@@ -304,6 +309,7 @@ def align(s: Settings, out: Path) -> Llava:
                        f"scores S differ by at least --gap {s.gap}, or chosen and rejected given in the data"
                        + f"; and not all may be held out by --holdout {s.holdout}" * (s.holdout > 0))
     model = checkpoint.load(folder, device, dtype)
+    pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
     reference = cached_reference(model, tokens, items, trees, pixels, Path(s.reference or out / "reference.jsonl"), s.pack)
     pairs = make_pairs(items, trees, reference, s.gap, s.seed)
     held_out = [p for p in pairs if is_held_out(p.tree.id, s.holdout)]

@@ -190,15 +190,16 @@ class Llava(nn.Module):
         return self.lm_head.weight                                           # (V, D)
 
     def embed(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Token ids (T,) and the pictures (N, 3, S, S) their placeholders stand for, in order -> (T, D)."""
+        """Token ids (T,) and the pictures their placeholders stand for, in order -> (T, D). `pixels` are (N, 3, S, S), or what
+        the tower made of them, (N, P, D)."""
         is_image = ids == self.config.image_token
         x = self.language_model.embed_tokens(ids.masked_fill(is_image, 0))
         need, have = int(is_image.sum()), 0 if pixels is None else len(pixels) * self.config.vision.patches
         if need != have:
             raise ValueError(f"{need} image placeholders in the ids, but the pictures given fill {have}")
         if have:
-            patches = self.multi_modal_projector(self.vision_tower(pixels.to(x.dtype)))      # (N, P, D)
-            x = x.masked_scatter(is_image[:, None], patches)
+            seen = self.vision_tower(pixels.to(x.dtype)) if pixels.ndim == 4 else pixels.to(x.dtype)
+            x = x.masked_scatter(is_image[:, None], self.multi_modal_projector(seen))        # (N, P, D) -> (T, D)
         return x
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Mask, pixels: Tensor | None = None) -> Tensor:

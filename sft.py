@@ -33,7 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import records
 from common import BadInput, describe_run, device_and_dtype, main, masters, schedule, update, write_whole
-from data import Pack, Pixels, Tokens, Tree, make_tree, read_trees, split, token_logps
+from data import Features, Pack, Pixels, Tokens, Tree, ahead, make_tree, pack_size, read_trees, split, token_logps
 from model import Llava
 
 
@@ -53,9 +53,10 @@ class Settings:
     lr: float = 2e-5             # peak learning rate (LLaVA-1.5's for full fine-tuning)
     warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
     clip: float = 1.0            # largest gradient norm (LLaVA's default)
-    pack: int = 8192             # tokens computed at once; gradients accumulate over a batch's packs
+    pack: int = 0                # tokens computed at once, gradients accumulate over packs; 0: 1024 on the CPU, 8192 on a GPU
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
     crop: bool = False           # centre-crop images instead of padding them to a square
+    features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
 
 
 def shuffled(items: list, seed: int) -> Iterator:
@@ -74,7 +75,7 @@ def scored_tokens(trees: list[Tree]) -> int:
 
 def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]], Pack], *, steps: int, batch: int,
           lr: float, rate: Callable[[int, int], float] = schedule, clip: float = 1.0,
-          betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, pack: int = 8192,
+          betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, pack: int = 0,
           name: str = "sft", log: Callable[[dict], None] = lambda row: None) -> None:
     """Train whatever of `model` requires a gradient, in place, on the next steps x batch trees of `order`.
 
@@ -100,8 +101,8 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
             raise ValueError(f"step {step + 1}: the order of trees ran dry, {len(members)} left for a batch of {batch}")
         total = scored_tokens(members)
         loss = 0.0
-        for part in split(members, pack):
-            part_loss = -token_logps(model, make_pack(part).to(device)).sum() / total
+        for _, packed in ahead(make_pack, split(members, pack_size(pack, device))):
+            part_loss = -token_logps(model, packed.to(device)).sum() / total
             part_loss.backward()
             loss += part_loss.item()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
@@ -141,8 +142,8 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
     if (out / "model").exists():
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
-    if min(s.batch, s.epochs, s.pack) < 1 or not (s.lr >= 0 and s.clip >= 0):
-        raise BadInput("--batch, --epochs and --pack must be at least 1, --lr and --clip not negative")
+    if min(s.batch, s.epochs) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.pack >= 0):
+        raise BadInput("--batch and --epochs must be at least 1, --lr, --clip and --pack not negative")
     device, dtype = device_and_dtype(s.device, s.dtype)
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
@@ -151,6 +152,7 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     items, rows = read_trees(s, tokens, pixels, out, lambda record: trees_of(tokens, record, limit))
     trees = [tree for row in rows for tree in row]
     model, batch = checkpoint.load(folder, device, dtype), min(s.batch, len(trees))
+    pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
     steps = s.steps if s.steps >= 0 else s.epochs * len(trees) // batch
     write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
     print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}, {device} {dtype}")

@@ -25,7 +25,7 @@ Previous: kernels/flash.py.  Next: kernels/fused_head.py (the same on a GPU).
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20  # fp32 logits held at once
+CHUNK_BYTES = 16 << 20  # fp32 logits held at once: what stays in a cache
 
 
 # ---- the specification ------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_an_unknown_flag_or_a_wrong_type_is_an_error(door, flag, why):
 
 
 @pytest.mark.parametrize("flag, value, why", [
-    ("batch", 0, "--batch"), ("epochs", 0, "--epochs"), ("pack", 0, "--pack"), ("lr", -1.0, "--lr"), ("lr", "nan", "--lr"),
+    ("batch", 0, "--batch"), ("epochs", 0, "--epochs"), ("pack", -1, "--pack"), ("lr", -1.0, "--lr"), ("lr", "nan", "--lr"),
     ("dtype", "float8", "--dtype float8: choose one of float32"), ("device", "tpu9", "--device tpu9: ")])
 @pytest.mark.parametrize("script", (dpo, sft), ids=("dpo", "sft"))
 def test_a_value_that_makes_no_sense_is_an_error(door, folder, script, flag, value, why):

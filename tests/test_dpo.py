@@ -5,12 +5,14 @@
 import json
 import math
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import records
 import checkpoint
@@ -20,8 +22,9 @@ import sft
 from pairs import choose_pair
 from common import BadInput, schedule
 from conftest import picture, tiny_checkpoint
-from data import Pixels, Tokens, answer_logps, make_tree, token_logps
+from data import Features, Pixels, Tokens, ahead, answer_logps, make_tree, pack_size, token_logps
 from dpo import dpo_loss
+from vision import ViT
 
 LN2 = math.log(2)
 
@@ -751,5 +754,53 @@ def test_averages_are_sums_over_the_answers_tokens_for_policy_and_reference_alik
     items, _ = records.read(data)
     pairs = [dpo.Pair(make_tree(tokens, r, [a["text"] for a in r["answers"][:2]]), torch.tensor([-7.0, -11.0])) for r in items]
     lengths = torch.tensor([[len(a) for a in p.tree.answers] for p in pairs]).T
-    for sums, means in zip(dpo.pair_logps(model, pairs, pixels, False), dpo.pair_logps(model, pairs, pixels, True)):
+    pack = pixels.pack([p.tree for p in pairs])
+    for sums, means in zip(dpo.pair_logps(model, pairs, pack, False), dpo.pair_logps(model, pairs, pack, True)):
         assert torch.allclose(means, sums / lengths) and not torch.allclose(means, sums)
+
+
+def test_kept_features_give_the_same_run_and_the_tower_runs_once_per_image(ckpt, data, tmp_path, monkeypatch):
+    seen, real, weights = [], ViT.forward, {}
+    monkeypatch.setattr(ViT, "forward", lambda self, pixels: seen.append(len(pixels)) or real(self, pixels))
+    for name, features, runs in (("without", "", range(6, 99)), ("first", "kept", [2]), ("again", "kept", [0])):     # two pictures
+        seen.clear()
+        align(ckpt, data, tmp_path / name, steps=2, batch=4, features=features and str(tmp_path / features))
+        weights[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert sum(seen) in runs, name
+    for key, value in weights["without"].items():
+        assert torch.allclose(value, weights["first"][key], atol=1e-5) and torch.equal(weights["again"][key], weights["first"][key])
+
+
+def test_kept_features_depend_on_picture_tower_and_preprocessing(ckpt, data, tmp_path):
+    model = checkpoint.load(ckpt)
+    one, two = data.parent / "a.png", data.parent / "b.png"
+    features = Features(model, tmp_path / "kept")([one, two])
+    assert torch.allclose(features, model.vision_tower(Pixels(model.config)([one, two])), atol=1e-5)
+    assert not torch.allclose(features[:1], Features(model, tmp_path / "kept", crop=True)([one]))
+    kept = len(list((tmp_path / "kept").iterdir()))
+    with torch.no_grad():
+        model.vision_tower.embeddings.class_embedding += 1
+    assert not torch.allclose(features[:1], Features(model, tmp_path / "kept")([one])) and kept == 3
+    two.write_bytes(one.read_bytes())
+    assert torch.equal(*Features(model, tmp_path / "kept")([one, two])), "the file's bytes count, not its name"
+
+
+def test_the_next_pack_is_made_while_this_one_is_computed_with():
+    made, used = [], []
+    def make(part):
+        made.append(part)
+        return part * 10
+    for part, pack in ahead(make, iter([1, 2, 3])):
+        assert pack == part * 10
+        deadline = time.monotonic() + 5
+        while part < 3 and part + 1 not in made and time.monotonic() < deadline:
+            time.sleep(0.001)
+        used.append((part, list(made)))
+    assert used == [(1, [1, 2]), (2, [1, 2, 3]), (3, [1, 2, 3])] and list(ahead(make, [])) == []
+    with pytest.raises(BadInput, match="no such picture"):
+        list(ahead(lambda part: (_ for _ in ()).throw(BadInput("no such picture")), [1, 2]))
+
+
+def test_the_pack_fits_the_device_unless_it_is_said():
+    assert pack_size(0, torch.device("cpu")) == 1024 and pack_size(0, torch.device("cuda")) == 8192
+    assert pack_size(77, torch.device("cpu")) == 77
