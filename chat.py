@@ -10,7 +10,7 @@ benchmarks get their tokens from (data.make_tree), so what you see here is what 
     /image PATH    attach a picture to the next question (again for more)      /draw      a picture of the miniature's world
     /target 4 4 4 4 0    the scores to ask a SteerLM model for                 /reset     begin anew          /quit
 
-Previous: reproduce.py.
+Previous: reproduce.py.  Next: bench.py (how fast).
 """
 import sys
 import tempfile

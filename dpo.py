@@ -24,15 +24,13 @@ Reading the curves. `margin` should rise and `loss` fall below ln 2. Both logp_c
 the loss sees only their difference. accuracy is the share of pairs with positive margin. Watch length_chosen against
 length_rejected: a judge that likes long answers teaches length.
 
-    python dpo.py                                                          the whole story on the miniature
-    python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo       your model, your preferences
+    python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo
 
-Previous: evaluate.py.  Next: figures.py (how an experiment looks).
+Previous: evaluate.py.  Next: story.py (all of it on the miniature).
 """
 import hashlib
 import json
 import math
-import sys
 import time
 import zlib
 from dataclasses import dataclass, replace
@@ -45,9 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import annotate
 import checkpoint
-import evaluate
 from common import (BadInput, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, sha, update,
                     write_jsonl, write_whole)
 from data import Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, split, template
@@ -60,7 +56,7 @@ from sft import shuffled
 class Settings:
     """Direct preference optimization of a LLaVA policy (or of a text-only Llama)."""
     ckpt: str = "toy"            # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
-    data: str = ""               # scored records or preference pairs (see records.py); empty: the miniature's story
+    data: str = ""               # scored records or preference pairs (see records.py)
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     out: str = ""                # run folder; empty: runs/dpo, or the next free runs/dpo-2, runs/dpo-3, ...
     seed: int = 0                # order of the pairs, and which worse answer is the rejected one
@@ -81,18 +77,6 @@ class Settings:
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
     crop: bool = False           # centre-crop images instead of padding them to a square
     features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
-
-
-@dataclass
-class Story(Settings):
-    """The whole story on the miniature: sample, judge, align, compare. With --data FILE it is your own data that is aligned
-    on, and other defaults hold: python dpo.py --data FILE -h"""
-    batch: int = 16              # pairs per optimizer step
-    lr: float = 1e-4             # peak learning rate of a model this small (best judged on dev items, LOG.md)
-    holdout: float = 0.1         # share of the pairs kept out of training, to measure preference accuracy on
-    prompts: int = 1000          # image questions to sample answers for
-    n: int = 4                   # answers per question (the paper's 4)
-    temperature: float = 1.0     # of the sampling
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------
@@ -342,43 +326,13 @@ def run_folder(s: Settings) -> Path:
     return next(Path(name) for name in names if not Path(name).exists() or not any(Path(name).iterdir()))
 
 
-def story(s: Story, out: Path) -> None:
-    """Vicuna-mini, LLaVA-mini, and LLaVA-mini aligned on its own judged answers: what each can do."""
-    if s.ckpt != "toy":
-        raise BadInput("--data is needed: scored records or preference pairs, see records.py")
-    device, dtype = device_and_dtype(s.device, s.dtype)
-    toy, began = checkpoint.resolve("toy"), time.perf_counter()
-    print("1. before: Vicuna-mini (text only) and LLaVA-mini (the same model after visual instruction tuning)")
-    rows = {name: evaluate.score_checkpoint(folder, name, out, device, dtype)[0]
-            for name, folder in (("Vicuna-mini", toy / "vicuna"), ("LLaVA-mini", toy))}
-    print(evaluate.table(rows))
-
-    print(f"\n2. LLaVA-mini answers {s.prompts} image questions {s.n} times each; the exact judge scores them")
-    annotate.annotate(annotate.miniature(annotate.Story(out=str(out), prompts=s.prompts, n=s.n, temperature=s.temperature,
-                                                        seed=s.seed, device=s.device, dtype=s.dtype)))
-
-    print("\n3. direct preference optimization")
-    aligned = align(replace(s, data=str(out / "records.jsonl")), out)
-    if s.steps == 0:
-        return
-    rows["LLaVA-mini + DPO"] = evaluate.miniature(aligned, Tokens(toy, aligned.config), out, "aligned")[0]
-    seconds = round(time.perf_counter() - began, 1)
-    write_whole(out / "scores.json", json.dumps(describe_run(s, seconds=seconds, scores=rows)) + "\n")
-    print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in evaluate.py)")
-    print(evaluate.table(rows))
-    print(f"\nscores: {out}/scores.json   next: the same on records of your own, "
-          f"python dpo.py --ckpt toy --data {out}/records.jsonl --batch 16 --lr 1e-4")
-
-
 def run(s: Settings) -> None:
+    if not s.data:
+        raise BadInput("--data is needed: scored records or preference pairs, see records.py; without any, python story.py")
     out = run_folder(s)
     out.mkdir(parents=True, exist_ok=True)
-    if isinstance(s, Story):
-        story(s, out)
-    else:
-        align(s, out)
+    align(s, out)
 
 
 if __name__ == "__main__":
-    alone = not any(arg == "--data" or arg.startswith("--data=") for arg in sys.argv[1:])
-    main(Story if alone else Settings, run)
+    main(Settings, run)

@@ -11,7 +11,7 @@ command draws again.
 
     python figures.py --rows results/reproduce.jsonl --runs runs/reproduce/seed-10 --out results/figures
 
-Previous: dpo.py.  Next: reproduce.py (what there is to draw).
+Previous: story.py.  Next: reproduce.py (what there is to draw).
 """
 import random
 from dataclasses import dataclass

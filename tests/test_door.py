@@ -21,6 +21,7 @@ import common
 import dpo
 import evaluate
 import sft
+import story
 from conftest import ROOT, picture, tiny_checkpoint
 from test_records import write_bomb
 
@@ -148,8 +149,10 @@ def test_data_that_is_not_there_or_not_readable_is_named(door, folder, script):
 def test_without_data_a_script_asks_for_it(door, folder):
     code, said = door(sft)
     assert code == 1 and "--data is needed" in said
-    code, said = door(dpo, settings=dpo.Story)
-    assert code == 1 and "--data is needed" in said
+    code, said = door(dpo)
+    assert code == 1 and "--data is needed" in said and "python story.py" in said
+    code, said = door(story, data=folder / "d.jsonl")
+    assert code == 1 and "for dpo.py" in said
 
 
 def test_records_with_images_need_a_checkpoint_with_eyes(door, folder, tmp_path):
@@ -180,7 +183,7 @@ def test_a_value_that_makes_no_sense_is_an_error(door, folder, script, flag, val
     assert code == 1 and why in said
 
 
-@pytest.mark.parametrize("settings", (dpo.Settings, dpo.Story, sft.Settings, evaluate.Settings), ids=lambda s: f"{s.__module__}.{s.__name__}")
+@pytest.mark.parametrize("settings", (dpo.Settings, story.Settings, sft.Settings, evaluate.Settings), ids=lambda s: f"{s.__module__}.{s.__name__}")
 def test_help_says_of_every_flag_what_it_means_and_its_default(settings, capsys):
     with pytest.raises(SystemExit) as stop:
         common.flags(settings, ["--help"])

@@ -13,8 +13,8 @@ import torch
 
 import checkpoint
 import common
-import dpo
 import evaluate
+import story
 import tasks
 from data import Pixels, Tokens, answer_logps, make_tree, template
 from kernels import Mask
@@ -85,7 +85,7 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
 
 def test_the_story_runs_from_sampling_to_the_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "ITEMS", {bench: 5 for bench in FEW})
-    dpo.run(dpo.Story(out=str(tmp_path / "run"), prompts=60, epochs=1, batch=4, holdout=0.2, device="cpu"))
+    story.run(story.Settings(out=str(tmp_path / "run"), prompts=60, epochs=1, batch=4, holdout=0.2, device="cpu"))
     text = capsys.readouterr().out
     assert "step-0 contract holds: loss 0.693147" in text and "LLaVA-mini + DPO" in text
     rows = common.read_jsonl(tmp_path / "run" / "records.jsonl")

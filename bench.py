@@ -1,0 +1,348 @@
+"""How fast, how much memory, against whom: every number here alternates with its opponent's in one run.
+
+A speed claim is a ratio measured on one machine in one run, each contestant in a process of its own (so that peak memory is
+its own), one step here, one step there, while the others wait. Medians, warm-up rounds dropped and said so.
+
+    dpo       one DPO step, reference included, of LLaVA against TRL's DPOTrainer on the same checkpoint, records and threads:
+              as TRL is by default (activation checkpointing) and without it, the fastest it accepts (it refuses cached
+              references and padding-free packs for images). Vision frozen for all.
+    sample    4 answers to each image question against transformers.generate
+    kernels   attention over packed trees against a dense mask, and answer log-probs against all logits
+    growth    what a step costs as answers get longer, more, and the model larger
+
+    pip install transformers==5.23.0 trl==1.16.0
+    python bench.py                                    all of it, on two threads; rows are added to results/bench.jsonl
+    python bench.py --what dpo --rounds 5
+
+On a GPU it uses the shapes of LLaVA-1.5-7B (--size 7b) or 13B, with random weights.
+Previous: chat.py.
+"""
+import json
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import common  # first: it tells OpenMP how to wait
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tqdm import tqdm
+
+import checkpoint
+import dpo
+import kernels
+import records
+from common import BadInput, describe_run, device_and_dtype, main, write_jsonl, write_whole
+from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, template
+from kernels.attention import attention_spec, dense_mask
+from kernels.logprob import logps_spec
+from model import Config, Llava, TextConfig, generate
+from toy import initialise
+from vision import VisionConfig
+
+
+@dataclass
+class Settings:
+    """Measure steps, sampling and kernels against their opponents."""
+    what: str = "dpo,sample,kernels,growth"    # which of them, comma-separated
+    out: str = "results/bench.jsonl"           # rows are added to this file
+    size: str = "small"            # of the model: small (39 million parameters), 7b, 13b
+    rounds: int = 5                # measured rounds, each contestant once a round
+    warmup: int = 1                # rounds before them that do not count
+    pairs: int = 4                 # a step
+    threads: int = 2               # for every contestant
+    device: str = "auto"           # cpu, cuda, ...
+
+
+# ---- what is measured on ----------------------------------------------------------------------------------------
+
+SIZES = {   # (Llama: layers, width, feed-forward, heads, vocabulary; ViT: layers, width, heads, pixels)
+    "tiny": ((2, 64, 128, 2, 8000), (2, 64, 2, 56)), "half": ((4, 512, 1408, 8, 8000), (6, 256, 4, 336)),
+    "small": ((8, 512, 1408, 8, 8000), (6, 256, 4, 336)), "double": ((8, 768, 2048, 12, 8000), (6, 256, 4, 336)),
+    "7b": ((32, 4096, 11008, 32, 32064), (24, 1024, 16, 336)), "13b": ((40, 5120, 13824, 40, 32064), (24, 1024, 16, 336))}
+
+
+def config_of(size: str) -> Config:
+    (layers, width, inner, heads, words), (depth, features, eyes, pixels) = SIZES[size]
+    text = TextConfig(words, width, inner, layers, heads, heads, width // heads, 1e-5, 4096)
+    return Config(text, VisionConfig(features, 4 * features, depth, eyes, pixels, 14), image_token=4)
+
+
+def write_checkpoint(folder: Path, size: str) -> Path:
+    """A random LLaVA with made-up words, in the layout that everybody reads."""
+    config = config_of(size)
+    model = Llava(config)
+    initialise(model, 0, 0.02)
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    words = special + [f"w{k}" for k in range(config.text.vocab_size - len(special))]
+    tokenizer = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
+             "pad_token": "<pad>", "image_token": "<image>"}
+    write_whole(folder / "tokenizer_config.json", json.dumps(about))
+    return checkpoint.save(model, folder / "model", folder)
+
+
+def write_records(folder: Path, count: int, answers: int = 2, least: int = 30, most: int = 90) -> Path:
+    """Questions about pictures of noise, answers of made-up words, the first preferred to the second."""
+    rng = random.Random(0)
+    say = lambda n: " ".join(f"w{rng.randrange(7000)}" for _ in range(n))
+    rows = []
+    (folder / "images").mkdir(exist_ok=True)
+    for k in range(count):
+        noise = np.random.default_rng(k).integers(0, 256, (30, 40, 3), np.uint8)
+        Image.fromarray(noise).resize((640, 480)).save(folder / "images" / f"{k}.jpg")
+        rows.append({"id": str(k), "images": [f"images/{k}.jpg"],
+                     "messages": [{"role": "user", "content": "<image>\n" + say(20)}], "pair": [0, 1],
+                     "answers": [{"text": say(rng.randint(least, most))} for _ in range(answers)]})
+    write_jsonl(folder / "records.jsonl", rows)
+    return folder / "records.jsonl"
+
+
+# ---- contestants: each waits at `gate` between its steps, in a process of its own -----------------------------------
+
+def peak_mib() -> float:
+    unit = 1 if platform.system() == "Darwin" else 1024                 # bytes there, KiB here
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host) / 2**20
+
+
+def wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def gate(pipe, **said) -> None:
+    """Report the step that is over, wait for the word to go on."""
+    wait_for_gpu()
+    pipe.send(said | {"peak_mib": peak_mib()})
+    if not pipe.recv():
+        pipe.send(None)
+        os._exit(0)
+
+
+def batches(pipe, items: list, size: int, said: dict):
+    """Pass over `items` for ever, stopping at the gate before each batch. The gate opens first after everything is loaded."""
+    k = 0
+    while True:
+        gate(pipe, **said)
+        yield from (items[(k + i) % len(items)] for i in range(size))
+        k += size
+
+
+def ours(pipe, folder: Path, s: Settings, dtype: str) -> None:
+    """dpo.train itself; its reference is computed before, as in every run of dpo.py."""
+    torch.set_num_threads(s.threads)
+    device, kind = device_and_dtype(s.device, dtype)
+    model = checkpoint.load(folder / "model", device, kind)
+    tokens, pixels = Tokens(folder / "model", model.config), Pixels(model.config)
+    items, _ = records.read(folder / "records.jsonl")
+    trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in items]
+    pairs = dpo.make_pairs(items, trees, dpo.reference_logps(model, trees, pixels, 8192), 2, 0)
+    said = {"tokens": statistics.mean(t.tokens for t in trees)}
+    dpo.shuffled = lambda pairs, seed: batches(pipe, pairs, s.pairs, said)
+    sys.stdout = open(os.devnull, "w")
+    dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs), 10**6, folder)
+
+
+def theirs(pipe, folder: Path, s: Settings, checkpointing: bool) -> None:
+    """TRL's DPOTrainer on the same prompts, answers and pictures, in order."""
+    torch.set_num_threads(s.threads)
+    import datasets
+    import transformers
+    from trl import DPOConfig, DPOTrainer
+    transformers.utils.logging.set_verbosity_error()
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
+    model.model.vision_tower.requires_grad_(False)
+    processor = transformers.AutoProcessor.from_pretrained(folder / "model")
+    rows = common.read_jsonl(folder / "records.jsonl")
+    data = datasets.Dataset.from_list([
+        {"prompt": "<s> " + template(r["messages"]), "images": [str(folder / name) for name in r["images"]]}
+        | {which: f" {answer['text']} </s>" for which, answer in zip(("chosen", "rejected"), r["answers"])} for r in rows])
+    data = data.cast_column("images", datasets.Sequence(datasets.Image()))
+    said = {}
+
+    class Gate(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **more):
+            gate(pipe)
+
+        def on_step_end(self, *args, **more):
+            gate(pipe, **said)
+
+    class Trainer(DPOTrainer):
+        def compute_loss(self, model, inputs, *args, **more):
+            said["tokens"] = inputs["input_ids"].numel() / s.pairs
+            return super().compute_loss(model, inputs, *args, **more)
+
+    settings = DPOConfig(output_dir=str(folder / "trl"), per_device_train_batch_size=s.pairs, learning_rate=5e-7, max_steps=10**6,
+                         gradient_checkpointing=checkpointing, report_to=[], logging_strategy="no", save_strategy="no",
+                         bf16=False, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, max_length=None)
+    Trainer(model=model, args=settings, train_dataset=data, processing_class=processor, callbacks=[Gate()]).train()
+
+
+def alternate(contestants: dict, folder: Path, s: Settings) -> dict[str, dict]:
+    """{name: {"ms": median, "all_ms": [...], "peak_mib", ...}} of (worker, its last argument) each, one step in turn."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for name, (worker, how) in contestants.items():
+        pipes[name], there = context.Pipe()
+        context.Process(target=worker, args=(there, folder, s, how), daemon=True).start()
+        pipes[name].recv()                                               # loaded
+    rows = {name: {"all_ms": []} for name in contestants}
+    for k in tqdm(range(s.warmup + s.rounds), desc="rounds", disable=None):
+        for name, pipe in pipes.items():
+            began = time.perf_counter()
+            pipe.send(True)
+            said = pipe.recv()
+            if k >= s.warmup:
+                rows[name]["all_ms"].append(round(1000 * (time.perf_counter() - began), 1))
+            rows[name] |= said
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {name: row | {"ms": statistics.median(row["all_ms"])} for name, row in rows.items()}
+
+
+def bench_dpo(s: Settings, folder: Path) -> list[dict]:
+    write_checkpoint(folder, s.size)
+    write_records(folder, 6 * s.pairs)
+    contestants = {"remedy, fp32": (ours, "float32"), "remedy, bf16": (ours, "bfloat16"), "TRL, as it is": (theirs, True),
+                   "TRL, no checkpointing": (theirs, False)}
+    return [{"bench": "dpo", "name": name, "pairs": s.pairs, "pairs_per_s": 1000 * s.pairs / row["ms"], **row}
+            for name, row in alternate(contestants, folder, s).items()]
+
+
+# ---- sampling, kernels, growth: one process, in turn ------------------------------------------------------------------
+
+def in_turn(calls: dict, s: Settings, rounds: int) -> dict[str, dict]:
+    """{name: {"ms": median, "all_ms"}} of functions, called alternately."""
+    rows = {name: [] for name in calls}
+    for k in range(s.warmup + rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            wait_for_gpu()
+            if k >= s.warmup:
+                rows[name].append(round(1000 * (time.perf_counter() - began), 3))
+    return {name: {"ms": statistics.median(ms), "all_ms": ms} for name, ms in rows.items()}
+
+
+def bench_sample(s: Settings, folder: Path, count: int = 4, n: int = 4, words: int = 64) -> list[dict]:
+    """n sampled answers of `words` tokens to each of `count` image questions."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    device, dtype = device_and_dtype(s.device, "auto")
+    write_checkpoint(folder, s.size)
+    items, _ = records.read(write_records(folder, count))
+    mine = checkpoint.load(folder / "model", device, dtype)
+    tokens, pixels = Tokens(folder / "model", mine.config), Pixels(mine.config)
+    trees = [make_tree(tokens, r, []) for r in items]
+    pictures = [pixels(t.images) for t in trees]
+    other = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=dtype).to(device)
+    ids = torch.tensor([t.prompt for t in trees], device=device)
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.cat(pictures).to(device, dtype)}
+    how = {"do_sample": True, "num_return_sequences": n, "max_new_tokens": words, "min_new_tokens": words, "pad_token_id": 3}
+    never = tokens.tokenizer.get_vocab_size()                            # no word: all answers reach their full length
+    ours = lambda: generate(mine, [t.prompt for t in trees], pictures, n=n, max_new=words, temperature=1.0, eos=never)
+    rows = in_turn({"remedy": ours, "transformers.generate": lambda: other.generate(**asked, **how)}, s, s.rounds)
+    return [{"bench": "sample", "name": name, "questions": count, "n": n, "tokens": words,
+             "tokens_per_s": 1000 * count * n * words / row["ms"], **row} for name, row in rows.items()]
+
+
+def bench_kernels(s: Settings, folder: Path) -> list[dict]:
+    """Forward and backward at one pack's size."""
+    device, dtype = device_and_dtype(s.device, "auto")
+    config = config_of(s.size).text
+    H, D, V = config.num_attention_heads, config.head_dim, config.vocab_size
+    tree = Tree("", [5] * 640, [[5] * 128, [5] * 128])
+    pack = make_pack([tree] * s.pairs).to(device)
+    T = len(pack.ids)
+    q, k, v = (torch.randn(T, H, D, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    hidden, weight = (torch.randn(x, config.hidden_size, device=device, dtype=dtype, requires_grad=True) for x in (T, V))
+    dense = dense_mask(pack.mask)
+    both = lambda out, inputs: torch.autograd.grad(out.float().sum(), inputs)
+    sdpa = lambda: F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=dense)
+    formula = lambda: (hidden @ weight.T).float().log_softmax(-1)[pack.rows].gather(1, pack.targets[:, None])
+    rows = in_turn({
+        "attention, remedy": lambda: both(kernels.attention(q, k, v, pack.mask), (q, k, v)),
+        "attention, torch SDPA with a dense mask": lambda: both(sdpa(), (q, k, v)),
+        "attention, its formula": lambda: both(attention_spec(q, k, v, pack.mask), (q, k, v)),
+        "log-probs, remedy": lambda: both(kernels.logps(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
+        "log-probs, all logits of the scored rows": lambda: both(
+            logps_spec(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
+        "log-probs, all logits of all rows": lambda: both(formula(), (hidden, weight))}, s, s.rounds)
+    return [{"bench": "kernels", "name": name, "tokens": T, "scored": len(pack.rows), "heads": H, "head_dim": D, "vocabulary": V,
+             "dtype": str(dtype), **row} for name, row in rows.items()]
+
+
+def bench_growth(s: Settings, folder: Path) -> list[dict]:
+    """Log-probs forward and backward of one record: answers twice as long, twice as many, the model half and double."""
+    device, dtype = device_and_dtype(s.device, "auto")
+    rows = []
+    for size, n, length in (("small", 2, 64), ("small", 2, 128), ("small", 2, 256), ("small", 4, 64), ("small", 8, 64),
+                            ("half", 2, 64), ("double", 2, 64)):
+        model = Llava(config_of(size if s.size == "small" else s.size)).to(device, dtype)
+        initialise(model, 0, 0.02)
+        tree = Tree("", [5] * 60 + [4] * 576, [[5] * length] * n)
+        shape = (1, 3, model.config.vision.image_size, model.config.vision.image_size)
+        pack = make_pack([tree], torch.randn(shape)).to(device)
+        parameters = [p for name, p in model.named_parameters() if not name.startswith("vision_tower.")]
+        row = in_turn({"": lambda: torch.autograd.grad(answer_logps(model, pack).sum(), parameters)}, s, s.rounds)[""]
+        rows.append({"bench": "growth", "name": f"{size}, {n} answers of {length}", "tokens": len(pack.ids),
+                     "parameters": sum(p.numel() for p in model.parameters()), **row})
+    return rows
+
+
+# ---- the script ---------------------------------------------------------------------------------------------------
+
+BENCHES = {"dpo": bench_dpo, "sample": bench_sample, "kernels": bench_kernels, "growth": bench_growth}
+
+
+def table(rows: list[dict]) -> str:
+    """One line per row; the ratio is to the first row of its kind: below 1 is slower."""
+    out, first = [], {}
+    for row in rows:
+        kind = row["bench"], row["name"].split(",")[0] if row["bench"] == "kernels" else ""
+        base = first.setdefault(kind, row)["ms"]
+        more = [f"{row[key]:,.{digits}f} {unit}" for key, digits, unit in (
+            ("pairs_per_s", 2, "pairs/s"), ("tokens_per_s", 0, "tokens/s"), ("tokens", 0, "tokens"),
+            ("peak_mib", 0, "MiB peak")) if key in row]
+        out.append(f"{row['bench']:8} {row['name']:42}{row['ms']:10,.1f} ms  x{row['ms'] / base:5.2f}   {'  '.join(more)}")
+    return "\n".join(out)
+
+
+def run(s: Settings) -> None:
+    unknown = [what for what in s.what.split(",") if what not in BENCHES]
+    if unknown or s.size not in SIZES or min(s.rounds, s.pairs, s.threads) < 1:
+        raise BadInput(f"--what: {', '.join(BENCHES)}; --size: {', '.join(SIZES)}; --rounds, --pairs and --threads at least 1")
+    torch.set_num_threads(s.threads)
+    about = describe_run(s, date=time.strftime("%Y-%m-%d"), hardware=hardware())
+    for what in s.what.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            rows = BENCHES[what](s, Path(folder))
+        print(table(rows))
+        kept = common.read_jsonl(s.out) if Path(s.out).exists() else []
+        write_jsonl(s.out, [row for row in kept if row["bench"] != what] + [about | row for row in rows])
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if Path(
+        "/proc/cpuinfo").exists() else [platform.processor()]
+    return f"{found[0]}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main(Settings, run)
