@@ -26,8 +26,12 @@ the row or packed among others.
 fp32 are: scores, softmax, all accumulators, lse and delta; exponentials are base 2, the factor log2 e being part of the
 scale.
 
+Heads of up to 64 are padded to 64, of up to 128 to 128; wider ones stay with attention.py.
+
 Previous: kernels/attention.py.  Next: kernels/logprob.py (what the hidden states are for).
 """
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -37,9 +41,35 @@ from torch import Tensor
 from kernels.attention import Mask
 
 LOG2E, ACC = 1.4426950408889634, {torch.float32: tl.float32, torch.float64: tl.float64}
-# (BM, BN, warps, stages) per head dimension: forward, dk and dv, dq. Compiled by hand, bf16: no spill on sm_80 and sm_90,
-# 16 bytes on sm_100 (forward, 64), more on gfx942 (backward, 128). Never run on a GPU yet.
-BLOCKS = {64: ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 4, 2)), 128: ((64, 32, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2))}
+# (BM, BN, warps, stages) per chip and head dimension: forward | dk and dv | dq. Chosen by what the compiler says: tensor cores
+# are used, no loop spills (results/aot.jsonl). Never timed: none of this has run on a GPU yet.
+BLOCKS = {
+    ("sm_80", 64): ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 4, 2)),
+    ("sm_80", 128): ((64, 32, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_90", 64): ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+    ("sm_90", 128): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_100", 64): ((128, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_100", 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    ("gfx942", 64): ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),
+    ("gfx942", 128): ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),
+    ("wide", 64): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+    ("wide", 128): ((32, 16, 4, 1), (16, 16, 4, 1), (32, 16, 4, 1)),
+}
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Which table a device reads: its own, or that of the nearest older chip. The interpreter takes Hopper's."""
+    if device.type == "cpu":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+def chip(x: Tensor) -> str:
+    """The row of the block tables for a tensor: 4-byte numbers take twice the shared memory, whatever the chip."""
+    return architecture(x.device) if x.element_size() == 2 else "wide"
 
 
 # ---- which keys a block of queries needs, which queries a block of keys -----------------------------------------
@@ -144,7 +174,7 @@ def forward_block(acc, l, big, q, K, V, n0, limit, m, lo, hi, own, head, T, sk, 
     return acc, l * shrink + tl.sum(p, 1), new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward(Q, K, V, O, LSE, TILES, LO, HI, OWN, T, sq, sk, sv, so, scale, GROUP: tl.constexpr, D: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     head, t = tl.program_id(0), TILES + tl.program_id(1) * 6
@@ -169,7 +199,7 @@ def forward(Q, K, V, O, LSE, TILES, LO, HI, OWN, T, sq, sk, sv, so, scale, GROUP
 
 # ---- backward -------------------------------------------------------------------------------------------------
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def row_sums(O, DO, DELTA, T, so, sd, D: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr):
     """delta = sum over D of do * o."""
     head, m = tl.program_id(0), tl.program_id(1) * BM + tl.arange(0, BM)
@@ -195,7 +225,7 @@ def keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, m0, m1, n, head, sq
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def keys_backward(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, LO, HI, OWN, T, sq, sk, sv, sd, sg, scale, root,
                   GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     """dk and dv of BN keys of one key head, over all query heads that read it."""
@@ -232,7 +262,7 @@ def queries_block(dq, q, do, lse, delta, K, V, n0, limit, m, lo, hi, own, head, 
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def queries_backward(Q, K, V, DO, LSE, DELTA, DQ, TILES, LO, HI, OWN, T, sq, sk, sv, sd, sg, scale, root,
                      GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     """dq of BM queries; the same walk as forward."""
@@ -263,7 +293,7 @@ class FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, scale):
         q, k, v = (x if x.stride(-1) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
         T, H, D = q.shape
-        (BM, BN, warps, stages), _, _ = BLOCKS[D]
+        (BM, BN, warps, stages), _, _ = BLOCKS[chip(q), D]
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32              # fp64 only to check the kernels with
         o, lse = torch.empty(T, H, D, dtype=q.dtype, device=q.device), torch.empty(H, T, dtype=wide, device=q.device)
         queries, _ = tiles(mask, BM, BN)
@@ -281,12 +311,12 @@ class FlashAttention(torch.autograd.Function):
         delta, (dq, dk, dv) = torch.empty_like(lse), (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         row_sums[(H, triton.cdiv(T, 64))](o, do, delta, T, o.stride(0), do.stride(0), D, 64, acc)
         strides = [x.stride(0) for x in (q, k, v, do)]
-        _, (BM, BN, warps, stages), _ = BLOCKS[D]
+        _, (BM, BN, warps, stages), _ = BLOCKS[chip(q), D]
         _, keys = tiles(mask, BM, BN)
         keys_backward[(G, len(keys))](q, k, v, do, lse, delta, dk, dv, keys, mask.lo, mask.hi, mask.own, T, *strides,
                                       dk.stride(0), scale * LOG2E, scale, group, D, BM, BN, acc, num_warps=warps,
                                       num_stages=stages)
-        _, _, (BM, BN, warps, stages) = BLOCKS[D]
+        _, _, (BM, BN, warps, stages) = BLOCKS[chip(q), D]
         queries, _ = tiles(mask, BM, BN)
         queries_backward[(H, len(queries))](q, k, v, do, lse, delta, dq, queries, mask.lo, mask.hi, mask.own, T, *strides,
                                             dq.stride(0), scale * LOG2E, scale, group, D, BM, BN, acc, num_warps=warps,
