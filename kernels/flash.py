@@ -166,9 +166,8 @@ def forward_block(acc, l, big, q, K, V, n0, limit, m, lo, hi, own, head, T, sk, 
     if MASKED:
         seen = sees(m[:, None], n[None, :], lo[:, None], hi[:, None], own[:, None]) & (n < limit)[None, :]
         s = tl.where(seen, s, float("-inf"))
-    new = tl.maximum(big, tl.max(s, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new   # a row may see nothing of a ragged block
-    p, shrink = tl.math.exp2(s - safe[:, None]), tl.math.exp2(big - safe)
+    new = tl.maximum(big, tl.max(s, 1))                                  # finite: all rows see the first key that is walked to
+    p, shrink = tl.math.exp2(s - new[:, None]), tl.math.exp2(big - new)
     v = load(V, n, head, T, sv, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     return acc, l * shrink + tl.sum(p, 1), new
@@ -208,13 +207,13 @@ def row_sums(O, DO, DELTA, T, so, sd, D: tl.constexpr, BM: tl.constexpr, ACC: tl
 
 
 @triton.jit
-def keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, m0, m1, n, head, sq, sd, scale,
+def keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, m0, m1, n, head, T, sq, sd, scale,
                BM: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
     m = m0 + tl.arange(0, BM)
     real = m < m1
     q, do = load(Q, m, head, m1, sq, D), load(DO, m, head, m1, sd, D)
-    lse = tl.load(LSE + m, mask=real, other=float("inf"))                # exp2(-inf) = 0: rows past the end count for nothing
-    delta = tl.load(DELTA + m, mask=real, other=0.0)
+    stat = head.to(tl.int64) * T + m                                     # rows past the end, without q and do, add nothing
+    lse, delta = tl.load(LSE + stat, mask=real, other=0.0), tl.load(DELTA + stat, mask=real, other=0.0)
     p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC) * scale - lse[None, :])     # (BN, BM)
     if MASKED:
         lo, hi, own = three(LO, HI, OWN, m, m1)
@@ -237,15 +236,15 @@ def keys_backward(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, LO, HI, OWN, T, sq, sk
     count = tl.cdiv(m1 - m0, BM)
     first = tl.minimum(tl.cdiv(f0 - m0, BM), count)                      # blocks before it touch the diagonal,
     past = tl.where(f1 == m1, count, tl.maximum((f1 - m0) // BM, first))     # from it on some rows belong to other answers
-    for g in range(0, GROUP):
-        head = kv * GROUP + g
-        L, E = LSE + head.to(tl.int64) * T, DELTA + head.to(tl.int64) * T
-        for i in range(0, first + count - past):
-            at = m0 + tl.where(i < first, i, past + i - first) * BM
-            dk, dv = keys_block(dk, dv, k, v, Q, DO, L, E, LO, HI, OWN, at, m1, n, head, sq, sd, scale, BM, D, True, ACC)
-        for i in range(first, past):
-            at = m0 + i * BM
-            dk, dv = keys_block(dk, dv, k, v, Q, DO, L, E, LO, HI, OWN, at, m1, n, head, sq, sd, scale, BM, D, False, ACC)
+    ragged, free = first + count - past, past - first
+    for j in range(0, GROUP * ragged):                                   # all heads in one loop: dk and dv stay where they are
+        at = m0 + tl.where(j % ragged < first, j % ragged, past + j % ragged - first) * BM
+        dk, dv = keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, at, m1, n, kv * GROUP + j // ragged, T, sq, sd, scale,
+                            BM, D, True, ACC)
+    for j in range(0, GROUP * free):
+        at = m0 + (first + j % free) * BM
+        dk, dv = keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, at, m1, n, kv * GROUP + j // free, T, sq, sd, scale,
+                            BM, D, False, ACC)
     store(DK, dk * root, n, kv, n1, sg, D)
     store(DV, dv, n, kv, n1, sg, D)
 
@@ -272,7 +271,7 @@ def queries_backward(Q, K, V, DO, LSE, DELTA, DQ, TILES, LO, HI, OWN, T, sq, sk,
     m = q0 + tl.arange(0, BM)
     q, do = load(Q, m, head, q1, sq, D), load(DO, m, head, q1, sd, D)
     lo, hi, own = three(LO, HI, OWN, m, q1)
-    lse = tl.load(LSE + head.to(tl.int64) * T + m, mask=m < q1, other=float("inf"))
+    lse = tl.load(LSE + head.to(tl.int64) * T + m, mask=m < q1, other=0.0)
     delta = tl.load(DELTA + head.to(tl.int64) * T + m, mask=m < q1, other=0.0)
     dq = tl.zeros([BM, D], ACC)
     for i in range(0, free_a + free_b):

@@ -30,7 +30,7 @@ BLOCKS = {                        # rows, words, depth, warps, stages; as in fla
     "sm_90": (128, 256, 64, 8, 3),
     "sm_100": (128, 256, 64, 8, 3),
     "gfx942": (128, 128, 32, 4, 2),
-    "wide": (64, 64, 16, 4, 2),
+    "wide": (64, 64, 16, 8, 2),
 }
 CHUNK = 2048                      # rows whose gradient (c, V) is held at once
 
