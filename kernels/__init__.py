@@ -6,10 +6,11 @@
 
 attention.py and logprob.py hold the formulas and plain torch, which runs anywhere. Tensors on a GPU (torch calls AMD's "cuda"
 too) go to flash.py, flash_decode.py and fused_head.py, but for heads wider than 128, which stay with plain torch. Triton is
-imported with the first such tensor: elsewhere it need not exist.
+imported with the first such tensor: elsewhere it need not exist. It launches on the current GPU, so the tensor's is made that.
 
 Previous: kernels/flash_decode.py.  Next: vision.py (pixels to vectors).
 """
+import torch
 from torch import Tensor
 
 from kernels import attention as plain, logprob
@@ -26,7 +27,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
     if for_triton(q):
         from kernels import flash
-        return flash.attention(q, k, v, mask)
+        with torch.cuda.device_of(q):
+            return flash.attention(q, k, v, mask)
     return plain.attention(q, k, v, mask)
 
 
@@ -34,7 +36,8 @@ def decode(q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor],
     """q (R, n, H, D), prompt (R, G, P, D) x 2 of lengths (R,), own (R, G, n, A, D) x 2 filled up to own_len -> (R, n, H, D)."""
     if for_triton(q):
         from kernels import flash_decode
-        return flash_decode.decode(q, prompt, own, prompt_len, own_len)
+        with torch.cuda.device_of(q):
+            return flash_decode.decode(q, prompt, own, prompt_len, own_len)
     return plain.decode(q, prompt, own, prompt_len, own_len)
 
 
@@ -42,5 +45,6 @@ def logps(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> Tens
     """hidden (T, D), weight (V, D), rows and targets (N,) -> (N,) fp32."""
     if hidden.is_cuda:
         from kernels import fused_head
-        return fused_head.logps(hidden, weight, rows, targets)
+        with torch.cuda.device_of(hidden):
+            return fused_head.logps(hidden, weight, rows, targets)
     return logprob.logps(hidden, weight, rows, targets)

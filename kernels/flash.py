@@ -26,8 +26,6 @@ the row or packed among others.
 fp32 are: scores, softmax, all accumulators, lse and delta; exponentials are base 2, the factor log2 e being part of the
 scale.
 
-Heads of up to 64 are padded to 64, of up to 128 to 128; wider ones stay with attention.py.
-
 Previous: kernels/attention.py.  Next: kernels/logprob.py (what the hidden states are for).
 """
 from functools import cache

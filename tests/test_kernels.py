@@ -253,7 +253,7 @@ kernels.logps(x[:, 0], x[:, 0], at, at)"""
 
 
 def test_tensors_on_a_gpu_go_to_triton_unless_heads_are_wide(monkeypatch):
-    on_gpu = lambda *shape: SimpleNamespace(is_cuda=True, shape=shape)
+    on_gpu = lambda *shape: SimpleNamespace(is_cuda=True, shape=shape, get_device=lambda: -1)
     for name, function in (("flash", "attention"), ("flash_decode", "decode"), ("fused_head", "logps")):
         fake = SimpleNamespace(**{function: lambda *args, said=name: said})
         monkeypatch.setitem(sys.modules, f"kernels.{name}", fake)

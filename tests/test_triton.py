@@ -204,17 +204,18 @@ def check_bits():
     parts = [(70, [30, 5]), (33, [9, 8, 60]), 40]
     data = [[*qkv(size(part), 2, 1, 64), draw(size(part), 2, 64)] for part in parts]
 
-    def results(order):
+    def results(order, dtype):
         """Output and gradients of each part, packed in this order."""
         x = [torch.cat([data[k][i] for k in order]) for i in range(4)]
-        out = with_grads(lambda *qkv: flash.attention(*qkv, mask_of([parts[k] for k in order])), x[:3], x[3], torch.bfloat16)
+        out = with_grads(lambda *qkv: flash.attention(*qkv, mask_of([parts[k] for k in order])), x[:3], x[3], dtype)
         cut = [torch.split(y, [size(parts[k]) for k in order]) for y in out]
         return {k: [y[i] for y in cut] for i, k in enumerate(order)}
 
-    first = results([0, 1, 2])
-    for what, order in (("twice", [0, 1, 2]), ("permuted", [2, 1, 0]), ("alone", [0]), ("alone", [1]), ("alone", [2])):
-        for k, found in results(order).items():
-            same_bits(f"the same bits {what}: part {k}", found, first[k])
+    for dtype in (torch.float32, torch.bfloat16):
+        first = results([0, 1, 2], dtype)
+        for what, order in (("twice", [0, 1, 2]), ("permuted", [2, 1, 0]), ("alone", [1])):
+            for k, found in results(order, dtype).items():
+                same_bits(f"the same bits {what}: part {k}, {dtype}", found, first[k])
 
 
 def check_gradients_numerically():
