@@ -79,6 +79,7 @@ class Mask:
     lo: Tensor
     hi: Tensor
     own: Tensor
+    source: "Mask | None" = None         # the mask this one is a copy of, elsewhere
 
     @classmethod
     def full(cls, count: int, length: int, device=None) -> "Mask":
@@ -92,12 +93,9 @@ class Mask:
         return mask
 
     def to(self, device) -> "Mask":
-        """The same mask elsewhere. Its plan is made here first: cutting is work for the CPU, without waiting for a GPU."""
-        calls, order = self.plan
-        moved = Mask(self.lo.to(device), self.hi.to(device), self.own.to(device))
+        """The same mask elsewhere. What is cut from it is cut here, on the CPU, when first asked for: no GPU is waited for."""
+        moved = Mask(*(x.to(device, non_blocking=True) for x in (self.lo, self.hi, self.own)), source=self)
         moved.trees = self.trees
-        moved.plan = [replace(c, q_rows=c.q_rows.to(device), k_rows=c.k_rows.to(device),
-                              visible=None if c.visible is None else c.visible.to(device)) for c in calls], order.to(device)
         return moved
 
     @cached_property
@@ -108,7 +106,11 @@ class Mask:
     @cached_property
     def plan(self) -> tuple[list[Call], Tensor]:
         """(calls, order): concatenate the calls' flattened outputs, take rows `order` (T,), and the pack is whole."""
-        return make_plan(self)
+        if self.source is None:
+            return make_plan(self)
+        (calls, order), device = self.source.plan, self.own.device
+        return [replace(c, q_rows=c.q_rows.to(device), k_rows=c.k_rows.to(device),
+                        visible=None if c.visible is None else c.visible.to(device)) for c in calls], order.to(device)
 
 
 def make_plan(mask: Mask) -> tuple[list[Call], Tensor]:

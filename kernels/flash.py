@@ -28,6 +28,8 @@ scale.
 
 Previous: kernels/attention.py.  Next: kernels/logprob.py (what the hidden states are for).
 """
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -37,9 +39,35 @@ from torch import Tensor
 from kernels.attention import Mask
 
 LOG2E, ACC = 1.4426950408889634, {torch.float32: tl.float32, torch.float64: tl.float64}
-# (BM, BN, warps, stages) per head dimension: forward, dk and dv, dq. Compiled by hand, bf16: no spill on sm_80 and sm_90,
-# 16 bytes on sm_100 (forward, 64), more on gfx942 (backward, 128). Never run on a GPU yet.
-BLOCKS = {64: ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 4, 2)), 128: ((64, 32, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2))}
+# (BM, BN, warps, stages) per chip and head dimension: forward | dk and dv | dq. Chosen by what the compiler says: tensor cores
+# are used, no loop spills (results/aot.jsonl). Never timed: none of this has run on a GPU yet.
+BLOCKS = {
+    ("sm_80", 64): ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 4, 2)),
+    ("sm_80", 128): ((64, 32, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_90", 64): ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+    ("sm_90", 128): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_100", 64): ((128, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_100", 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    ("gfx942", 64): ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),
+    ("gfx942", 128): ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),
+    ("wide", 64): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+    ("wide", 128): ((32, 16, 4, 1), (16, 16, 4, 1), (32, 16, 4, 1)),
+}
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Which table a device reads: its own, or that of the nearest older chip. The interpreter takes Hopper's."""
+    if device.type == "cpu":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+def chip(x: Tensor) -> str:
+    """The row of the block tables for a tensor: 4-byte numbers take twice the shared memory, whatever the chip."""
+    return architecture(x.device) if x.element_size() == 2 else "wide"
 
 
 # ---- which keys a block of queries needs, which queries a block of keys -----------------------------------------
@@ -136,15 +164,14 @@ def forward_block(acc, l, big, q, K, V, n0, limit, m, lo, hi, own, head, T, sk, 
     if MASKED:
         seen = sees(m[:, None], n[None, :], lo[:, None], hi[:, None], own[:, None]) & (n < limit)[None, :]
         s = tl.where(seen, s, float("-inf"))
-    new = tl.maximum(big, tl.max(s, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new   # a row may see nothing of a ragged block
-    p, shrink = tl.math.exp2(s - safe[:, None]), tl.math.exp2(big - safe)
+    new = tl.maximum(big, tl.max(s, 1))                                  # finite: all rows see the first key that is walked to
+    p, shrink = tl.math.exp2(s - new[:, None]), tl.math.exp2(big - new)
     v = load(V, n, head, T, sv, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     return acc, l * shrink + tl.sum(p, 1), new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward(Q, K, V, O, LSE, TILES, LO, HI, OWN, T, sq, sk, sv, so, scale, GROUP: tl.constexpr, D: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     head, t = tl.program_id(0), TILES + tl.program_id(1) * 6
@@ -169,7 +196,7 @@ def forward(Q, K, V, O, LSE, TILES, LO, HI, OWN, T, sq, sk, sv, so, scale, GROUP
 
 # ---- backward -------------------------------------------------------------------------------------------------
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def row_sums(O, DO, DELTA, T, so, sd, D: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr):
     """delta = sum over D of do * o."""
     head, m = tl.program_id(0), tl.program_id(1) * BM + tl.arange(0, BM)
@@ -178,13 +205,13 @@ def row_sums(O, DO, DELTA, T, so, sd, D: tl.constexpr, BM: tl.constexpr, ACC: tl
 
 
 @triton.jit
-def keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, m0, m1, n, head, sq, sd, scale,
+def keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, m0, m1, n, head, T, sq, sd, scale,
                BM: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
     m = m0 + tl.arange(0, BM)
     real = m < m1
     q, do = load(Q, m, head, m1, sq, D), load(DO, m, head, m1, sd, D)
-    lse = tl.load(LSE + m, mask=real, other=float("inf"))                # exp2(-inf) = 0: rows past the end count for nothing
-    delta = tl.load(DELTA + m, mask=real, other=0.0)
+    stat = head.to(tl.int64) * T + m                                     # rows past the end, without q and do, add nothing
+    lse, delta = tl.load(LSE + stat, mask=real, other=0.0), tl.load(DELTA + stat, mask=real, other=0.0)
     p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC) * scale - lse[None, :])     # (BN, BM)
     if MASKED:
         lo, hi, own = three(LO, HI, OWN, m, m1)
@@ -195,7 +222,7 @@ def keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, m0, m1, n, head, sq
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def keys_backward(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, LO, HI, OWN, T, sq, sk, sv, sd, sg, scale, root,
                   GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     """dk and dv of BN keys of one key head, over all query heads that read it."""
@@ -207,15 +234,15 @@ def keys_backward(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, LO, HI, OWN, T, sq, sk
     count = tl.cdiv(m1 - m0, BM)
     first = tl.minimum(tl.cdiv(f0 - m0, BM), count)                      # blocks before it touch the diagonal,
     past = tl.where(f1 == m1, count, tl.maximum((f1 - m0) // BM, first))     # from it on some rows belong to other answers
-    for g in range(0, GROUP):
-        head = kv * GROUP + g
-        L, E = LSE + head.to(tl.int64) * T, DELTA + head.to(tl.int64) * T
-        for i in range(0, first + count - past):
-            at = m0 + tl.where(i < first, i, past + i - first) * BM
-            dk, dv = keys_block(dk, dv, k, v, Q, DO, L, E, LO, HI, OWN, at, m1, n, head, sq, sd, scale, BM, D, True, ACC)
-        for i in range(first, past):
-            at = m0 + i * BM
-            dk, dv = keys_block(dk, dv, k, v, Q, DO, L, E, LO, HI, OWN, at, m1, n, head, sq, sd, scale, BM, D, False, ACC)
+    ragged, free = first + count - past, past - first
+    for j in range(0, GROUP * ragged):                                   # all heads in one loop: dk and dv stay where they are
+        at = m0 + tl.where(j % ragged < first, j % ragged, past + j % ragged - first) * BM
+        dk, dv = keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, at, m1, n, kv * GROUP + j // ragged, T, sq, sd, scale,
+                            BM, D, True, ACC)
+    for j in range(0, GROUP * free):
+        at = m0 + (first + j % free) * BM
+        dk, dv = keys_block(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, OWN, at, m1, n, kv * GROUP + j // free, T, sq, sd, scale,
+                            BM, D, False, ACC)
     store(DK, dk * root, n, kv, n1, sg, D)
     store(DV, dv, n, kv, n1, sg, D)
 
@@ -232,7 +259,7 @@ def queries_block(dq, q, do, lse, delta, K, V, n0, limit, m, lo, hi, own, head, 
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def queries_backward(Q, K, V, DO, LSE, DELTA, DQ, TILES, LO, HI, OWN, T, sq, sk, sv, sd, sg, scale, root,
                      GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     """dq of BM queries; the same walk as forward."""
@@ -242,7 +269,7 @@ def queries_backward(Q, K, V, DO, LSE, DELTA, DQ, TILES, LO, HI, OWN, T, sq, sk,
     m = q0 + tl.arange(0, BM)
     q, do = load(Q, m, head, q1, sq, D), load(DO, m, head, q1, sd, D)
     lo, hi, own = three(LO, HI, OWN, m, q1)
-    lse = tl.load(LSE + head.to(tl.int64) * T + m, mask=m < q1, other=float("inf"))
+    lse = tl.load(LSE + head.to(tl.int64) * T + m, mask=m < q1, other=0.0)
     delta = tl.load(DELTA + head.to(tl.int64) * T + m, mask=m < q1, other=0.0)
     dq = tl.zeros([BM, D], ACC)
     for i in range(0, free_a + free_b):
@@ -263,7 +290,7 @@ class FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, scale):
         q, k, v = (x if x.stride(-1) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
         T, H, D = q.shape
-        (BM, BN, warps, stages), _, _ = BLOCKS[D]
+        (BM, BN, warps, stages), _, _ = BLOCKS[chip(q), D]
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32              # fp64 only to check the kernels with
         o, lse = torch.empty(T, H, D, dtype=q.dtype, device=q.device), torch.empty(H, T, dtype=wide, device=q.device)
         queries, _ = tiles(mask, BM, BN)
@@ -281,12 +308,12 @@ class FlashAttention(torch.autograd.Function):
         delta, (dq, dk, dv) = torch.empty_like(lse), (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         row_sums[(H, triton.cdiv(T, 64))](o, do, delta, T, o.stride(0), do.stride(0), D, 64, acc)
         strides = [x.stride(0) for x in (q, k, v, do)]
-        _, (BM, BN, warps, stages), _ = BLOCKS[D]
+        _, (BM, BN, warps, stages), _ = BLOCKS[chip(q), D]
         _, keys = tiles(mask, BM, BN)
         keys_backward[(G, len(keys))](q, k, v, do, lse, delta, dk, dv, keys, mask.lo, mask.hi, mask.own, T, *strides,
                                       dk.stride(0), scale * LOG2E, scale, group, D, BM, BN, acc, num_warps=warps,
                                       num_stages=stages)
-        _, _, (BM, BN, warps, stages) = BLOCKS[D]
+        _, _, (BM, BN, warps, stages) = BLOCKS[chip(q), D]
         queries, _ = tiles(mask, BM, BN)
         queries_backward[(H, len(queries))](q, k, v, do, lse, delta, dq, queries, mask.lo, mask.hi, mask.own, T, *strides,
                                             dq.stride(0), scale * LOG2E, scale, group, D, BM, BN, acc, num_warps=warps,

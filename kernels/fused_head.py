@@ -12,19 +12,26 @@ The trick. A 16-bit product accumulates in fp32 anyway, in registers, tile by ti
                which two library products make d hidden and d weight (none for a frozen head)
 
 No locks, no atomics: every number is written once. The target's own logit is a gather and a dot product, apart from the
-tiles.
+tiles. A prompt's last row is scored once for every answer; its gradients are added by index_put_, which on a GPU sorts first
+and adds in that order, where index_add_ would add in whatever order they come.
 
 References: Cut Cross-Entropy (arXiv:2411.09009), which filters and locks; here neither, for preference losses need
-exact sums. Previous: kernels/logprob.py. Next: kernels/__init__.py (what callers import).
+exact sums. Previous: kernels/logprob.py. Next: kernels/flash_decode.py (one token at a time).
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.flash import ACC, LOG2E
+from kernels.flash import ACC, LOG2E, chip
 
-BLOCKS = (128, 128, 32, 4, 4)     # rows, words, depth, warps, stages; never compiled for or run on a GPU yet
+BLOCKS = {                        # rows, words, depth, warps, stages; as in flash.py: compiled, never run on a GPU yet
+    "sm_80": (128, 128, 32, 4, 4),
+    "sm_90": (128, 256, 64, 8, 3),
+    "sm_100": (128, 256, 64, 8, 3),
+    "gfx942": (128, 128, 32, 4, 2),
+    "wide": (64, 64, 16, 8, 2),
+}
 CHUNK = 2048                      # rows whose gradient (c, V) is held at once
 
 
@@ -53,7 +60,7 @@ def place(N, V, BM: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr):
     return first + pid % (GROUP * words) % size, pid % (GROUP * words) // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def partial_sums(H, W, ROWS, BIG, SUM, N, V, sh, sw, scale, D: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
                  ACC: tl.constexpr):
     i, j = place(N, V, BM, BV, 8)
@@ -65,7 +72,7 @@ def partial_sums(H, W, ROWS, BIG, SUM, N, V, sh, sw, scale, D: tl.constexpr, BM:
     tl.store(SUM + j.to(tl.int64) * N + row, tl.sum(tl.math.exp2(s - big[:, None]), 1), mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def gradients(H, W, ROWS, TARGETS, LSE, G, OUT, N, V, sh, sw, scale, D: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
               BK: tl.constexpr, ACC: tl.constexpr):
     i, j = place(N, V, BM, BV, 8)
@@ -83,7 +90,7 @@ class FusedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, rows, targets):
         hidden, weight = hidden.contiguous(), weight.contiguous()
-        (N,), (V, D), (BM, BV, BK, warps, stages) = rows.shape, weight.shape, BLOCKS
+        (N,), (V, D), (BM, BV, BK, warps, stages) = rows.shape, weight.shape, BLOCKS[chip(hidden)]
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         big, total = (torch.empty(triton.cdiv(V, BV), N, dtype=wide, device=hidden.device) for _ in range(2))
         if N:
@@ -98,7 +105,7 @@ class FusedLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, rows, targets, lse = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        (V, D), (BM, BV, BK, warps, stages) = weight.shape, BLOCKS
+        (V, D), (BM, BV, BK, warps, stages) = weight.shape, BLOCKS[chip(hidden)]
         d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if need_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=hidden.device) if need_weight else None
         for start in range(0, len(rows), CHUNK):
@@ -109,7 +116,7 @@ class FusedLogps(torch.autograd.Function):
                 hidden, weight, rows[c], targets[c], lse[c], grad[c].contiguous(), d, n, V, D, D, LOG2E, D, BM, BV, BK,
                 ACC[lse.dtype], num_warps=warps, num_stages=stages)
             if need_hidden:
-                d_hidden.index_add_(0, rows[c], (d @ weight).to(lse.dtype))   # at most n answers share a row: the prompt's last
+                d_hidden.index_put_((rows[c],), (d @ weight).to(lse.dtype), accumulate=True)
             if need_weight:
                 d_weight += d.T @ hidden[rows[c]]
         return (d_hidden.to(hidden.dtype) if need_hidden else None,

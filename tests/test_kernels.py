@@ -6,14 +6,21 @@ The oracle is the specification with the whole matrix in memory, in fp64. In bf1
 so the rule is relative: the error may be at most twice that of the plain dense bf16 computation.
 """
 import random
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import kernels
 import kernels.logprob as logprob_file
+from conftest import ROOT
 from kernels import Mask, attention, decode, logps
 from kernels.attention import attention_spec, dense_mask
 from kernels.logprob import logps_spec
+
+attention_file = kernels.plain             # kernels.attention is the function
 
 
 # ---- packs -----------------------------------------------------------------------------------------------------
@@ -230,6 +237,43 @@ def test_decode_is_the_last_row_of_each_answer(prompts, n, past, heads):
     cached, own = [x.transpose(1, 2) for x in cached], [x.permute(0, 3, 1, 2, 4) for x in own]     # heads first
     out = decode(q[last], tuple(cached), tuple(own), torch.tensor(prompts), past)
     torch.testing.assert_close(out, expected[last], atol=1e-6, rtol=1e-6)      # softmax runs in fp32
+
+
+# ---- dispatch ----------------------------------------------------------------------------------------------------
+
+def test_without_a_gpu_triton_is_not_needed():
+    """A process in which importing triton fails: import and all three functions."""
+    code = """import sys; sys.modules["triton"] = None
+import torch, kernels
+x, at = torch.ones(3, 1, 4), torch.zeros(3, dtype=torch.long)
+kernels.attention(x, x, x, kernels.Mask(at, at, at).to("cpu"))
+kernels.decode(x[None], (x[None, :1],) * 2, (x[None, :1, None],) * 2, at[:1] + 1, 1)
+kernels.logps(x[:, 0], x[:, 0], at, at)"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_tensors_on_a_gpu_go_to_triton_unless_heads_are_wide(monkeypatch):
+    on_gpu = lambda *shape: SimpleNamespace(is_cuda=True, shape=shape, get_device=lambda: -1)
+    for name, function in (("flash", "attention"), ("flash_decode", "decode"), ("fused_head", "logps")):
+        fake = SimpleNamespace(**{function: lambda *args, said=name: said})
+        monkeypatch.setitem(sys.modules, f"kernels.{name}", fake)
+        monkeypatch.setattr(kernels, name, fake, raising=False)
+    monkeypatch.setattr(kernels.plain, "attention", lambda *args: "plain")
+    monkeypatch.setattr(kernels.plain, "decode", lambda *args: "plain")
+    assert [kernels.attention(on_gpu(9, 2, D), 0, 0, 0) for D in (128, 129)] == ["flash", "plain"]
+    assert [kernels.decode(on_gpu(1, 9, 2, D), 0, 0, 0, 0) for D in (128, 129)] == ["flash_decode", "plain"]
+    assert kernels.logps(on_gpu(9, 4096), 0, 0, 0) == "fused_head"
+
+
+def test_a_mask_elsewhere_is_cut_here_and_only_when_asked(monkeypatch):
+    """To a device without memory: anything read back from there would fail."""
+    mask = pack(PACKS["mixed"])
+    monkeypatch.setattr(attention_file, "make_plan", lambda mask, cut=attention_file.make_plan: made.append(mask) or cut(mask))
+    made = []
+    moved = mask.to("meta")
+    assert moved.trees == mask.trees and moved.own.is_meta and not made
+    calls, order = moved.plan
+    assert made == [mask] and order.is_meta and all(call.q_rows.is_meta for call in calls) and len(calls) == len(mask.plan[0])
 
 
 # ---- log-probs -----------------------------------------------------------------------------------------------------

@@ -101,7 +101,9 @@ def commands() -> list[tuple[str, str, list[str]]]:
 
 
 def flags_of(name: str) -> set[str]:
-    """The flags of a script: the fields of its Settings, and of its Story where it has one."""
+    """The flags of a script: the fields of its Settings, and of its Story where it has one. Kernels have none, and may need triton."""
+    if name.startswith("kernels/"):
+        return set()
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     return {f.name for kind in ("Settings", "Story") if hasattr(module, kind) for f in fields(getattr(module, kind))}
 
