@@ -42,7 +42,7 @@ import checkpoint
 import dpo
 import kernels
 import records
-from common import BadInput, describe_run, device_and_dtype, main, write_jsonl, write_whole
+from common import BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl, write_whole
 from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, template
 from kernels.attention import attention_spec, dense_mask
 from kernels.logprob import logps_spec
@@ -217,8 +217,9 @@ def alternate(contestants: dict, folder: Path, s: Settings) -> dict[str, dict]:
 def bench_dpo(s: Settings, folder: Path) -> list[dict]:
     write_checkpoint(folder, s.size)
     write_records(folder, 6 * s.pairs)
-    contestants = {"remedy, fp32": (ours, "float32"), "remedy, bf16": (ours, "bfloat16"), "TRL, as it is": (theirs, True),
-                   "TRL, no checkpointing": (theirs, False)}
+    contestants = {"remedy, fp32": (ours, "float32"), "TRL, as it is": (theirs, True), "TRL, no checkpointing": (theirs, False)}
+    if multiplies_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        contestants["remedy, bf16"] = ours, "bfloat16"
     return [{"bench": "dpo", "name": name, "pairs": s.pairs, "pairs_per_s": 1000 * s.pairs / row["ms"], **row}
             for name, row in alternate(contestants, folder, s).items()]
 

@@ -80,7 +80,14 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         dtype = "float32" if where.type == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise BadInput(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if dtype == "bfloat16" and not multiplies_bf16(where):
+        print("note: this CPU has no bfloat16 instructions; --dtype float32 is many times faster on it", file=sys.stderr)
     return where, DTYPES[dtype]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are done in hardware there."""
+    return device.type != "cpu" or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) -> float:
