@@ -64,6 +64,9 @@ class Prompt:
 
 # ---- numbers --------------------------------------------------------------------------------------------------
 
+UNKNOWN = {"mean": None, "ci": None, "n": 0}
+
+
 def ratios(parts: list[tuple]) -> dict:
     """The mean over parts of sum(a) / sum(b) -> {"mean", "ci" (95 %), "n"}. A part is (a, b, groups), three sequences of one
     length; b may be None for ones, groups None for items that have nothing in common. No ci from a single group."""
@@ -72,11 +75,13 @@ def ratios(parts: list[tuple]) -> dict:
         a = np.asarray(a, float)
         b = np.ones_like(a) if b is None else np.asarray(b, float)
         if not b.sum():
-            return {"mean": None, "ci": None, "n": n}
+            return UNKNOWN | {"n": n}
         r = a.sum() / b.sum()
         total, n = total + r / len(parts), n + len(a)
         for k, x in enumerate((a - r * b) / b.sum() / len(parts)):
             moved[groups[k] if groups is not None else (part, k)] += x
+    if not parts:
+        return UNKNOWN
     G = len(moved)
     ci = 1.96 * (G / (G - 1) * sum(x * x for x in moved.values())) ** 0.5 if G > 1 else None
     return {"mean": float(total), "ci": ci and float(ci), "n": n}

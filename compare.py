@@ -53,10 +53,10 @@ def table(models: dict[str, list[dict]]) -> str:
             whole = "" if not figure or row[bench]["coverage"] == 1 else "!"
             line += f"{shown(figure, form) + whole if figure else '-':>15}"
             if figure and row[bench].get("judge"):
-                lengths.append(row[bench]["length"])
+                lengths += [row[bench]["length"]] * bool(row[bench]["length"])
                 judges.append(f"{row[bench]['judge']} ({', '.join(row[bench]['versions']) or 'version unknown'})")
-        known = [length for length in lengths if length]
-        lines.append(f"{line}{f'{sum(known) / len(known):.0f}' if known else '-':>13}   {'; '.join(dict.fromkeys(judges)) or '-'}")
+        length = f"{sum(lengths) / len(lengths):.0f}" if lengths else "-"
+        lines.append(f"{line}{length:>13}   {'; '.join(dict.fromkeys(judges)) or '-'}")
     lines += ["", "The paper, 13B models, judged by GPT-4 of 2023 (another scale: compare differences, not numbers)"]
     for name, values in PAPER.items():
         paper = dict(zip(ORDER, values))

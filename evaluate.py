@@ -27,6 +27,7 @@ import json
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
@@ -88,23 +89,23 @@ def answers_of(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) 
     device, dtype = device_and_dtype(s.device, s.dtype)
     if s.picture not in ("", "literal") and not config.vision:
         raise BadInput(f"--picture {s.picture}: {ckpt} sees no pictures; leave it out, or take --picture literal")
-    loaded = []
-    def model():
-        if not loaded:
-            loaded.append(checkpoint.load(folder, device, dtype))
-        return loaded[0]
+    seen = [name for name in items if config.vision or not BENCHES[name].vision]
+    if len(seen) < len(items):
+        say(s, f"{ckpt} sees no pictures; left out: {', '.join(name for name in items if name not in seen)}")
+    steer = Tokens(folder, config).steer
+    if steer:
+        asked = steer["target"] | (target_scores(s.target) if s.target else {})
+        say(s, f"{ckpt}: every question asks for {', '.join(f'{name} {k}' for name, k in asked.items())}")
+    model = cache(lambda: checkpoint.load(folder, device, dtype))        # when the first answer is missing
     said, failed = {}, {}
     with closing(Journal(out / "answers-journal.jsonl")) as journal:
-        for name, bench in ((name, BENCHES[name]) for name in items):
-            if bench.vision and not config.vision:
-                say(s, f"{ckpt} sees no pictures: {name} is left out")
-                continue
-            if bench.vision and not Path(items[name][0].root).is_dir():
-                raise BadInput(f"{items[name][0].root}: no such folder; the pictures of {name} belong there (README: The benchmarks)")
+        for name, bench in ((name, BENCHES[name]) for name in seen):
+            root = Path(items[name][0].root)
+            if bench.vision and not root.is_dir():
+                raise BadInput(f"{root}: no such folder; the pictures of {name} belong there (README: The benchmarks)")
             tokens = Tokens(folder, config)
             if tokens.steer:
                 tokens.steer["target"] |= target_scores(s.target) if s.target else {}
-                say(s, f"{ckpt}: every question asks for {', '.join(f'{k} {v}' for k, v in tokens.steer['target'].items())}")
             if s.picture == "literal" and not bench.vision:
                 literal(tokens)
             about = sha(checkpoint.stamp(folder), str(dtype), json.dumps(tokens.steer), str(tokens.image))

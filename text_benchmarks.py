@@ -34,7 +34,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from bench import Item, Prompt, find, load, mean
+from bench import UNKNOWN, Item, Prompt, find, load, mean
 from common import BadInput, sha
 
 FASTCHAT = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
@@ -72,7 +72,8 @@ class MTBench:
                 for r in rows for c in r["choices"][:1]}
 
     def prompts(data: str, items: list[Item], answers: dict) -> list[Prompt]:
-        templates = {r["name"]: r for r in load(find(data, "mt_bench", "judge_prompts.jsonl", FASTCHAT), "name", "prompt_template")}
+        path = find(data, "mt_bench", "judge_prompts.jsonl", FASTCHAT)
+        templates = {r["name"]: r for r in load(path, "name", "system_prompt", "prompt_template")}
         references = {r["question_id"]: r["choices"][0]["turns"] for r in
                       load(find(data, "mt_bench", "reference_answer/gpt-4.jsonl", FASTCHAT), "question_id", "choices")}
         out = []
@@ -230,7 +231,7 @@ def length_controlled(wins: list[float], longer: list[float], ridge: float = 0.0
     length, by Newton's method. A little ridge on both weights keeps a model that always wins at a finite place."""
     y, d = np.asarray(wins, float), np.asarray(longer, float)
     if not len(y):
-        return {"mean": None, "ci": None, "n": 0}
+        return UNKNOWN
     x = np.stack([np.ones_like(d), np.tanh(d / (d.std() or 1.0))], 1)    # (n, 2)
     w = np.zeros(2)
     for _ in range(100):

@@ -111,21 +111,22 @@ Question | Right answer | Given answer | Grade"""
         if unknown:
             raise BadInput(f"grades of {unknown[0]}, which is no question of mm-vet.json")
         runs = max((len(r["score"]) for r in rows.values()), default=0)
-        skills = {i.id: i.row["capability"] for i in items}
-        def over(grade, wanted) -> dict:
-            """Per run, then over runs, as officially; questions that have several runs are one group."""
-            parts = [[(100 * g, name) for name, r in rows.items() if wanted(skills[name]) and k < len(r["score"])
+        skills = {i.id: sorted(i.row["capability"]) for i in items}
+
+        def over(grade, wanted=lambda s: True) -> dict:
+            """Per run, then over runs, as officially; the runs of one question are one group."""
+            found = [[(100 * g, name) for name, r in rows.items() if wanted(skills[name]) and k < len(r["score"])
                       and (g := grade(r, k)) is not None] for k in range(runs)]
-            parts = [part for part in parts if part]
-            return ratios([([g for g, _ in part], None, [name for _, name in part]) for part in parts]) if parts else mean([])
+            return ratios([([g for g, _ in part], None, [name for _, name in part]) for part in found if part])
+
         stored = lambda r, k: r["score"][k]
-        parsed = lambda r, k: readable(MMVet.read, r["content"][k]) if k < len(r.get("content", ())) else r["score"][k]
-        sets = {tuple(sorted(s)) for s in skills.values()}
-        return {"scores": {"total": over(stored, lambda s: True), "parsed": over(parsed, lambda s: True)},
-                "categories": {name: over(stored, lambda s, name=name: name in s) for name in sorted({x for s in sets for x in s})}
-                | {"_".join(each): over(stored, lambda s, each=each: set(s) == set(each)) for each in sorted(sets) if len(each) > 1},
-                "runs": runs, "ok": sum(any(parsed(r, k) is not None for k in range(len(r["score"]))) for r in rows.values()),
-                "total": len(items)}
+        parsed = lambda r, k: readable(MMVet.read, str(r["content"][k])) if r.get("content") else r["score"][k]
+        abilities, mixtures = sorted({x for s in skills.values() for x in s}), sorted({"_".join(s) for s in skills.values()})
+        return {"scores": {"total": over(stored), "parsed": over(parsed)},
+                "categories": {x: over(stored, lambda s: x in s) for x in abilities}
+                | {x: over(stored, lambda s: "_".join(s) == x) for x in mixtures if "_" in x},
+                "runs": runs, "total": len(items),
+                "ok": sum(any(parsed(r, k) is not None for k in range(len(r["score"]))) for r in rows.values())}
 
 
 class LLaVABench:
@@ -278,7 +279,7 @@ class POPE:
                     for name, a, b in (("F1", *parts[-1][:2]), ("accuracy", right, n), ("precision", hit, yes),
                                        ("recall", hit, true), ("yes", yes, n)):
                         out[f"{split} {name}"] = ratios([(a, b, images)])
-            f1[how.__name__] = ratios(parts) if parts else mean([])
+            f1[how.__name__] = ratios(parts)
         return {"scores": {"F1": f1["official"], "words": f1["words"]}, "categories": out, "ok": len(good), "total": len(items),
                 "unknown": sum(POPE.words(text) == "unknown" for _, (text,) in good)}
 
