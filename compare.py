@@ -20,8 +20,9 @@ from common import BadInput, write_whole
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLUMNS = {"mm_vet": ("MM-Vet", "5.1f"), "llava_bench": ("LLaVA-Bench", "5.1f"), "pope": ("POPE", "5.3f"),
-           "mmbench": ("MMBench", "5.1f"), "mt_bench": ("MT-Bench", "5.2f"), "alpaca_eval": ("AlpacaEval", "5.1f")}
+COLUMNS = {   # title, format, the end of its scale
+    "mm_vet": ("MM-Vet", "5.1f", 100), "llava_bench": ("LLaVA-Bench", "5.1f", 120), "pope": ("POPE", "5.3f", 1),
+    "mmbench": ("MMBench", "5.1f", 100), "mt_bench": ("MT-Bench", "5.2f", 10), "alpaca_eval": ("AlpacaEval", "5.1f", 100)}
 SCALE = {"mmbench": 100}             # the paper prints it in %
 PAPER = {   # Table 4 of arXiv:2402.10884, 13B: MT-Bench (1 to 10), AlpacaEval (%), MM-Vet, LLaVA-Bench, POPE (F1), MMBench (%)
     "Vicuna-1.5": (6.57, 81.4), "LLaVA-1.5": (5.99, 79.3, 36.3, 73.1, 0.859, 67.4),
@@ -40,28 +41,27 @@ def headline(result: dict) -> dict | None:
 
 
 def table(models: dict[str, list[dict]]) -> str:
-    """Official figures ± 95 %; "!" where less than all was scored; mean length of judged answers in characters."""
-    names = [*models, *PAPER]
-    width, cells = max(map(len, names)), {name: {r["bench"]: r for r in results} for name, results in models.items()}
+    """Official figures ± 95 %, and the mean length of judged answers; "!" where less than all was scored."""
+    width, cells = max(map(len, [*models, *PAPER])), {name: {r["bench"]: r for r in results} for name, results in models.items()}
     have = {bench for row in cells.values() for bench in row}
-    columns = {bench: title for bench, title in COLUMNS.items() if bench in have}
-    lines = [" " * width + "".join(f"{title:>15}" for title, _ in columns.values()) + "   characters   judge"]
+    columns = {bench: about for bench, about in COLUMNS.items() if bench in have}
+    lines = [" " * width + "".join(f"{title:>20}" for title, *_ in columns.values()) + "   judge"]
     for name, row in cells.items():
-        line, lengths, judges = f"{name:<{width}}", [], []
-        for bench, (_, form) in columns.items():
-            figure = headline(row[bench]) if bench in row else None
-            whole = "" if not figure or row[bench]["coverage"] == 1 else "!"
-            line += f"{shown(figure, form) + whole if figure else '-':>15}"
-            if figure and row[bench].get("judge"):
-                lengths += [row[bench]["length"]] * bool(row[bench]["length"])
-                judges.append(f"{row[bench]['judge']} ({', '.join(row[bench]['versions']) or 'version unknown'})")
-        length = f"{sum(lengths) / len(lengths):.0f}" if lengths else "-"
-        lines.append(f"{line}{length:>13}   {'; '.join(dict.fromkeys(judges)) or '-'}")
+        line, judges = f"{name:<{width}}", {}
+        for bench, (_, form, _) in columns.items():
+            figure, found = (headline(row[bench]), row[bench]) if bench in row else (None, {})
+            cell = shown(figure, form) + "!" * (found["coverage"] < 1) if figure else "-"
+            if figure and found.get("judge"):
+                cell += f" ({found['length']:.0f})" if found["length"] else ""
+                judges[f"{found['judge']} ({', '.join(found['versions']) or 'version unknown'})"] = True
+            line += f"{cell:>20}"
+        lines.append(f"{line}   {'; '.join(judges) or '-'}")
+    lines.append("in brackets: mean characters of an answer, for judges like length")
     lines += ["", "The paper, 13B models, judged by GPT-4 of 2023 (another scale: compare differences, not numbers)"]
     for name, values in PAPER.items():
         paper = dict(zip(ORDER, values))
         lines.append(f"{name:<{width}}" + "".join(
-            f"{f'{paper[bench]:{form}}' if bench in paper else '-':>15}" for bench, (_, form) in columns.items()))
+            f"{f'{paper[bench]:{form}}' if bench in paper else '-':>20}" for bench, (_, form, _) in columns.items()))
     judges = {(r["bench"], r["judge"], *r["versions"]) for results in models.values() for r in results if r.get("judge")}
     mixed = sorted({bench for bench, *rest in judges if sum(bench == other[0] for other in judges) > 1})
     if mixed:
@@ -83,9 +83,10 @@ def radar(models: dict[str, list[dict]]):
     for name, row in rows.items():
         values = [row[kind]["mean"] if kind in row else math.nan for kind in kinds]
         axis.plot(angles + angles[:1], values + values[:1], marker="o", markersize=3, label=name)
-    axis.set(xticks=angles, xticklabels=kinds, ylim=(0, 10), title="MT-Bench by category")
-    axis.tick_params(axis="x", pad=12)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.28), frameon=False, ncols=2)
+    axis.set(xticks=angles, xticklabels=kinds, ylim=(0, 10))
+    axis.set_title("MT-Bench by category", pad=20)
+    axis.tick_params(axis="x", pad=16)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), frameon=False, ncols=2)
     return figure
 
 
@@ -99,9 +100,9 @@ def bars(models: dict[str, list[dict]]):
     figure, axes = plt.subplots(1, len(found), figsize=(1.5 + 2.1 * len(found), 3.6), squeeze=False)
     colors = {name: f"C{k}" for k, name in enumerate(models)}
     for axis, (bench, rows) in zip(axes[0], found.items()):
-        axis.bar(range(len(rows)), [e["mean"] for e in rows.values()], yerr=[e["ci"] or 0 for e in rows.values()], capsize=3,
-                 color=[colors[name] for name in rows])
-        axis.set(title=COLUMNS[bench][0], xticks=[])
+        axis.bar([list(models).index(name) for name in rows], [e["mean"] for e in rows.values()], capsize=3,
+                 yerr=[e["ci"] or 0 for e in rows.values()], color=[colors[name] for name in rows])
+        axis.set(title=COLUMNS[bench][0], xticks=[], xlim=(-0.6, len(models) - 0.4), ylim=(0, COLUMNS[bench][2]))
         axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     figure.legend(handles, colors, loc="lower center", ncols=min(4, len(colors)), frameon=False)

@@ -39,7 +39,7 @@ from bench import Item, answer, dump, literal, load, shown, slug, with_pictures
 from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, target_scores
 from text_benchmarks import TEXT, readable
-from vision_benchmarks import VISION
+from vision_benchmarks import VISION, MMBench
 from wire import Question
 
 BENCHES = TEXT | VISION
@@ -121,15 +121,23 @@ def say(s: Settings, text: str) -> None:
         print(text)
 
 
-def questions_of(s: Settings, name: str, out: Path) -> list[Item]:
-    bench = BENCHES[name]
+def from_files(s: Settings, name: str, read, *args):
+    """read(--data_dir, ...), where a KeyError says that official files do not fit each other."""
     if not s.data_dir:
         raise BadInput(f"--bench {name}: say with --data_dir where its question files are; the README says where to get them")
-    items = bench.items(s.data_dir)
-    if hasattr(bench, "unpack"):
-        bench.unpack(items, out / name / "images")
+    try:
+        return read(s.data_dir, *args)
+    except KeyError as missing:
+        raise BadInput(f"--data_dir {s.data_dir}: the files of {name} do not belong together, for {missing} is not to be found; "
+                       "download them again") from None
+
+
+def questions_of(s: Settings, name: str, out: Path) -> list[Item]:
+    items = from_files(s, name, BENCHES[name].items)
+    if name == "mmbench" and not s.answers:
+        MMBench.unpack(items, out / name / "images")
     items = items[:s.limit or None]
-    if s.picture and not bench.vision:
+    if s.picture and not BENCHES[name].vision:
         with_pictures(items, s.picture, s.seed)
     return items
 
@@ -208,7 +216,7 @@ def evaluate(s: Settings, names: list[str], label: str, ckpt: str, out: Path) ->
                 raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
             answers[name] = {i.id: answers[name][i.id] for i in items[name] if i.id in answers[name]}
     judged = [name for name in answers if BENCHES[name].judged] if s.judge else []
-    prompts = {name: BENCHES[name].prompts(s.data_dir, items[name], answers[name]) for name in judged}
+    prompts = {name: from_files(s, name, BENCHES[name].prompts, items[name], answers[name]) for name in judged}
     texts, states, versions = ask_judge(s, prompts, Path(s.out)) if judged else ({}, {}, {})
     results = []
     for name, said in answers.items():
@@ -275,6 +283,8 @@ def run(s: Settings) -> None:
         label = slug(Path(s.answers).stem)
         models = {label: evaluate(s, names, label, "", Path(s.out))}
     else:
+        for ckpt in ckpts:
+            checkpoint.resolve(ckpt)                                     # all of them, before the first takes its hours
         where = lambda ckpt: Path(s.out) / slug(ckpt) if len(ckpts) > 1 else Path(s.out)
         models = {ckpt: evaluate(s, names, slug(ckpt), ckpt, where(ckpt)) for ckpt in ckpts}
     if s.json:
@@ -283,6 +293,8 @@ def run(s: Settings) -> None:
         print("\n\n".join(f"{model}\n{table(results)}" for model, results in models.items()))
         if not s.judgments:
             print(f"answers, judgments and results: {s.out}")
+        if len(models) > 1 and not s.judgments:
+            print(f"next: python evaluate.py --compare {' '.join(str(where(ckpt)) for ckpt in ckpts)}")
     low = [f"{model} {r['bench']} {r['coverage']:.1%}" for model, results in models.items() for r in results
            if r["coverage"] < s.coverage]
     if low:

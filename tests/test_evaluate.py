@@ -469,6 +469,19 @@ def test_answers_to_other_questions_are_refused(data, tmp_path):
         evaluate.run(Settings(bench="pope", data_dir=data, answers=str(path), out=str(tmp_path)))
 
 
+def test_official_files_that_do_not_fit_each_other(settings, data, tmp_path):
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    write(copy / "llava_bench_wild/context.jsonl", [{"id": "001", "image": "001.jpg", "caption": "a"}])
+    with pytest.raises(BadInput, match="the files of llava_bench do not belong together, for '002.jpg' is not to be found"):
+        evaluate.run(replace(settings, bench="llava_bench", data_dir=str(copy), judge_url="http://127.0.0.1:1"))
+
+
+def test_a_checkpoint_that_is_not_there_is_noticed_before_the_first_is_asked(settings):
+    with pytest.raises(BadInput, match="nowhere: no such folder"):
+        evaluate.run(replace(settings, ckpt=f"{settings.ckpt},nowhere", judge=""))
+    assert not Path(settings.out).exists()
+
+
 # ---- side by side ----------------------------------------------------------------------------------------------
 
 def test_compare_shows_the_papers_layout_and_draws(settings, vicuna, tmp_path, capsys):
