@@ -110,43 +110,43 @@ def answer(items: list[Item], model: Llava | Callable[[], Llava], tokens: Tokens
     forget    leave the own first answer out of the second turn's prompt, as the authors' harness did
     about     names everything else that answers depend on: weights, precision, cropping
     """
-    said, failed, have, hashes = {item.id: [] for item in items}, {}, journal if journal is not None else {}, {}
-    with tqdm(total=sum(len(i.questions) for i in items), desc=desc, unit="answer", disable=None, leave=False) as bar:
-        for turn in range(max((len(i.questions) for i in items), default=0)):
-            todo = []
-            for item in items:
-                if turn >= len(item.questions) or item.id in failed:
-                    continue
-                longest = max_new or item.max_new
-                try:
-                    record = conversation(item, [a["text"] for a in said[item.id]], forget)
-                    check_room(len(make_tree(tokens, record, []).prompt) + longest, tokens.room)
-                    pictures = (item.root, *item.images)
-                    if pictures not in hashes:
-                        hashes[pictures] = records.check_images(record, Path(item.root), pixels.size)
-                except BadInput as problem:
-                    failed[item.id] = str(problem)
-                    continue
-                key = sha(about, record["id"], json.dumps(record["messages"]), hashes[pictures],
-                          f"{seed} {item.temperature} {longest} {pixels.crop}")
-                todo.append(((item.temperature, longest), key, item, record))
-            for how in dict.fromkeys(entry[0] for entry in todo):
-                same = [entry for entry in todo if entry[0] == how]
-                for at in range(0, len(same), batch):
-                    part = same[at:at + batch]
-                    if not all(key in have for _, key, _, _ in part):    # a batch is whole: its rounding stays the same
-                        model = model if isinstance(model, Llava) else model()
-                        rows = sample_batch(model, tokens, pixels, [r for *_, r in part], n=1, temperature=how[0],
-                                            max_new=how[1], seed=seed)
-                        for (_, key, item, _), (found,) in zip(part, rows):
-                            if key not in have and journal is not None:
-                                journal.append({"key": key, "id": item.id, "turn": turn, "answer": found})
-                            elif key not in have:
-                                have[key] = {"answer": found}
-                    for _, key, item, _ in part:
-                        said[item.id].append(have[key]["answer"])
-                    bar.update(len(part))
+    said, failed, have, hashes = {item.id: [] for item in items}, {}, {} if journal is None else journal, {}
+    keep = (lambda row: have.update({row["key"]: row})) if journal is None else journal.append
+    bar = tqdm(total=sum(len(i.questions) for i in items), desc=desc, unit="answer", disable=None, leave=False)
+    for turn in range(max((len(i.questions) for i in items), default=0)):
+        todo = []
+        for item in (i for i in items if turn < len(i.questions) and i.id not in failed):
+            longest, seen = max_new or item.max_new, (item.root, *item.images)
+            try:
+                record = conversation(item, [a["text"] for a in said[item.id]], forget)
+                check_room(len(make_tree(tokens, record, []).prompt) + longest, tokens.room)
+                if seen not in hashes:
+                    hashes[seen] = records.check_images(record, Path(item.root), pixels.size)
+            except BadInput as problem:
+                failed[item.id] = str(problem)
+                continue
+            key = sha(about, record["id"], json.dumps(record["messages"]), hashes[seen],
+                      f"{seed} {item.temperature} {longest} {pixels.crop}")
+            todo.append((key, item, record, (item.temperature, longest)))
+        for part in batches(todo, batch):
+            if not all(key in have for key, *_ in part):                 # a batch is whole: its rounding stays the same
+                model, (temperature, longest) = model if isinstance(model, Llava) else model(), part[0][3]
+                rows = sample_batch(model, tokens, pixels, [record for _, _, record, _ in part], n=1,
+                                    temperature=temperature, max_new=longest, seed=seed)
+                for (key, item, *_), (found,) in zip(part, rows):
+                    if key not in have:
+                        keep({"key": key, "id": item.id, "turn": turn, "answer": found})
+            for key, item, *_ in part:
+                said[item.id].append(have[key]["answer"])
+            bar.update(len(part))
+    bar.close()
     return {name: turns for name, turns in said.items() if name not in failed}, failed
+
+
+def batches(todo: list[tuple], size: int) -> list[list[tuple]]:
+    """At most `size` each, all of one temperature and length, the order kept among those."""
+    alike = [[entry for entry in todo if entry[3] == how] for how in dict.fromkeys(entry[3] for entry in todo)]
+    return [same[at:at + size] for same in alike for at in range(0, len(same), size)]
 
 
 def conversation(item: Item, own: list[str], forget: bool = False) -> dict:
