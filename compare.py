@@ -102,7 +102,8 @@ def bars(models: dict[str, list[dict]]):
     for axis, (bench, rows) in zip(axes[0], found.items()):
         axis.bar([list(models).index(name) for name in rows], [e["mean"] for e in rows.values()], capsize=3,
                  yerr=[e["ci"] or 0 for e in rows.values()], color=[colors[name] for name in rows])
-        axis.set(title=COLUMNS[bench][0], xticks=[], xlim=(-0.6, len(models) - 0.4), ylim=(0, COLUMNS[bench][2]))
+        top = max(COLUMNS[bench][2], *(1.05 * (e["mean"] + (e["ci"] or 0)) for e in rows.values()))
+        axis.set(title=COLUMNS[bench][0], xticks=[], xlim=(-0.6, len(models) - 0.4), ylim=(0, top))
         axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     figure.legend(handles, colors, loc="lower center", ncols=min(4, len(colors)), frameon=False)

@@ -47,7 +47,7 @@ def complete(items: list[Item], answers: dict) -> list[tuple[Item, list[str]]]:
 
 
 class MTBench:
-    folder, vision, judged, form = "mt_bench", False, True, "5.2f"
+    vision, judged, form = False, True, "5.2f"
     files = "model_answer/{model}.jsonl", "model_judgment/{judge}_single.jsonl"
     row = "question_id", "turn", "score"                                 # what a stored judgment must have
     TEMPERATURE = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "arena-hard-200": 0.0, "stem": 0.1,
@@ -138,7 +138,7 @@ def readable(read, text):
 
 
 class AlpacaEval:
-    folder, vision, judged, form = "alpaca_eval", False, True, "5.1f"
+    vision, judged, form = False, True, "5.1f"
     files = "model_outputs.json", "annotations.json"
     row = "instruction", "output_1", "output_2", "preference"
 

@@ -42,9 +42,9 @@ from text_benchmarks import complete, readable
 LLAVA = "github.com/haotian-liu/LLaVA (docs/Evaluation.md, eval.zip)"
 
 
-def llava_rows(items: list[Item], answers: dict, model: str, asked=lambda item: item.row["text"]) -> list[dict]:
+def llava_rows(items: list[Item], answers: dict, model: str) -> list[dict]:
     """LLaVA's answer format, which three of the four share."""
-    return [{"question_id": i.row["question_id"], "prompt": asked(i), "text": text, "answer_id": sha(model, i.id, text),
+    return [{"question_id": i.row["question_id"], "prompt": i.row["text"], "text": text, "answer_id": sha(model, i.id, text),
              "model_id": model, "metadata": {"finish": answers[i.id][0]["finish"]}} for i, (text,) in complete(items, answers)]
 
 
@@ -61,7 +61,7 @@ def saved(path: Path, ours: str) -> tuple[str, str]:
 
 
 class MMVet:
-    folder, vision, judged, form = "mm_vet", True, True, "5.1f"
+    vision, judged, form = True, True, "5.1f"
     files, row = ("{model}.json", "{model}_{judge}-grade-1runs.json"), None
     OURS = """You grade an answer to a question about a picture that you cannot see, against what is known to be right. In the \
 right answer, <AND> joins parts that are all needed, and <OR> parts of which any one will do. Say how much of it the given \
@@ -87,23 +87,16 @@ Question | Right answer | Given answer | Grade"""
         return [Prompt(i.id, head + "\n" + " | ".join([i.row["question"], truth(i), text, ""]), "", {"wording": wording})
                 for i, (text,) in complete(items, answers)]
 
-    def official(text: str) -> float:
-        """0.0 where the first word is no number from 0 to 1."""
-        try:
-            grade = float(text.split(" ")[0].strip())
-            return grade if 0 <= grade <= 1 else 0.0
-        except ValueError:
-            return 0.0
-
     def read(text: str) -> float:
-        found = re.match(r"[^\w.-]*(\d+(?:\.\d+)?)(?![\d.]*\d|/)", text)
+        """The number a reply begins with. The official tool cuts replies off after three tokens, so it sees nothing else."""
+        found = re.match(r"[^\w.-]*(\d+(?:\.\d+)?|\.\d+)(?![\d.]*\d|/)", text)
         if not found or float(found[1]) > 1:
             raise ValueError("does not begin with a number from 0 to 1")
         return float(found[1])
 
     def judge_rows(items, answers, prompts, replies: dict, model: str, judge: str) -> dict:
         """Where there is no grade there is no entry, and the official tool asks again."""
-        return {p.id: {"model": [judge], "content": [replies[p.id]], "score": [MMVet.official(replies[p.id])]}
+        return {p.id: {"model": [judge], "content": [replies[p.id]], "score": [MMVet.read(replies[p.id])]}
                 for p in prompts if replies[p.id]}
 
     def score(items: list[Item], answers: dict, rows: dict) -> dict:
@@ -130,7 +123,7 @@ Question | Right answer | Given answer | Grade"""
 
 
 class LLaVABench:
-    folder, vision, judged, form = "llava_bench", True, True, "5.1f"
+    vision, judged, form = True, True, "5.1f"
     files, row = ("answers/{model}.jsonl", "reviews/{model}_{judge}.jsonl"), ("question_id", "category", "tuple")
     SOURCE = "huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
     OURS = "You compare two answers to one question, carefully and without preference for either side."
@@ -212,7 +205,7 @@ def as_published(pairs: list) -> dict:
 
 
 class POPE:
-    folder, vision, judged, form = "pope", True, False, "5.3f"
+    vision, judged, form = True, False, "5.3f"
     files = ("{model}.jsonl",)
     SPLITS = ("adversarial", "popular", "random")
     SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -285,7 +278,7 @@ class POPE:
 
 
 class MMBench:
-    folder, vision, judged, form = "mmbench", True, False, "5.3f"
+    vision, judged, form = True, False, "5.3f"
     files = ("{model}.jsonl",)
     SUFFIX = "Answer with the option's letter from the given choices directly."
     MILLION = 1_000_000

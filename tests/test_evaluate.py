@@ -390,6 +390,19 @@ def test_what_answers_depend_on_is_in_their_key(settings, change, monkeypatch):
     assert seen, f"{change} was answered from the journal of another run"
 
 
+def test_another_picture_of_the_same_name_is_asked_about_anew(settings, data, tmp_path, monkeypatch):
+    copy, seen = Path(shutil.copytree(data, tmp_path / "copy")), []
+    settings = replace(settings, bench="llava_bench", judge="", data_dir=str(copy))
+    evaluate.run(settings)
+    original = bench.sample_batch
+    monkeypatch.setattr(bench, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
+    evaluate.run(settings)
+    assert not seen
+    picture(50, 20, seed=9).save(copy / "llava_bench_wild/images/002.jpg")
+    evaluate.run(settings)
+    assert len(seen) == 1
+
+
 def test_another_checkpoint_in_the_same_folder_is_asked_anew(settings, tmp_path, monkeypatch):
     settings, seen = replace(settings, bench="mt_bench", judge=""), []
     evaluate.run(settings)

@@ -66,7 +66,7 @@ def test_the_interval_of_f1_covers_what_it_should():
         return ratios([(2 * true * yes, true + yes, np.arange(n).repeat(6).tolist())])
     truth = draw(20000)["mean"]
     inside = np.mean([abs(e["mean"] - truth) < e["ci"] for e in (draw(60) for _ in range(400))])
-    assert 0.91 < inside < 0.985
+    assert 0.93 < inside < 0.965, "independent questions would give .915"
 
 
 def test_the_mean_of_three_f1s_has_one_interval():
@@ -258,17 +258,16 @@ def test_length_control_at_the_edges():
 
 # ---- MM-Vet ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reply, grade, parsed", [
-    ("0.7", 0.7, 0.7), ("1", 1.0, 1.0), ("0.5\n", 0.5, 0.5), ("0.5\nbecause", 0.0, 0.5), (" 0.3", 0.0, 0.3), ("**0.4**", 0.0, 0.4), ("2", 0.0, None),
-    ("0.9 since", 0.9, 0.9), ("I'd say 0.5", 0.0, None), ("", 0.0, None), ("-0.5", 0.0, None), ("1.0.", 0.0, 1.0), ("8/10", 0.0, None),
-    ("1/2", 0.0, None), ("10", 0.0, None), ("0.5/1", 0.0, None)])
-def test_mm_vet_reads_grades(reply, grade, parsed):
-    assert MMVet.official(reply) == grade
-    if parsed is None:
+@pytest.mark.parametrize("reply, grade", [
+    ("0.7", 0.7), ("1", 1.0), ("0.5\n", 0.5), ("0.5\nbecause", 0.5), (" 0.3", 0.3), ("**0.4**", 0.4), ("2", None), ("0.9 since", 0.9),
+    ("I'd say 0.5", None), ("", None), ("-0.5", None), ("1.0.", 1.0), ("8/10", None), ("1/2", None), ("10", None), ("0.5/1", None), (".5", 0.5), ("v0.5", None)])
+def test_mm_vet_reads_grades(reply, grade):
+    if grade is None:
         with pytest.raises(ValueError):
             MMVet.read(reply)
     else:
-        assert MMVet.read(reply) == parsed
+        assert MMVet.read(reply) == grade
+        assert MMVet.judge_rows([], {}, [bench.Prompt("v1_0", "")], {"v1_0": reply}, "m", "j")["v1_0"]["score"] == [grade]
 
 
 def mm_vet(folder: Path) -> Path:
