@@ -24,12 +24,14 @@ import common
 import evaluate
 import judge
 import judge_server
+import miniature
 from bench import Item, answer
 from common import BadInput, read_jsonl
 from conftest import ROOT, hf_checkpoint, picture, randomize, tiny_checkpoint, write_tokenizer
 from data import SYSTEM, Pixels, Tokens
 from evaluate import BENCHES, Settings
 from judge_server import LASTING, Server, expected, fault_of
+from records import ATTRIBUTES
 from test_evaluate_scores import MAKERS, OFFICIAL, official, write
 
 ALL = ",".join(BENCHES)
@@ -268,6 +270,16 @@ def test_cropping_changes_what_the_model_sees(settings, monkeypatch):
     assert len(seen) == 2 and (seen[0] != seen[1]).any()
 
 
+def test_a_steerlm_model_is_asked_for_its_scores(settings, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(settings.ckpt, tmp_path / "steered"))
+    write(folder / "steer.json", {"text": " give {helpfulness} {correctness} {coherence} {complexity} {verbosity}", "grades": list("vwxyz"),
+                                  "target": dict.fromkeys(ATTRIBUTES, 4)})
+    for target, asked in (("", "z z z z z"), ("4 4 4 4 0", "z z z z v")):
+        seen = prompts_of(replace(settings, ckpt=str(folder), bench="mt_bench", target=target), monkeypatch)
+        assert len(seen) == 6 and all(f"? give {asked} ASSISTANT:" in prompt for prompt, *_ in seen)
+    assert "every question asks for helpfulness 4, correctness 4, coherence 4, complexity 4, verbosity 0" in capsys.readouterr().out
+
+
 # ---- failures --------------------------------------------------------------------------------------------------
 
 def test_calls_that_fail_in_every_way_leave_the_mean_over_the_rest(tmp_path, capsys, monkeypatch):
@@ -493,6 +505,28 @@ def test_a_checkpoint_that_is_not_there_is_noticed_before_the_first_is_asked(set
     with pytest.raises(BadInput, match="nowhere: no such folder"):
         evaluate.run(replace(settings, ckpt=f"{settings.ckpt},nowhere", judge=""))
     assert not Path(settings.out).exists()
+
+
+# ---- the miniature ---------------------------------------------------------------------------------------------
+
+def test_without_arguments_the_miniature_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(miniature, "ITEMS", {"text": 22, "exist": 4, "attribute": 4, "describe": 3, "choice": 3})
+    assert code("--out", tmp_path) == (0, "")
+    head, vicuna, llava, *_ = capsys.readouterr().out.splitlines()
+    assert head.split() == list(miniature.COLUMNS) and vicuna.split()[0] == "toy/vicuna" and vicuna.split()[-1] == "-" and "±" in llava
+    said = {r["id"]: r["answers"] for r in read_jsonl(tmp_path / "answers-toy-vicuna.jsonl")}
+    assert len(said) == 22 and all(len(pair) == 2 for pair in said.values())
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["toy"]["exist"]["n"] == 4
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it")
+def test_the_whole_of_it_takes_less_than_a_minute(tmp_path):
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and time.monotonic() - began < 60
+    readme = (ROOT / "README.md").read_text()                            # the same table as before `python dpo.py`
+    for line in done.stdout.splitlines()[1:3]:
+        assert line.split(maxsplit=1)[1] in readme
 
 
 # ---- side by side ----------------------------------------------------------------------------------------------
