@@ -253,6 +253,12 @@ def test_a_random_picture_before_text_questions(settings, data, monkeypatch):
     assert len(set(map(tuple, shown[0]))) == 1 and shown[0][0] != shown[1][0], "the seed decides, and nothing else"
 
 
+def test_a_judge_does_not_read_about_pictures_that_the_harness_added(settings, data):
+    with Server() as server:
+        evaluate.run(replace(settings, bench="mt_bench,alpaca_eval", judge_url=server.url, picture=f"{data}/mm_vet/images"))
+    assert len(server.asked) == 12 and not any("<image>" in text for text in server.asked)
+
+
 @pytest.mark.parametrize("flags, why", [({"picture": "nowhere"}, "a folder with .jpg"), ({"ckpt": "VICUNA", "picture": "HERE"}, "sees no pictures")])
 def test_pictures_that_cannot_be_shown(settings, vicuna, data, flags, why):
     flags = {k: v.replace("VICUNA", vicuna).replace("HERE", f"{data}/mm_vet/images") for k, v in flags.items()}
