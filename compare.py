@@ -40,6 +40,13 @@ def headline(result: dict) -> dict | None:
     return {key: value and value * k if key != "n" else value for key, value in first.items()}
 
 
+def judged_by(result: dict) -> str:
+    """Who judged, and as which version where that is known."""
+    if not result.get("judge"):
+        return "-"
+    return result["judge"] + (f" ({', '.join(result['versions'])})" if result["versions"] else "")
+
+
 def table(models: dict[str, list[dict]]) -> str:
     """Official figures ± 95 %, and the mean length of judged answers; "!" where less than all was scored."""
     width, cells = max(map(len, [*models, *PAPER])), {name: {r["bench"]: r for r in results} for name, results in models.items()}
@@ -53,7 +60,7 @@ def table(models: dict[str, list[dict]]) -> str:
             cell = shown(figure, form) + "!" * (found["coverage"] < 1) if figure else "-"
             if figure and found.get("judge"):
                 cell += f" ({found['length']:.0f})" if found["length"] else ""
-                judges[f"{found['judge']} ({', '.join(found['versions']) or 'version unknown'})"] = True
+                judges[judged_by(found)] = True
             line += f"{cell:>20}"
         lines.append(f"{line}   {'; '.join(judges) or '-'}")
     lines.append("in brackets: mean characters of an answer, for judges like length")

@@ -37,6 +37,7 @@ import judge
 import miniature
 from bench import Item, answer, dump, literal, load, shown, slug, with_pictures
 from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
+from compare import judged_by
 from data import Pixels, Tokens, target_scores
 from text_benchmarks import TEXT, readable
 from vision_benchmarks import VISION, MMBench
@@ -144,8 +145,8 @@ def questions_of(s: Settings, name: str, out: Path) -> list[Item]:
 
 # ---- judgments ------------------------------------------------------------------------------------------------
 
-def ask_judge(s: Settings, prompts: dict[str, list], out: Path) -> tuple[dict, dict, dict]:
-    """Have every prompt judged -> ({bench: {prompt id: text of a usable reply, or None}}, {bench: states}, {bench: versions})."""
+def ask_judge(s: Settings, prompts: dict[str, list], out: Path) -> tuple[dict, dict]:
+    """Have every prompt judged -> ({bench: {prompt id: text of a usable reply, or None}}, {bench: what is to be said of it})."""
     key = lambda name, p: sha(f"{s.judge} {s.thinking}", name, p.id, p.system, p.text)
     asked = [Question(key(name, p), f"{name} {p.id}", p.system, p.text, check=BENCHES[name].read)
              for name, listed in prompts.items() for p in listed]
@@ -153,14 +154,16 @@ def ask_judge(s: Settings, prompts: dict[str, list], out: Path) -> tuple[dict, d
         client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
                              thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
         client.ask(asked, len(asked), s.retry_failed)
-        texts, states, versions = {}, {}, {}
+        texts, about = {}, {}
         for name, listed in prompts.items():
             rows = {p.id: replies[key(name, p)] for p in listed}
             good = lambda r: r["state"] in ("ok", "unparseable") and readable(BENCHES[name].read, r["text"]) is not None
             texts[name] = {k: r["text"] if good(r) else None for k, r in rows.items()}
-            states[name] = dict(Counter("ok" if good(r) else r["state"] for r in rows.values()))
-            versions[name] = sorted({r["version"] for r in rows.values() if good(r)})
-    return texts, states, versions
+            about[name] = {"judge": s.judge, "versions": sorted({r["version"] for r in rows.values() if good(r)} - {""}),
+                           "states": dict(Counter("ok" if good(r) else r["state"] for r in rows.values())),
+                           "trouble": next((r["reason"] for r in rows.values() if not good(r)), ""),
+                           "prompt": next((p.row["wording"] for p in listed if "wording" in p.row), "")}
+    return texts, about
 
 
 def judge_in(rows) -> str:
@@ -188,13 +191,13 @@ def table(results: list[dict]) -> str:
     lines = [f"{'benchmark':12} {'figure':12} {'':15} {'n':>6}  coverage  characters  cut off   judge"]
     for r in results:
         about = (f"{r['coverage']:8.1%}  {'-' if r['length'] is None else format(r['length'], '.0f'):>10}  "
-                 f"{'-' if r['cut'] is None else r['cut']:>7}   ")
-        about += f"{r['judge']} ({', '.join(r['versions']) or 'version unknown'})" if r.get("judge") else "-"
+                 f"{'-' if r['cut'] is None else r['cut']:>7}   {judged_by(r)}")
         for k, (figure, e) in enumerate(r["scores"].items() or [("not judged", {"mean": None, "n": r["ok"]})]):
             line = f"{'' if k else r['bench']:12} {figure:12} {shown(e, BENCHES[r['bench']].form):>15} {e['n']:>6}  "
             lines.append((line + about * (not k)).rstrip())
     for r in results:
-        notes = [f"{n} {state}" for state, n in r.get("states", {}).items() if state != "ok"]
+        notes = [", ".join(f"{n} {state}" for state, n in r["states"].items() if state != "ok")] if r.get("trouble") else []
+        notes += [f"the first of them: {r['trouble'][:150]}"] if notes else []
         notes += [f"{len(r['unanswered'])} not answered ({next(iter(r['unanswered'].values()))})"] if r.get("unanswered") else []
         notes += [f"{r['unknown']} answers fit no option"] if r.get("unknown") else []
         notes += [f"judge's prompt: {r['prompt']}"] if r.get("prompt") else []
@@ -209,7 +212,7 @@ def evaluate(s: Settings, names: list[str], label: str, ckpt: str, out: Path) ->
     if ckpt:
         answers, failed = answers_of(s, ckpt, items, out)
     else:
-        answers = {name: BENCHES[name].read_answers(Path(s.answers), items[name]) for name in names}
+        answers = {name: BENCHES[name].read_answers(Path(s.answers)) for name in names}
         failed = {name: {} for name in names}
         for name in names:
             if not set(answers[name]) & {i.id for i in items[name]}:
@@ -217,15 +220,13 @@ def evaluate(s: Settings, names: list[str], label: str, ckpt: str, out: Path) ->
             answers[name] = {i.id: answers[name][i.id] for i in items[name] if i.id in answers[name]}
     judged = [name for name in answers if BENCHES[name].judged] if s.judge else []
     prompts = {name: from_files(s, name, BENCHES[name].prompts, items[name], answers[name]) for name in judged}
-    texts, states, versions = ask_judge(s, prompts, Path(s.out)) if judged else ({}, {}, {})
+    texts, about = ask_judge(s, prompts, Path(s.out)) if judged else ({}, {})
     results = []
     for name, said in answers.items():
-        bench, rows, more = BENCHES[name], None, {"unanswered": failed[name], "limit": s.limit}
+        bench, rows, more = BENCHES[name], None, {"unanswered": failed[name], "limit": s.limit, **about.get(name, {})}
         if name in judged:
             rows = bench.judge_rows(items[name], said, prompts[name], texts[name], label, s.judge)
             dump(out / name / bench.files[1].format(model=label, judge=slug(s.judge)), rows)
-            more |= {"judge": s.judge, "versions": versions[name], "states": states[name],
-                     "prompt": next((p.row["wording"] for p in prompts[name] if "wording" in p.row), "")}
         results.append(summary(name, bench, items[name], said, rows, **more))
     write_whole(out / "results.json", json.dumps(describe_run(s, model=label, results=results), indent=1) + "\n")
     return results
@@ -239,7 +240,7 @@ def stored(s: Settings, name: str) -> dict[str, list[dict]]:
     items = bench.items(s.data_dir) if s.data_dir else []
     if bench.row is None and not items:
         raise BadInput(f"--bench {name}: its grades say nothing about abilities; give --data_dir with its question file, too")
-    answers, rows = bench.read_answers(Path(s.answers), items) if s.answers else {}, load(Path(s.judgments), *bench.row or ())
+    answers, rows = bench.read_answers(Path(s.answers)) if s.answers else {}, load(Path(s.judgments), *bench.row or ())
     models = {}
     if bench.row is None:
         models[Path(s.judgments).stem] = rows

@@ -65,7 +65,7 @@ class MTBench:
                  "choices": [{"index": 0, "turns": texts, "finish": [a["finish"] for a in answers[i.id]]}]}
                 for i, texts in complete(items, answers)]
 
-    def read_answers(path, items: list[Item]) -> dict:
+    def read_answers(path) -> dict:
         rows = load(path, "question_id", "choices")
         finish = lambda choice: choice.get("finish") or [None] * len(choice["turns"])
         return {str(r["question_id"]): [{"text": t, "finish": f} for t, f in zip(c["turns"], finish(c))]
@@ -151,7 +151,7 @@ class AlpacaEval:
         return [{"dataset": i.row.get("dataset"), "instruction": i.row["instruction"], "output": text, "generator": model,
                  "finish": answers[i.id][0]["finish"]} for i, (text,) in complete(items, answers)]
 
-    def read_answers(path, items: list[Item]) -> dict:
+    def read_answers(path) -> dict:
         rows = load(path, "instruction", "output")
         return {sha(r["instruction"]): [{"text": r["output"], "finish": r.get("finish")}] for r in rows}
 

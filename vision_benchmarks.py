@@ -48,7 +48,7 @@ def llava_rows(items: list[Item], answers: dict, model: str) -> list[dict]:
              "model_id": model, "metadata": {"finish": answers[i.id][0]["finish"]}} for i, (text,) in complete(items, answers)]
 
 
-def llava_answers(path, items: list[Item]) -> dict:
+def llava_answers(path) -> dict:
     return {str(r["question_id"]): [{"text": r["text"], "finish": (r.get("metadata") or {}).get("finish")}]
             for r in load(path, "question_id", "text")}
 
@@ -78,7 +78,7 @@ Question | Right answer | Given answer | Grade"""
     def answer_rows(items: list[Item], answers: dict, model: str) -> dict:
         return {i.id: text for i, (text,) in complete(items, answers)}
 
-    def read_answers(path, items: list[Item]) -> dict:
+    def read_answers(path) -> dict:
         return {name: [{"text": text, "finish": None}] for name, text in load(path).items()}
 
     def prompts(data: str, items: list[Item], answers: dict) -> list[Prompt]:

@@ -308,6 +308,8 @@ def test_calls_that_fail_in_every_way_leave_the_mean_over_the_rest(tmp_path, cap
     good = [1 + judge_server.digest("grade", r["user_prompt"]) % 10 for r in rows if states[r["question_id"], r["turn"]] == "ok"]
     assert found["scores"]["score"]["mean"] == found["scores"]["strict"]["mean"] == sum(good) / len(good) and found["scores"]["score"]["n"] == len(good)
     assert found["coverage"] == len(good) / 240 and all(r["score"] == -1 for r in rows if states[r["question_id"], r["turn"]] != "ok")
+    assert f"{found['states']['failed']} failed" in table and f"the first of them: {found['trouble'][:150]}" in table and len(found["trouble"]) > 5
+    assert "a-key-of-twenty" not in "".join(p.read_text() for p in (tmp_path / "out").rglob("*") if p.is_file()) + table + said
     assert status == 1 and "less than --coverage 95% was scored" in said and f"{len(good) / 240:.1%}" in table
     assert code(*argv, "--judge_url", server.url, "--coverage", f"{len(good) / 240 - 0.001}")[0] == 0, "and nothing is asked again: the server is gone"
 

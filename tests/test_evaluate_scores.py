@@ -506,11 +506,11 @@ def test_answers_come_back_from_the_benchmarks_own_format(tmp_path, name):
     answers = {i.id: told(*(f"answer {k} to {i.id}" for k in range(len(i.questions)))) for i in items}
     path = tmp_path / ("answers" + Path(kind.files[0]).suffix)
     bench.dump(path, kind.answer_rows(items, answers, "m"))
-    back = kind.read_answers(path, items)
+    back = kind.read_answers(path)
     assert {k: [a["text"] for a in v] for k, v in back.items()} == {k: [a["text"] for a in v] for k, v in answers.items()}
     some = dict(list(answers.items())[1:])
     bench.dump(path, kind.answer_rows(items, some, "m"))
-    assert list(kind.read_answers(path, items)) == list(some), "what was not answered has no row"
+    assert list(kind.read_answers(path)) == list(some), "what was not answered has no row"
 
 
 SHAPES = {"mt_bench": {"question_id", "answer_id", "model_id", "choices"}, "alpaca_eval": {"dataset", "instruction", "output", "generator"},
@@ -542,6 +542,12 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     os.remove(tmp_path / "mmbench/dev.tsv")
     with pytest.raises(BadInput, match="not a table of MMBench"):
         MMBench.items(str(tmp_path))
+
+
+def test_nothing_is_random_without_a_seed():
+    for name in ("bench", "miniature", "text_benchmarks", "vision_benchmarks", "compare", "evaluate"):
+        source = Path(bench.__file__).with_name(f"{name}.py").read_text()
+        assert not re.findall(r"\brandom\.(?!Random\b)\w+|torch\.(?:rand|multinomial)", source), name
 
 
 @official
