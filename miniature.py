@@ -1,4 +1,4 @@
-"""Did it help, and what did it cost: the miniature's benchmarks, judged exactly.
+"""The miniature's benchmarks, judged exactly: what a model can do in a world whose truth is known.
 
 A model is asked held-out questions and decodes greedily; every scorer is a pure function of record and answer
 (oracle.py). Text and vision stand side by side, because the finding is about the trade between them:

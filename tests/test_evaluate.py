@@ -368,12 +368,12 @@ def kill_when(path: Path, lines: int, argv: list) -> None:
 
 
 def test_kill_9_while_answering_and_while_judging(settings, data, tmp_path):
-    flags = lambda out, url: ["--ckpt", settings.ckpt, "--bench", ALL, "--data_dir", data, "--judge", "openai:fake", "--judge_url", url, "--max_new", "40",
+    flags = lambda out, url: ["--ckpt", settings.ckpt, "--bench", ALL, "--data_dir", data, "--judge", "openai:fake", "--judge_url", url, "--max_new", "24",
                               "--batch", "2", "--workers", "2", "--device", "cpu", "--out", out]
     with Server() as server:
         assert code(*flags(tmp_path / "whole", server.url)) == (0, "")
         asked = dict(server.asked)
-    with Server(delay=0.15) as server:
+    with Server(delay=0.1) as server:
         out = tmp_path / "killed"
         kill_when(out / "answers-journal.jsonl", 9, flags(out, server.url))
         answered = (out / "answers-journal.jsonl").read_bytes().count(b"\n")
