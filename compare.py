@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 
 import miniature
-from bench import load, shown
+from harness import load, shown
 from common import BadInput, write_whole
 
 matplotlib.use("Agg")

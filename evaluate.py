@@ -35,7 +35,7 @@ import checkpoint
 import compare
 import judge
 import miniature
-from bench import Item, answer, dump, literal, load, shown, slug, with_pictures
+from harness import Item, answer, dump, literal, load, shown, slug, with_pictures
 from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
 from compare import judged_by
 from data import Pixels, Tokens, target_scores

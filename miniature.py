@@ -13,7 +13,7 @@ A model is asked held-out questions and decodes greedily; every scorer is a pure
 
 They run with no judge and no download, which is what `python evaluate.py` does unless told otherwise.
 
-Previous: bench.py.  Next: text_benchmarks.py (the published ones).
+Previous: harness.py.  Next: text_benchmarks.py (the published ones).
 """
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import common  # first: it tells OpenMP how to wait
 import checkpoint
 import oracle
 import tasks
-from bench import Item, answer, mean, shown
+from harness import Item, answer, mean, shown
 from common import BadInput
 from data import Pixels, Tokens, target_scores
 from model import Llava

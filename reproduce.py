@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import annotate
-import bench
+import harness
 import checkpoint
 import compare
 import dpo
@@ -127,7 +127,7 @@ def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict[s
         tokens.steer = steer and target and steer | {"target": steer["target"] | target}
         one, answers = miniature.measure(model, tokens, pictures, name, split)
         texts = [row["answers"][0] for row in answers if not row["id"].startswith("text")]
-        one["image words"] = bench.mean([len(text.split()) for text in texts]) if texts else None
+        one["image words"] = harness.mean([len(text.split()) for text in texts]) if texts else None
         if model.config.vision:
             one["behind a picture"] = miniature.behind_a_picture(model, tokens, pictures, name, split)
         scores[name + asked] = {key: value for key, value in one.items() if value}

@@ -34,7 +34,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from bench import UNKNOWN, Item, Prompt, find, load, mean
+from harness import UNKNOWN, Item, Prompt, find, load, mean
 from common import BadInput, sha
 
 FASTCHAT = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import Item, Prompt, find, load, mean, pictures, ratios
+from harness import Item, Prompt, find, load, mean, pictures, ratios
 from common import BadInput, sha
 from text_benchmarks import complete, readable
 

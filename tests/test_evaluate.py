@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 
 import annotate
-import bench
+import harness
 import checkpoint
 import common
 import evaluate
 import judge
 import judge_server
 import miniature
-from bench import Item, answer
+from harness import Item, answer
 from common import BadInput, read_jsonl
 from conftest import ROOT, hf_checkpoint, picture, randomize, tiny_checkpoint, write_tokenizer
 from data import SYSTEM, Pixels, Tokens
@@ -106,7 +106,7 @@ def test_both_kinds_of_checkpoint_run_through_all_six(settings, vicuna, capsys):
         evaluate.run(replace(settings, ckpt=f"{vicuna},{settings.ckpt}", judge_url=server.url))
         said, asked, complaints = capsys.readouterr().out, dict(server.asked), server.complaints
     assert not complaints
-    text, both = (Path(settings.out) / bench.slug(name) for name in (vicuna, settings.ckpt))
+    text, both = (Path(settings.out) / harness.slug(name) for name in (vicuna, settings.ckpt))
     assert set(results(both)) == set(BENCHES) and set(results(text)) == {"mt_bench", "alpaca_eval"}
     assert "vicuna sees no pictures; left out: mm_vet, llava_bench, pope, mmbench" in said
     assert "openai:fake (mock-1)" in said and "our own wording; there is no prompt.txt" in said
@@ -114,7 +114,7 @@ def test_both_kinds_of_checkpoint_run_through_all_six(settings, vicuna, capsys):
         first = next(iter(found["scores"].values()))
         assert found["coverage"] == 1 and first["mean"] is not None and first["n"] and found["total"] == found["ok"] and found["length"] > 0
         assert f"{first['mean']:{BENCHES[found['bench']].form}}" in said and found["cut"] is not None
-    m = bench.slug(settings.ckpt)
+    m = harness.slug(settings.ckpt)
     for name in (f"mt_bench/model_answer/{m}.jsonl", "mt_bench/model_judgment/openai-fake_single.jsonl", "alpaca_eval/model_outputs.json",
                  "alpaca_eval/annotations.json", f"mm_vet/{m}.json", f"mm_vet/{m}_openai-fake-grade-1runs.json", f"llava_bench/answers/{m}.jsonl",
                  f"llava_bench/reviews/{m}_openai-fake.jsonl", f"pope/{m}.jsonl", f"mmbench/{m}.jsonl"):
@@ -127,7 +127,7 @@ def test_both_kinds_of_checkpoint_run_through_all_six(settings, vicuna, capsys):
 def test_what_was_written_scores_the_same_when_it_is_read_back(settings, data, capsys):
     with Server() as server:
         evaluate.run(replace(settings, judge_url=server.url))
-    first, m, out = results(settings.out), bench.slug(settings.ckpt), Path(settings.out)
+    first, m, out = results(settings.out), harness.slug(settings.ckpt), Path(settings.out)
     for name, kind in BENCHES.items():
         stored = {"judgments" if kind.judged else "answers": str(out / name / kind.files[-1].format(model=m, judge="openai-fake"))}
         capsys.readouterr()
@@ -140,7 +140,7 @@ def test_what_was_written_scores_the_same_when_it_is_read_back(settings, data, c
 def test_stored_answers_can_be_judged_without_a_model(settings, data, monkeypatch, tmp_path):
     with Server() as server:
         evaluate.run(replace(settings, judge_url=server.url, bench="mt_bench"))
-        path = Path(settings.out) / "mt_bench/model_answer" / f"{bench.slug(settings.ckpt)}.jsonl"
+        path = Path(settings.out) / "mt_bench/model_answer" / f"{harness.slug(settings.ckpt)}.jsonl"
         monkeypatch.setattr(checkpoint, "load", lambda *a: pytest.fail("a model is loaded"))
         evaluate.run(replace(settings, judge_url=server.url, bench="mt_bench", answers=str(path), out=str(tmp_path / "b")))
     one, two = results(settings.out)["mt_bench"], results(tmp_path / "b")["mt_bench"]
@@ -189,7 +189,7 @@ def test_batches_of_1_4_and_16_give_the_same_answers_token_for_token(data, llava
 def test_cut_off_answers_are_stored_and_counted(settings):
     settings = replace(settings, judge="", bench="mt_bench,alpaca_eval")
     evaluate.run(settings)
-    finishes = {name: [a["finish"] for turns in bench.load(Path(settings.out) / name / BENCHES[name].files[0].format(model=bench.slug(settings.ckpt)))
+    finishes = {name: [a["finish"] for turns in harness.load(Path(settings.out) / name / BENCHES[name].files[0].format(model=harness.slug(settings.ckpt)))
                        for a in ([{"finish": f} for f in turns["choices"][0]["finish"]] if name == "mt_bench" else [turns])]
                 for name in ("mt_bench", "alpaca_eval")}
     for name, found in finishes.items():
@@ -202,10 +202,10 @@ def test_cut_off_answers_are_stored_and_counted(settings):
 
 def prompts_of(s: Settings, monkeypatch) -> list[str]:
     """Every prompt that the model is given, decoded, and the pictures with it."""
-    seen, original = [], bench.sample_batch
+    seen, original = [], harness.sample_batch
 
     def spy(model, tokens, pixels, items, **how):
-        seen.extend((tokens.tokenizer.decode(bench.make_tree(tokens, r, []).prompt, skip_special_tokens=False), r["images"], how["temperature"])
+        seen.extend((tokens.tokenizer.decode(harness.make_tree(tokens, r, []).prompt, skip_special_tokens=False), r["images"], how["temperature"])
                     for r in items)
         return original(model, tokens, pixels, items, **how)
     monkeypatch.setattr(bench, "sample_batch", spy)
@@ -215,7 +215,7 @@ def prompts_of(s: Settings, monkeypatch) -> list[str]:
 
 def test_the_second_turn_holds_the_models_own_first_answer(settings, monkeypatch):
     seen = prompts_of(replace(settings, bench="mt_bench"), monkeypatch)
-    rows = bench.load(Path(settings.out) / "mt_bench/model_answer" / f"{bench.slug(settings.ckpt)}.jsonl")
+    rows = harness.load(Path(settings.out) / "mt_bench/model_answer" / f"{harness.slug(settings.ckpt)}.jsonl")
     assert len(seen) == 6 and sorted(t for *_, t in seen) == [0, 0, 0.1, 0.1, 0.7, 0.7]
     for n, row in zip((81, 111, 151), rows):
         text = f"USER: first {n}? ASSISTANT: {row['choices'][0]['turns'][0]}</s>USER: second {{{n}}}? ASSISTANT:"
@@ -236,7 +236,7 @@ def test_the_authors_harness_wrote_image_as_text(settings, monkeypatch, vicuna):
     assert sum("USER: <image>\nfirst 81?" in prompt for prompt, *_ in written) == 2
     tokens = Tokens(Path(settings.ckpt), checkpoint.read_config(Path(settings.ckpt))[0])
     placeholder = tokens.image
-    bench.literal(tokens)
+    harness.literal(tokens)
     ids = tokens.encode("USER: <image>\nfirst")
     assert placeholder not in ids and len(ids) > 8
     assert prompts_of(replace(settings, bench="mt_bench", ckpt=vicuna, picture="literal", out=settings.out + "3"), monkeypatch)
@@ -268,7 +268,7 @@ def test_pictures_that_cannot_be_shown(settings, vicuna, data, flags, why):
 
 def test_cropping_changes_what_the_model_sees(settings, monkeypatch):
     seen = []
-    original = bench.sample_batch
+    original = harness.sample_batch
     monkeypatch.setattr(bench, "sample_batch", lambda m, t, p, items, **how: seen.append(p([Path(items[0]["root"]) / items[0]["images"][0]]))
                         or original(m, t, p, items, **how))
     for crop in (False, True):
@@ -350,7 +350,7 @@ def test_a_prompt_that_is_too_long_and_an_answer_that_would_be_a_control_token(d
     said, failed = answer([long, Item("short", ["word"], max_new=4)], model, tokens, Pixels(model.config))
     assert set(said) == {"short"} and "more than the model was built for" in failed["long"]
     with pytest.raises(BadInput, match="own earlier answer contains <image>"):
-        bench.conversation(Item("x", ["a", "b"]), ["see <image>"])
+        harness.conversation(Item("x", ["a", "b"]), ["see <image>"])
 
 
 # ---- interruptions ---------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_what_answers_depend_on_is_in_their_key(settings, change, monkeypatch):
     seen = []
     settings = replace(settings, bench="mt_bench", judge="")
     evaluate.run(settings)
-    original = bench.sample_batch
+    original = harness.sample_batch
     monkeypatch.setattr(bench, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
     evaluate.run(replace(settings, **change))
     assert seen, f"{change} was answered from the journal of another run"
@@ -414,7 +414,7 @@ def test_another_picture_of_the_same_name_is_asked_about_anew(settings, data, tm
     copy, seen = Path(shutil.copytree(data, tmp_path / "copy")), []
     settings = replace(settings, bench="llava_bench", judge="", data_dir=str(copy))
     evaluate.run(settings)
-    original = bench.sample_batch
+    original = harness.sample_batch
     monkeypatch.setattr(bench, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
     evaluate.run(settings)
     assert not seen
@@ -426,7 +426,7 @@ def test_another_picture_of_the_same_name_is_asked_about_anew(settings, data, tm
 def test_another_checkpoint_in_the_same_folder_is_asked_anew(settings, tmp_path, monkeypatch):
     settings, seen = replace(settings, bench="mt_bench", judge=""), []
     evaluate.run(settings)
-    original = bench.sample_batch
+    original = harness.sample_batch
     monkeypatch.setattr(bench, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
     evaluate.run(replace(settings, ckpt=str(tiny_checkpoint(tmp_path / "other", "llama", seed=5))))
     assert seen

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bench
-from bench import Item, load, mean, ratios
+import harness
+from harness import Item, load, mean, ratios
 from common import BadInput
 from conftest import picture
 from evaluate import BENCHES
@@ -267,7 +267,7 @@ def test_mm_vet_reads_grades(reply, grade):
             MMVet.read(reply)
     else:
         assert MMVet.read(reply) == grade
-        assert MMVet.judge_rows([], {}, [bench.Prompt("v1_0", "")], {"v1_0": reply}, "m", "j")["v1_0"]["score"] == [grade]
+        assert MMVet.judge_rows([], {}, [harness.Prompt("v1_0", "")], {"v1_0": reply}, "m", "j")["v1_0"]["score"] == [grade]
 
 
 def mm_vet(folder: Path) -> Path:
@@ -505,11 +505,11 @@ def test_answers_come_back_from_the_benchmarks_own_format(tmp_path, name):
     kind, items = BENCHES[name], BENCHES[name].items(str(MAKERS[name](tmp_path)))
     answers = {i.id: told(*(f"answer {k} to {i.id}" for k in range(len(i.questions)))) for i in items}
     path = tmp_path / ("answers" + Path(kind.files[0]).suffix)
-    bench.dump(path, kind.answer_rows(items, answers, "m"))
+    harness.dump(path, kind.answer_rows(items, answers, "m"))
     back = kind.read_answers(path)
     assert {k: [a["text"] for a in v] for k, v in back.items()} == {k: [a["text"] for a in v] for k, v in answers.items()}
     some = dict(list(answers.items())[1:])
-    bench.dump(path, kind.answer_rows(items, some, "m"))
+    harness.dump(path, kind.answer_rows(items, some, "m"))
     assert list(kind.read_answers(path)) == list(some), "what was not answered has no row"
 
 
@@ -546,7 +546,7 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
 
 def test_nothing_is_random_without_a_seed():
     for name in ("bench", "miniature", "text_benchmarks", "vision_benchmarks", "compare", "evaluate"):
-        source = Path(bench.__file__).with_name(f"{name}.py").read_text()
+        source = Path(harness.__file__).with_name(f"{name}.py").read_text()
         assert not re.findall(r"\brandom\.(?!Random\b)\w+|torch\.(?:rand|multinomial)", source), name
 
 
@@ -561,6 +561,6 @@ def test_no_official_text_was_copied_into_this_repository():
     words = lambda text: re.findall(r"[a-z]+", text.lower())
     runs = lambda text: {tuple(w[k:k + 8]) for w in [words(text)] for k in range(len(w) - 7)}
     theirs = set().union(*map(runs, texts))
-    for path in (*(p for p in bench.Path(bench.__file__).parent.glob("*.py")), *Path(__file__).parent.glob("*.py")):
+    for path in (*(p for p in harness.Path(harness.__file__).parent.glob("*.py")), *Path(__file__).parent.glob("*.py")):
         shared = runs(path.read_text()) & theirs
         assert not shared, f"{path.name}: {' '.join(next(iter(shared)))}"
