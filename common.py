@@ -56,6 +56,7 @@ def flags(settings: type, argv: list[str] | None = None):
     for field in dataclasses.fields(settings):
         note = f"{notes.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         switch = {"type": on_or_off, "nargs": "?", "const": True, "metavar": "0|1"} if field.type is bool else {}
+        switch = {"type": str, "nargs": "+", "metavar": "DIR"} if field.type is tuple else switch
         parser.add_argument(f"--{field.name}", **{"type": field.type, "metavar": field.type.__name__} | switch,
                             default=field.default, help=note)
     return settings(**vars(parser.parse_args(argv)))

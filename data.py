@@ -97,7 +97,7 @@ class Tokens:
         if self.eos is None:
             raise BadInput(f"{path}: has no </s>, which ends every answer in the vicuna_v1 template")
         self.image = self.tokenizer.token_to_id("<image>")
-        self.patches = config.vision.patches if config.vision else 0
+        self.patches, self.room = config.vision.patches if config.vision else 0, config.text.max_position_embeddings
         if config.vision and self.image != config.image_token:
             raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
                            "take tokenizer.json from the llava-hf folder of the same model")

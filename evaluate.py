@@ -1,153 +1,306 @@
-"""Did it help, and what did it cost: the miniature's benchmarks, judged exactly.
+"""Did it help, and what did it cost: one harness for six published benchmarks and the miniature's.
 
-A model is asked held-out questions and decodes greedily; every scorer is a pure function of record and answer
-(oracle.py). Text and vision stand side by side, because the finding is about the trade between them:
+    text       mt_bench       80 questions of two turns, graded 1 to 10 by a judge
+               alpaca_eval    805 instructions, judged against text-davinci-003's answers
+    vision     mm_vet         218 questions graded 0 to 1 by a judge          llava_bench   60, against GPT-4's answers
+               pope           8,910 times yes or no, no judge                 mmbench       1,176 times a letter, no judge
 
-    text        MT-mini: two turns without an image, the second asked after the model's *own* first answer; 1 to 10
-    core        the same answers' content alone, blind to length and style: forgetting, without the style leak
-    terse       share of text answers that are a bare word: the style leak, without the forgetting
-    exist       POPE-mini: "is there a red one ?", half of them no; balanced accuracy
-    attribute   color, size, shape or place of one thing among several; accuracy
-    describe    facts told, F1;   choice  the right letter of three; accuracy
-    judged      the judge's S = helpfulness + correctness + coherence on image questions, 0 to 12
+A model answers; a judge grades where one is needed; pure functions score. Each stage leaves files, in the benchmark's own format
+so that its own tools read them, and each can start from somebody else's:
 
-    python evaluate.py --ckpt runs/dpo/model        (default: the shipped Vicuna-mini and LLaVA-mini)
+    python evaluate.py                                                                the miniature, offline, under a minute
+    python evaluate.py --ckpt DIR --bench mt_bench,pope --data_dir DATA --judge gemini:MODEL --out runs/evaluate
+    python evaluate.py --bench alpaca_eval --judgments annotations.json --json        score a stored file, no model, no judge
+    python evaluate.py --bench pope --data_dir DATA --answers answers.jsonl
+    python evaluate.py --compare runs/evaluate/llava runs/evaluate/dpo
 
-Previous: steerlm.py.  Next: dpo.py (the remedy).
+The rule: a failure is never a score. What could not be answered, or ended as blocked, truncated, unparseable or failed
+(judge.py), has no grade, the mean is over the rest, the coverage stands next to it, and below --coverage the command exits
+with 1. Answers and replies are journalled: kill it, run the same command, and it ends where it would have ended.
+
+What the authors' harness did otherwise, each to be measured alone: --forget (the second turn without the model's first answer),
+--picture literal (the text <image> without a picture), --crop (centre-crop instead of padding).
+
+Previous: compare.py.  Next: dpo.py (the remedy).
 """
 import json
-import math
+from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 import checkpoint
-import oracle
-import tasks
-from annotate import sample
-from common import BadInput, describe_run, device_and_dtype, main, write_jsonl, write_whole
+import compare
+import judge
+import miniature
+from harness import Item, answer, dump, literal, load, shown, slug, with_pictures
+from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
+from compare import judged_by
 from data import Pixels, Tokens, target_scores
-from model import Llava
-from records import quality
+from text_benchmarks import TEXT, readable
+from vision_benchmarks import VISION, MMBench
+from wire import Question
 
-ITEMS = {"text": 165, "exist": 200, "attribute": 200, "describe": 100, "choice": 100}    # fixed, seeded, held out
-MAX_NEW = 48                                                                             # words; the longest truth has 36
+BENCHES = TEXT | VISION
 
 
 @dataclass
 class Settings:
-    """Score checkpoints on the miniature's benchmarks."""
+    """Score checkpoints, or stored answers and judgments, on benchmarks."""
     ckpt: str = "toy/vicuna,toy"   # checkpoint folders, comma-separated
-    out: str = "runs/evaluate"     # answers and scores go here
+    bench: str = "miniature"       # mt_bench, alpaca_eval, mm_vet, llava_bench, pope, mmbench, comma-separated; or miniature
+    data_dir: str = ""             # official question files, a folder per benchmark (README: The benchmarks)
+    out: str = "runs/evaluate"     # answers, judgments and results go here; the same folder again: go on there
+    answers: str = ""              # a stored answer file of the one --bench instead of a checkpoint
+    judgments: str = ""            # a stored judgment file of the one --bench: nothing is asked
+    compare: tuple = ()            # result folders to put side by side
+    json: bool = False             # print the results as JSON and nothing else
     device: str = "auto"           # cpu, cuda, ...
     dtype: str = "auto"            # float32, bfloat16; auto: float32 on the CPU
-    split: str = "test"            # which held-out items: test, or dev for choosing settings
+    batch: int = 16                # questions answered at once
+    max_new: int = 0               # longest answer in tokens; 0: the benchmark's own
+    seed: int = 0                  # of sampling (MT-Bench) and of --picture
+    limit: int = 0                 # only the first so many questions of each benchmark; 0: all
+    forget: bool = False           # second turns without the model's first answer
+    picture: str = ""              # before text questions: a folder to draw pictures from, or the word literal; empty: none
+    crop: bool = False             # centre-crop images instead of padding them to a square
+    judge: str = ""                # gemini:MODEL or openai:MODEL (any chat-completions server); empty: none
+    judge_url: str = ""            # another server, http://host:port
+    thinking: str = ""             # how much the judge thinks: low, medium, high; empty: its default
+    budget: int = 8192             # longest reply in tokens, thinking included; doubled once where it was too short
+    workers: int = 16              # calls at once
+    timeout: float = 120.0         # seconds until a call counts as lost
+    rpm: int = 0                   # requests per minute that your account allows; 0: no limit on this side
+    tpm: int = 0                   # tokens sent per minute; 0: no limit
+    rpd: int = 0                   # requests per day; 0: no limit
+    retry_failed: bool = False     # ask again for what was blocked, truncated, unparseable or failed
+    coverage: float = 0.95         # smallest share that must be scored; below it the exit code is 1
+    split: str = "test"            # of the miniature: test, or dev for choosing settings
     target: str = ""               # five scores to ask a SteerLM model for, such as "4 4 4 4 0"; empty: what its folder says
 
 
-# ---- asking ---------------------------------------------------------------------------------------------------
+# ---- answers --------------------------------------------------------------------------------------------------
 
-def ask(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], desc: str) -> list[str]:
-    """The greedy answer to each record."""
-    rows = sample(model, tokens, pixels, items, n=1, temperature=0.0, max_new=MAX_NEW, batch=64, desc=desc)
-    return [row[0]["text"] for row in rows]
-
-
-def ask_two_turns(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], desc: str) -> list[list[str]]:
-    """Both answers of each two-turn record; the second turn's prompt holds the model's own first answer."""
-    firsts = ask(model, tokens, pixels, [r | {"messages": r["messages"][:1]} for r in items], desc)
-    seconds = ask(model, tokens, pixels, [
-        r | {"messages": [r["messages"][0], {"role": "assistant", "content": first}, r["messages"][2]]}
-        for r, first in zip(items, firsts)], desc)
-    return [list(pair) for pair in zip(firsts, seconds)]
-
-
-# ---- scores ---------------------------------------------------------------------------------------------------
-
-def mean(values: list[float]) -> dict:
-    """{"mean", "ci" (95 %, normal approximation), "n"}."""
-    n = len(values)
-    m = sum(values) / n
-    sd = math.sqrt(sum((v - m) ** 2 for v in values) / max(1, n - 1))
-    return {"mean": m, "ci": 1.96 * sd / math.sqrt(n), "n": n}
-
-
-def miniature(model: Llava, tokens: Tokens, folder: Path, name: str, split: str = "test") -> tuple[dict, list[dict]]:
-    """All benchmarks of one model -> (scores by column, every answer with its record's id). Pictures go to `folder`."""
-    pixels, scores, answers = Pixels(model.config), {}, []
-    items = tasks.draw(tasks.items("text", ITEMS["text"], split), folder)
-    pairs = ask_two_turns(model, tokens, pixels, items, f"{name}: text")
-    marks = [oracle.score_text(r, pair) for r, pair in zip(items, pairs)]
-    for column, key in (("text", "score"), ("core", "core"), ("terse", "terse"), ("words", "words")):
-        scores[column] = mean([m[key] for m in marks])
-    answers += [{"id": r["id"], "answers": pair} for r, pair in zip(items, pairs)]
-    if not model.config.vision:
-        return scores, answers
-    judged = []
-    for bench in ("exist", "attribute", "describe", "choice"):
-        items = tasks.draw(tasks.items(bench, ITEMS[bench], split), folder)
-        texts = ask(model, tokens, pixels, items, f"{name}: {bench}")
-        scores[bench] = mean([oracle.score(bench, r, text) for r, text in zip(items, texts)])
-        judged += [quality({"scores": oracle.judge(r, text)[0]}) for r, text in zip(items, texts)]
-        answers += [{"id": r["id"], "answers": [text]} for r, text in zip(items, texts)]
-    scores["judged"] = mean(judged)
-    return scores, answers
+def answers_of(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) -> tuple[dict, dict]:
+    """({bench: {id: turns}}, {bench: {id: why not}}) of one checkpoint; a benchmark that it has no eyes for is in neither."""
+    folder = checkpoint.resolve(ckpt)
+    config, _ = checkpoint.read_config(folder)
+    device, dtype = device_and_dtype(s.device, s.dtype)
+    if s.picture not in ("", "literal") and not config.vision:
+        raise BadInput(f"--picture {s.picture}: {ckpt} sees no pictures; leave it out, or take --picture literal")
+    seen = [name for name in items if config.vision or not BENCHES[name].vision]
+    if len(seen) < len(items):
+        say(s, f"{ckpt} sees no pictures; left out: {', '.join(name for name in items if name not in seen)}")
+    steer = Tokens(folder, config).steer
+    if steer:
+        asked = steer["target"] | (target_scores(s.target) if s.target else {})
+        say(s, f"{ckpt}: every question asks for {', '.join(f'{name} {k}' for name, k in asked.items())}")
+    model = cache(lambda: checkpoint.load(folder, device, dtype))        # when the first answer is missing
+    said, failed = {}, {}
+    with closing(Journal(out / "answers-journal.jsonl")) as journal:
+        for name, bench in ((name, BENCHES[name]) for name in seen):
+            root = Path(items[name][0].root)
+            if bench.vision and not root.is_dir():
+                raise BadInput(f"{root}: no such folder; the pictures of {name} belong there (README: The benchmarks)")
+            tokens = Tokens(folder, config)
+            if tokens.steer:
+                tokens.steer["target"] |= target_scores(s.target) if s.target else {}
+            if s.picture == "literal" and not bench.vision:
+                literal(tokens)
+            about = sha(checkpoint.stamp(folder), str(dtype), json.dumps(tokens.steer), str(tokens.image))
+            said[name], failed[name] = answer(
+                items[name], model, tokens, Pixels(config, s.crop), batch=s.batch, seed=s.seed, max_new=s.max_new,
+                forget=s.forget, journal=journal, about=about, desc=f"{ckpt}: {name}")
+            dump(out / name / bench.files[0].format(model=slug(ckpt)), bench.answer_rows(items[name], said[name], slug(ckpt)))
+    return said, failed
 
 
-def behind_a_picture(model: Llava, tokens: Tokens, folder: Path, name: str, split: str = "test") -> dict:
-    """The text score with a random held-out picture before the first question: does the mere presence of an image hurt? The
-    picture has nothing to do with the question (the paper's test, with an image that the model does see)."""
-    items = tasks.draw(tasks.items("text", ITEMS["text"], split), folder)
-    pictures = tasks.draw(tasks.items("exist", len(items), split, seed=1), folder / "unrelated")
-    for record, other in zip(items, pictures):
-        first, *rest = record["messages"]
-        record |= {"images": other["images"], "root": other["root"],
-                   "messages": [first | {"content": "<image>\n" + first["content"]}, *rest]}
-    pairs = ask_two_turns(model, tokens, Pixels(model.config), items, f"{name}: behind a picture")
-    return mean([oracle.score_text(r, pair)["score"] for r, pair in zip(items, pairs)])
+def say(s: Settings, text: str) -> None:
+    if not s.json:
+        print(text)
 
 
-COLUMNS = {"text": "5.2f", "core": "5.3f", "terse": "5.2f", "words": "5.1f", "exist": "5.3f", "attribute": "5.3f",
-           "describe": "5.3f", "choice": "5.3f", "judged": "5.2f"}
+def from_files(s: Settings, name: str, read, *args):
+    """read(--data_dir, ...), where a KeyError says that official files do not fit each other."""
+    if not s.data_dir:
+        raise BadInput(f"--bench {name}: say with --data_dir where its question files are; the README says where to get them")
+    try:
+        return read(s.data_dir, *args)
+    except KeyError as missing:
+        raise BadInput(f"--data_dir {s.data_dir}: the files of {name} do not belong together, for {missing} is not to be found; "
+                       "download them again") from None
 
 
-def table(rows: dict[str, dict]) -> str:
-    """Aligned: one row per model, "mean ±95 % interval" per column, "-" where a text-only model has no score."""
-    width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{c:>13}" for c in COLUMNS)]
-    for name, scores in rows.items():
-        cells = [f"{scores[c]['mean']:{f}} ±{scores[c]['ci']:{f}}".replace("± ", "±") if c in scores else "-"
-                 for c, f in COLUMNS.items()]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
+def questions_of(s: Settings, name: str, out: Path) -> list[Item]:
+    items = from_files(s, name, BENCHES[name].items)
+    if name == "mmbench" and not s.answers:
+        MMBench.unpack(items, out / name / "images")
+    items = items[:s.limit or None]
+    if s.picture and not BENCHES[name].vision:
+        with_pictures(items, s.picture, s.seed)
+    return items
+
+
+# ---- judgments ------------------------------------------------------------------------------------------------
+
+def ask_judge(s: Settings, prompts: dict[str, list], out: Path) -> tuple[dict, dict]:
+    """Have every prompt judged -> ({bench: {prompt id: text of a usable reply, or None}}, {bench: what is to be said of it})."""
+    key = lambda name, p: sha(f"{s.judge} {s.thinking}", name, p.id, p.system, p.text)
+    asked = [Question(key(name, p), f"{name} {p.id}", p.system, p.text, check=BENCHES[name].read)
+             for name, listed in prompts.items() for p in listed]
+    with closing(judge.Replies(out / "judge-journal.jsonl")) as replies:
+        client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
+                             thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
+        client.ask(asked, len(asked), s.retry_failed)
+        texts, about = {}, {}
+        for name, listed in prompts.items():
+            rows = {p.id: replies[key(name, p)] for p in listed}
+            good = lambda r: r["state"] in ("ok", "unparseable") and readable(BENCHES[name].read, r["text"]) is not None
+            texts[name] = {k: r["text"] if good(r) else None for k, r in rows.items()}
+            about[name] = {"judge": s.judge, "versions": sorted({r["version"] for r in rows.values() if good(r)} - {""}),
+                           "states": dict(Counter("ok" if good(r) else r["state"] for r in rows.values())),
+                           "trouble": next((r["reason"] for r in rows.values() if not good(r)), ""),
+                           "prompt": next((p.row["wording"] for p in listed if "wording" in p.row), "")}
+    return texts, about
+
+
+def judge_in(rows) -> str:
+    """Who judged, as far as a stored file says."""
+    first = next(iter(rows.values() if isinstance(rows, dict) else rows), {})
+    found = first.get("judge") or first.get("annotator") or (first["model"] if isinstance(first.get("model"), list) else "")
+    return str(found[0] if isinstance(found, list) and found else found or "unknown")
+
+
+# ---- results --------------------------------------------------------------------------------------------------
+
+def summary(name: str, bench, items: list[Item], answers: dict, rows, **more) -> dict:
+    """What is known about one model on one benchmark. Without judgments, only how much was answered."""
+    turns = [a for said in answers.values() for a in said]
+    known = [a["finish"] for a in turns if a["finish"]]
+    found = {"scores": {}, "ok": sum(i.id in answers for i in items), "total": len(items)} if bench.judged and rows is None else (
+        bench.score(items, answers, rows))
+    length = sum(len(a["text"]) for a in turns) / len(turns) if turns else None
+    return {"bench": name, "length": length, "cut": known.count("length") if known else None, **more, **found,
+            "coverage": found["ok"] / found["total"] if found["total"] else 0.0}
+
+
+def table(results: list[dict]) -> str:
+    """One line per figure; coverage, length and the rest once per benchmark."""
+    lines = [f"{'benchmark':12} {'figure':12} {'':15} {'n':>6}  coverage  characters  cut off   judge"]
+    for r in results:
+        about = (f"{r['coverage']:8.1%}  {'-' if r['length'] is None else format(r['length'], '.0f'):>10}  "
+                 f"{'-' if r['cut'] is None else r['cut']:>7}   {judged_by(r)}")
+        for k, (figure, e) in enumerate(r["scores"].items() or [("not judged", {"mean": None, "n": r["ok"]})]):
+            line = f"{'' if k else r['bench']:12} {figure:12} {shown(e, BENCHES[r['bench']].form):>15} {e['n']:>6}  "
+            lines.append((line + about * (not k)).rstrip())
+    for r in results:
+        notes = [", ".join(f"{n} {state}" for state, n in r["states"].items() if state != "ok")] if r.get("trouble") else []
+        notes += [f"the first of them: {r['trouble'][:150]}"] if notes else []
+        notes += [f"{len(r['unanswered'])} not answered ({next(iter(r['unanswered'].values()))})"] if r.get("unanswered") else []
+        notes += [f"{r['unknown']} answers fit no option"] if r.get("unknown") else []
+        notes += [f"judge's prompt: {r['prompt']}"] if r.get("prompt") else []
+        notes += [f"only the first {r['limit']} questions"] if r.get("limit") else []
+        lines += [f"{r['bench']}: {'; '.join(notes)}"] if notes else []
     return "\n".join(lines)
 
 
-def score_checkpoint(folder: Path, name: str, pictures: Path, device, dtype, split: str = "test",
-                     target: str = "") -> tuple[dict, list]:
-    model = checkpoint.load(folder, device, dtype)
-    tokens = Tokens(folder, model.config)
-    if tokens.steer:
-        tokens.steer["target"] |= target_scores(target) if target else {}
-        print(f"{name}: every question asks for {', '.join(f'{name} {k}' for name, k in tokens.steer['target'].items())}")
-    return miniature(model, tokens, pictures, name, split)
+def evaluate(s: Settings, names: list[str], label: str, ckpt: str, out: Path) -> list[dict]:
+    """One model, or stored answers of one, on some benchmarks; files and results.json in `out`."""
+    items = {name: questions_of(s, name, out) for name in names}
+    if ckpt:
+        answers, failed = answers_of(s, ckpt, items, out)
+    else:
+        answers = {name: BENCHES[name].read_answers(Path(s.answers)) for name in names}
+        failed = {name: {} for name in names}
+        for name in names:
+            if not set(answers[name]) & {i.id for i in items[name]}:
+                raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
+            answers[name] = {i.id: answers[name][i.id] for i in items[name] if i.id in answers[name]}
+    judged = [name for name in answers if BENCHES[name].judged] if s.judge else []
+    prompts = {name: from_files(s, name, BENCHES[name].prompts, items[name], answers[name]) for name in judged}
+    texts, about = ask_judge(s, prompts, Path(s.out)) if judged else ({}, {})
+    results = []
+    for name, said in answers.items():
+        bench, rows, more = BENCHES[name], None, {"unanswered": failed[name], "limit": s.limit, **about.get(name, {})}
+        if name in judged:
+            rows = bench.judge_rows(items[name], said, prompts[name], texts[name], label, s.judge)
+            dump(out / name / bench.files[1].format(model=label, judge=slug(s.judge)), rows)
+        results.append(summary(name, bench, items[name], said, rows, **more))
+    write_whole(out / "results.json", json.dumps(describe_run(s, model=label, results=results), indent=1) + "\n")
+    return results
+
+
+def stored(s: Settings, name: str) -> dict[str, list[dict]]:
+    """Score a stored judgment file -> {model: [result]}; FastChat keeps many models in one file."""
+    bench = BENCHES[name]
+    if not bench.judged:
+        raise BadInput(f"--judgments: {name} needs no judge; give --answers")
+    items = bench.items(s.data_dir) if s.data_dir else []
+    if bench.row is None and not items:
+        raise BadInput(f"--bench {name}: its grades say nothing about abilities; give --data_dir with its question file, too")
+    answers, rows = bench.read_answers(Path(s.answers)) if s.answers else {}, load(Path(s.judgments), *bench.row or ())
+    models = {}
+    if bench.row is None:
+        models[Path(s.judgments).stem] = rows
+    else:
+        for r in rows:
+            models.setdefault(str(r.get("model") or r.get("generator_2") or Path(s.judgments).stem), []).append(r)
+    return {model: [summary(name, bench, items, answers, mine, judge=judge_in(mine), versions=[])]
+            for model, mine in models.items()}
 
 
 # ---- the script -----------------------------------------------------------------------------------------------
 
-def run(s: Settings) -> None:
+def run_miniature(s: Settings) -> None:
     out, rows = Path(s.out), {}
-    if s.split not in ("dev", "test"):
-        raise BadInput(f"--split {s.split}: dev or test")
-    if s.target:
-        target_scores(s.target)                                          # at the door, not after the first checkpoint
     device, dtype = device_and_dtype(s.device, s.dtype)
     for ckpt in s.ckpt.split(","):
-        folder = checkpoint.resolve(ckpt)
-        rows[ckpt], answers = score_checkpoint(folder, ckpt, out, device, dtype, s.split, s.target)
-        write_jsonl(out / f"answers-{ckpt.strip('/').replace('/', '-')}.jsonl", answers)
+        rows[ckpt], answers = miniature.score_checkpoint(checkpoint.resolve(ckpt), ckpt, out, device, dtype, s.split, s.target)
+        write_jsonl(out / f"answers-{slug(ckpt)}.jsonl", answers)
     write_whole(out / "scores.json", json.dumps(describe_run(s, scores=rows), indent=1) + "\n")
-    print(table(rows))
-    print(f"answers and scores: {out}")
+    print(json.dumps(rows) if s.json else f"{miniature.table(rows)}\nanswers and scores: {out}")
+
+
+def run(s: Settings) -> None:
+    names, ckpts = s.bench.split(","), s.ckpt.split(",")
+    if s.split not in ("dev", "test") or min(s.batch, s.workers) < 1 or min(s.max_new, s.limit) < 0 or not 0 <= s.coverage <= 1:
+        raise BadInput("--split is dev or test, --batch at least 1, --max_new and --limit not negative, --coverage from 0 to 1")
+    if s.target:
+        target_scores(s.target)                                          # at the door, not after the first checkpoint
+    if s.compare:
+        return compare.run(s.compare, Path(s.out))
+    if s.bench == "miniature":
+        return run_miniature(s)
+    unknown = [name for name in names if name not in BENCHES]
+    if unknown or (s.answers or s.judgments) and len(names) > 1:
+        raise BadInput(f"--bench {s.bench}: choose among {', '.join(BENCHES)}; with --answers or --judgments, one")
+    if s.judge:
+        judge.door(s.judge, s.judge_url, s.workers, s.timeout, s.budget, s.rpm, s.tpm, s.rpd)
+    if s.judgments:
+        models = stored(s, names[0])
+    elif s.answers:
+        label = slug(Path(s.answers).stem)
+        models = {label: evaluate(s, names, label, "", Path(s.out))}
+    else:
+        for ckpt in ckpts:
+            checkpoint.resolve(ckpt)                                     # all of them, before the first takes its hours
+        where = lambda ckpt: Path(s.out) / slug(ckpt) if len(ckpts) > 1 else Path(s.out)
+        models = {ckpt: evaluate(s, names, slug(ckpt), ckpt, where(ckpt)) for ckpt in ckpts}
+    if s.json:
+        print(json.dumps(models))
+    else:
+        print("\n\n".join(f"{model}\n{table(results)}" for model, results in models.items()))
+        if not s.judgments:
+            print(f"answers, judgments and results: {s.out}")
+        if len(models) > 1 and not s.judgments:
+            print(f"next: python evaluate.py --compare {' '.join(str(where(ckpt)) for ckpt in ckpts)}")
+    low = [f"{model} {r['bench']} {r['coverage']:.1%}" for model, results in models.items() for r in results
+           if r["coverage"] < s.coverage]
+    if low:
+        raise BadInput(f"less than --coverage {s.coverage:.0%} was scored: {'; '.join(low)}; the means above are over the rest; "
+                       "--retry_failed 1 asks a judge again")
 
 
 if __name__ == "__main__":

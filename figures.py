@@ -24,7 +24,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import evaluate
+import miniature
 from common import BadInput, main, read_jsonl
 from pairs import statistics
 from records import ATTRIBUTES
@@ -125,7 +125,7 @@ def attributes(numbers: dict):
 def board(folder: Path, runs: dict[str, str], n: int = 6):
     """The first n of a seeded draw of image questions, and what each model says."""
     said = {name: {r["id"]: r["answers"][-1] for r in read_jsonl(folder / run / "answers.jsonl")} for name, run in runs.items()}
-    asked = {r["id"]: r for bench in ("exist", "attribute", "describe") for r in items(bench, evaluate.ITEMS[bench], "test")}
+    asked = {r["id"]: r for bench in ("exist", "attribute", "describe") for r in items(bench, miniature.ITEMS[bench], "test")}
     picked = random.Random(0).sample(sorted(asked), n)
     figure, axes = plt.subplots(n, 2, figsize=(9, 1.5 * n), width_ratios=(1, 5))
     for (left, right), name in zip(axes, picked):

@@ -38,9 +38,11 @@ from tqdm import tqdm
 
 import annotate
 import checkpoint
+import compare
 import dpo
-import evaluate
 import figures
+import harness
+import miniature
 import rejection
 import sft
 import steerlm
@@ -85,11 +87,6 @@ RUNS = {                                                   # name: method, what 
 MAIN = list(RUNS)[:5]
 STEERED = {"": {"helpfulness": 4}, ", verbosity 0": {"verbosity": 0}, ", not asked for scores": None}   # how SteerLM is measured
 SETTINGS = {"sft": sft.Settings, "rejection": rejection.Settings, "steerlm": steerlm.Settings, "dpo": dpo.Settings}
-PAPER = {   # Table 4 of arXiv:2402.10884, 13B: MT-Bench (1 to 10), AlpacaEval (%), MM-Vet, LLaVA-Bench, POPE (F1)
-    "Vicuna-1.5": (6.57, 81.4), "LLaVA-1.5": (5.99, 79.3, 36.3, 73.1, 0.859), "LLaVA-RLHF": (6.18, 81.0, 37.2, 76.8, 0.869),
-    "Standard SFT": (5.01, 50.2, 36.5, 63.7, 0.850),
-    "Rejection sampling": (6.22, 74.9, 38.0, 70.6, 0.883), "SteerLM": (5.70, 68.8, 35.2, 67.0, 0.878),
-    "DPO": (6.73, 86.4, 41.2, 79.1, 0.870)}
 
 
 def change(items: list[dict], how: str, seed: int) -> list[dict]:
@@ -128,10 +125,11 @@ def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict[s
     steer = tokens.steer
     for asked, target in STEERED.items() if steer else {"": None}.items():
         tokens.steer = steer and target and steer | {"target": steer["target"] | target}
-        one, answers = evaluate.miniature(model, tokens, pictures, name, split)
+        one, answers = miniature.measure(model, tokens, pictures, name, split)
         texts = [row["answers"][0] for row in answers if not row["id"].startswith("text")]
-        one["image words"] = evaluate.mean([len(text.split()) for text in texts]) if texts else None
-        one["behind a picture"] = evaluate.behind_a_picture(model, tokens, pictures, name, split) if model.config.vision else None
+        one["image words"] = harness.mean([len(text.split()) for text in texts]) if texts else None
+        if model.config.vision:
+            one["behind a picture"] = miniature.behind_a_picture(model, tokens, pictures, name, split)
         scores[name + asked] = {key: value for key, value in one.items() if value}
         said = said or answers
     return scores, said
@@ -229,10 +227,10 @@ def report(rows: list[dict]) -> str:
     main_rows = [name for name in order if name in have]
     out = [f"The miniature: mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}), test items",
            table(rows, main_rows), "", "The paper, 13B models, judged by GPT-4 (another scale: compare signs, not sizes)",
-           f"{'':22}{'MT-Bench':>10}{'AlpacaEval':>12}{'MM-Vet':>8}{'LLaVA-Bench':>13}{'POPE':>7}"]
-    for name, values in PAPER.items():
-        cells = [*map(str, values), *["-"] * (5 - len(values))]
-        out.append(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (10, 12, 8, 13, 7))))
+           f"{'':22}{'MT-Bench':>10}{'AlpacaEval':>12}{'MM-Vet':>8}{'LLaVA-Bench':>13}{'POPE':>7}{'MMBench':>9}"]
+    for name, values in compare.PAPER.items():
+        cells = [*map(str, values), *["-"] * (6 - len(values))]
+        out.append(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (10, 12, 8, 13, 7, 9))))
     others = [name for name in (*RUNS, "LLaVA-mini, narrower") if name in have and name not in MAIN]
     if others:
         out += ["", "What DPO does with less, with wrong labels, and otherwise set", table(rows, ["DPO", *others])]

@@ -14,7 +14,7 @@ are never in the loss: they stand in the user's turn.
 
     python steerlm.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/steerlm
 
-Previous: rejection.py.  Next: evaluate.py (did it help).
+Previous: rejection.py.  Next: harness.py (did it help).
 """
 from dataclasses import dataclass
 

@@ -17,7 +17,7 @@ import common  # first: it tells OpenMP how to wait
 import annotate
 import checkpoint
 import dpo
-import evaluate
+import miniature
 from common import BadInput, describe_run, device_and_dtype, main, write_whole
 from data import Tokens
 
@@ -41,9 +41,9 @@ def run(s: Settings) -> None:
     device, dtype = device_and_dtype(s.device, s.dtype)
     toy, began = checkpoint.resolve("toy"), time.perf_counter()
     print("1. before: Vicuna-mini (text only) and LLaVA-mini (the same model after visual instruction tuning)")
-    rows = {name: evaluate.score_checkpoint(folder, name, out, device, dtype)[0]
+    rows = {name: miniature.score_checkpoint(folder, name, out, device, dtype)[0]
             for name, folder in (("Vicuna-mini", toy / "vicuna"), ("LLaVA-mini", toy))}
-    print(evaluate.table(rows))
+    print(miniature.table(rows))
 
     print(f"\n2. LLaVA-mini answers {s.prompts} image questions {s.n} times each; the exact judge scores them")
     annotate.annotate(annotate.miniature(annotate.Story(out=str(out), prompts=s.prompts, n=s.n, temperature=s.temperature,
@@ -53,11 +53,11 @@ def run(s: Settings) -> None:
     aligned = dpo.align(replace(s, data=str(out / "records.jsonl")), out)
     if s.steps == 0:
         return
-    rows["LLaVA-mini + DPO"] = evaluate.miniature(aligned, Tokens(toy, aligned.config), out, "aligned")[0]
+    rows["LLaVA-mini + DPO"] = miniature.measure(aligned, Tokens(toy, aligned.config), out, "aligned")[0]
     seconds = round(time.perf_counter() - began, 1)
     write_whole(out / "scores.json", json.dumps(describe_run(s, seconds=seconds, scores=rows)) + "\n")
-    print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in evaluate.py)")
-    print(evaluate.table(rows))
+    print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in miniature.py)")
+    print(miniature.table(rows))
     print(f"\nscores: {out}/scores.json   next: the same on records of your own, "
           f"python dpo.py --ckpt toy --data {out}/records.jsonl --batch 16 --lr 1e-4")
 

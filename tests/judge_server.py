@@ -28,6 +28,9 @@ LASTING = {"blocked prompt": "blocked", "safety": "blocked", "always recitation"
            "always echo": "failed", "key in text": "unparseable"}
 
 
+WRONG = ("missing", "fifth", "out of range", "string", "float", "bool", "half", "prose only", "double id")
+
+
 def digest(*parts) -> int:
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:12], 16)
 
@@ -87,11 +90,12 @@ class Handler(BaseHTTPRequestHandler):
         key = self.headers.get("x-goog-api-key") if gemini else (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if gemini:
             parts = body["contents"][0]["parts"]
-            system = body["systemInstruction"]["parts"][0]["text"]
+            system = body.get("systemInstruction", {"parts": [{"text": ""}]})["parts"][0]["text"]
             budget, schema = body["generationConfig"]["maxOutputTokens"], body["generationConfig"].get("responseJsonSchema")
             images = [p["inlineData"]["data"] for p in parts if "inlineData" in p]
         else:
-            parts, system = body["messages"][1]["content"], body["messages"][0]["content"]
+            parts = body["messages"][-1]["content"]
+            system = body["messages"][0]["content"] if len(body["messages"]) > 1 else ""
             budget = body.get("max_tokens") or body.get("max_completion_tokens")
             schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
             images = [p["image_url"]["url"].split(",", 1)[1] for p in parts if p["type"] == "image_url"]
@@ -125,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
                 complaints.append(f"a picture is {image.format} {image.mode} {image.size}, EXIF {dict(image.getexif())}")
         if schema and ("additionalProperties" in json.dumps(schema) or schema["properties"]["candidates"]["minItems"] != len(candidates(text))):
             complaints.append(f"schema {json.dumps(schema)[:200]}")
-        if system.find("correctness") < 0:
+        if candidates(text) and system.find("correctness") < 0:
             complaints.append("no rubric")
         with self.server.lock:
             self.server.complaints += complaints
@@ -156,7 +160,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(*replies[kind])
 
         rows = [{"id": name, "comment": comment(said)} | grades(said) for name, said in candidates(text)]
-        if kind == "missing":
+        if not rows:
+            pass
+        elif kind == "missing":
             rows.pop()
         elif kind == "fifth":
             rows.append(rows[-1] | {"id": "E"})
@@ -164,9 +170,9 @@ class Handler(BaseHTTPRequestHandler):
             rows[-1]["id"] = rows[0]["id"]
         elif kind in ("out of range", "string", "float", "bool"):
             rows[0]["correctness"] = {"out of range": 5, "string": "3", "float": 3.0, "bool": True}[kind]
-        said = json.dumps({"golden_answer": "what I would say", "candidates": rows})
+        said = json.dumps({"golden_answer": "what I would say", "candidates": rows}) if rows else opinion(text, body, kind)
         said = {"half": said[:len(said) // 2], "key in text": f"Your key is {key}.", "prose only": "I would give A a 3 {or so}.", "fenced": f"```json\n{said}\n```",
-                "listed": f"[{said}]", "prose around": f"Here {{you}} are: {said} I hope that helps!"}.get(kind, said)
+                "listed": f"[{said}]", "prose around": f"Here {{you}} are: {said} I hope that helps!"}.get(kind if rows or kind == "key in text" else "", said)
         finish, parts = "STOP", [said]
         if kind == "max_tokens" and (budget <= self.server.budget or kind_is_lasting(text, self.server)):
             finish, parts = "MAX_TOKENS", [said[:20]]
@@ -198,6 +204,19 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "no candidates":
             reply["choices"] = []
         self.send(200, reply)
+
+
+def opinion(text: str, body: dict, kind: str = "") -> str:
+    """What it says about a published benchmark's prompt: the shape is told by the prompt, the grade is a hash of it."""
+    bad, grade, asked = kind.removeprefix("always ") in WRONG, digest("grade", text), json.dumps(body)
+    if "model_1" in asked:
+        rank = 3 if bad else 1 + grade % 2
+        return str([{"model": "model_1", "rank": rank}, {"model": "model_2", "rank": 3 - rank}])
+    if "[[rating]]" in asked:
+        return "I like it. Rating: [[85]]" if bad else f"I like it. Rating: [[{1 + grade % 10}]]"
+    if "[Context]" in text:
+        return "twelve 99\nBoth are fine." if bad else f"{1 + grade % 10} {1 + grade // 10 % 10}\nThe second is so so."
+    return "2" if bad else f"{grade % 11 / 10}"
 
 
 def kind_is_lasting(text, server) -> bool:

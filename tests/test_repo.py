@@ -158,12 +158,12 @@ def test_requirements_are_what_the_code_imports():
 
 
 def test_the_readmes_table_is_drawn_from_results():
-    """The story's table in the README is evaluate.table of what the command wrote, first line of results/story.jsonl."""
-    import evaluate
+    """The story's table in the README is miniature.table of what the command wrote, first line of results/story.jsonl."""
+    import miniature
     with open(ROOT / "results" / "story.jsonl", encoding="utf8") as f:
         rows = json.loads(f.readline())["scores"]
     readme = [line.strip() for line in README.splitlines()]
-    for line in evaluate.table(rows).splitlines():
+    for line in miniature.table(rows).splitlines():
         assert line.strip() in readme, f"not in README.md: {line}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import annotate
-import evaluate
+import miniature
 import reproduce
 from common import BadInput, read_jsonl
 from conftest import ROOT
@@ -47,7 +47,7 @@ def experiment(tmp_path_factory):
     """One seed, three methods and two ablations, on few records and items; the folder and what the run printed."""
     out = tmp_path_factory.mktemp("reproduce")
     patch = pytest.MonkeyPatch()
-    patch.setattr(evaluate, "ITEMS", {"text": 11, "exist": 8, "attribute": 8, "describe": 4, "choice": 4})
+    patch.setattr(miniature, "ITEMS", {"text": 11, "exist": 8, "attribute": 8, "describe": 4, "choice": 4})
     patch.setattr(annotate, "Story", partial(annotate.Story, prompts=60))
     patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
     patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)

@@ -12,7 +12,7 @@ import torch
 import annotate
 import checkpoint
 import data
-import evaluate
+import miniature
 import rejection
 import sft
 import steerlm
@@ -142,10 +142,10 @@ def test_evaluation_asks_for_the_scores_and_says_so(tmp_path, capsys, monkeypatc
             "grades": ["no", "one", "two", "three", "four"], "target": dict.fromkeys(ATTRIBUTES, 4)}
     folder = checkpoint.save(checkpoint.load("toy"), tmp_path / "steered", checkpoint.resolve("toy"), more={"steer.json": form})
     seen = []
-    monkeypatch.setattr(evaluate, "miniature", lambda model, tokens, *a: seen.append(tokens.tokenizer.decode(
+    monkeypatch.setattr(miniature, "measure", lambda model, tokens, *a: seen.append(tokens.tokenizer.decode(
         make_tree(tokens, tasks.items("text", 1)[0] | {"root": ""}, []).prompt)) or ({}, []))
-    evaluate.score_checkpoint(folder, "it", tmp_path, "cpu", torch.float32)
-    evaluate.score_checkpoint(folder, "it", tmp_path, "cpu", torch.float32, target="4 4 4 4 0")
+    miniature.score_checkpoint(folder, "it", tmp_path, "cpu", torch.float32)
+    miniature.score_checkpoint(folder, "it", tmp_path, "cpu", torch.float32, target="4 4 4 4 0")
     assert "every question asks for helpfulness 4" in capsys.readouterr().out
     assert "answer with four four four four four ." in seen[0] and "answer with four four four four no ." in seen[1]
 

@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 import common
-import evaluate
+import miniature
 import story
 import tasks
 from data import Pixels, Tokens, answer_logps, make_tree, template
@@ -26,11 +26,11 @@ FEW = {"text": 55, "exist": 60, "attribute": 60, "describe": 10, "choice": 10}
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
     """Both shipped models on a few test items."""
-    pictures, before = tmp_path_factory.mktemp("pictures"), evaluate.ITEMS
-    evaluate.ITEMS = FEW
-    rows = {name: evaluate.score_checkpoint(checkpoint.resolve(name), name, pictures, "cpu", torch.float32)[0]
+    pictures, before = tmp_path_factory.mktemp("pictures"), miniature.ITEMS
+    miniature.ITEMS = FEW
+    rows = {name: miniature.score_checkpoint(checkpoint.resolve(name), name, pictures, "cpu", torch.float32)[0]
             for name in ("toy", "toy/vicuna")}
-    evaluate.ITEMS = before
+    miniature.ITEMS = before
     return {name: {column: s["mean"] for column, s in row.items()} for name, row in rows.items()}
 
 
@@ -84,7 +84,7 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
 
 
 def test_the_story_runs_from_sampling_to_the_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "ITEMS", {bench: 5 for bench in FEW})
+    monkeypatch.setattr(miniature, "ITEMS", {bench: 5 for bench in FEW})
     story.run(story.Settings(out=str(tmp_path / "run"), prompts=60, epochs=1, batch=4, holdout=0.2, device="cpu"))
     text = capsys.readouterr().out
     assert "step-0 contract holds: loss 0.693147" in text and "LLaVA-mini + DPO" in text

@@ -1,0 +1,570 @@
+"""The whole harness: two checkpoints written by transformers, six made-up benchmarks in the official formats, a judge on this machine.
+
+    python -m pytest tests/test_evaluate.py -q
+    REMEDY_BENCHMARKS=DIR python -m pytest ...      every stored-file command on the official questions, too
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import annotate
+import harness
+import checkpoint
+import common
+import evaluate
+import judge
+import judge_server
+import miniature
+from harness import Item, answer
+from common import BadInput, read_jsonl
+from conftest import ROOT, hf_checkpoint, picture, randomize, tiny_checkpoint, write_tokenizer
+from data import SYSTEM, Pixels, Tokens
+from evaluate import BENCHES, Settings
+from judge_server import LASTING, Server, expected, fault_of
+from records import ATTRIBUTES
+from test_evaluate_scores import MAKERS, OFFICIAL, official, write
+
+ALL = ",".join(BENCHES)
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(judge, "WAIT", 0.01)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six small benchmarks with pictures made on the fly."""
+    folder = tmp_path_factory.mktemp("data")
+    for maker in MAKERS.values():
+        maker(folder)
+    names = [f"mm_vet/images/v1_{k}.png" for k in range(4)] + [f"llava_bench_wild/images/00{k}.jpg" for k in (1, 2)]
+    for k, name in enumerate(names + [f"pope/val2014/COCO_{k}.jpg" for k in range(2)]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(30 + k, 40 - 2 * k, seed=k).save(folder / name)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return str(hf_checkpoint(tmp_path_factory.mktemp("ckpt") / "llava", "llama")[0])
+
+
+@pytest.fixture(scope="module")
+def vicuna(tmp_path_factory):
+    """A text-only Llama as transformers writes it."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("ckpt") / "vicuna"
+    vocab = -(-write_tokenizer(folder, "llama").get_vocab_size() // 64) * 64
+    config = transformers.LlamaConfig(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
+    randomize(transformers.LlamaForCausalLM(config), 3).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(data, llava, tmp_path):
+    return Settings(ckpt=llava, bench=ALL, data_dir=data, out=str(tmp_path / "out"), judge="openai:fake", max_new=6, workers=4, coverage=1.0,
+                    device="cpu")
+
+
+def results(out) -> dict[str, dict]:
+    return {r["bench"]: r for r in json.loads((Path(out) / "results.json").read_text())["results"]}
+
+
+def files(out) -> dict[str, bytes]:
+    """Everything that is written for others to read: answers and judgments in their own formats, and the scores."""
+    found = {str(p.relative_to(out)): p.read_bytes() for p in Path(out).rglob("*") if p.suffix in (".jsonl", ".json")
+             and "journal" not in p.name and p.name != "results.json"}
+    return found | {"scores": json.dumps(results(out), sort_keys=True).encode()}
+
+
+def code(*argv) -> tuple[int, str]:
+    """The exit code of the command in this process, and what it would say."""
+    sys.argv = ["evaluate.py", *map(str, argv)]
+    try:
+        common.main(Settings, evaluate.run)
+    except SystemExit as stop:
+        return 1 if isinstance(stop.code, str) else stop.code or 0, str(stop.code)
+    return 0, ""
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------
+
+def test_both_kinds_of_checkpoint_run_through_all_six(settings, vicuna, capsys):
+    with Server() as server:
+        evaluate.run(replace(settings, ckpt=f"{vicuna},{settings.ckpt}", judge_url=server.url))
+        said, asked, complaints = capsys.readouterr().out, dict(server.asked), server.complaints
+    assert not complaints
+    text, both = (Path(settings.out) / harness.slug(name) for name in (vicuna, settings.ckpt))
+    assert set(results(both)) == set(BENCHES) and set(results(text)) == {"mt_bench", "alpaca_eval"}
+    assert "vicuna sees no pictures; left out: mm_vet, llava_bench, pope, mmbench" in said
+    assert "openai:fake (mock-1)" in said and "our own wording; there is no prompt.txt" in said
+    for found in (*results(both).values(), *results(text).values()):
+        first = next(iter(found["scores"].values()))
+        assert found["coverage"] == 1 and first["mean"] is not None and first["n"] and found["total"] == found["ok"] and found["length"] > 0
+        assert f"{first['mean']:{BENCHES[found['bench']].form}}" in said and found["cut"] is not None
+    m = harness.slug(settings.ckpt)
+    for name in (f"mt_bench/model_answer/{m}.jsonl", "mt_bench/model_judgment/openai-fake_single.jsonl", "alpaca_eval/model_outputs.json",
+                 "alpaca_eval/annotations.json", f"mm_vet/{m}.json", f"mm_vet/{m}_openai-fake-grade-1runs.json", f"llava_bench/answers/{m}.jsonl",
+                 f"llava_bench/reviews/{m}_openai-fake.jsonl", f"pope/{m}.jsonl", f"mmbench/{m}.jsonl"):
+        assert (both / name).is_file(), name
+    assert all(n == 1 for n in asked.values()), "nothing is asked twice"
+    grades = [1 + judge_server.digest("grade", r["user_prompt"]) % 10 for r in read_jsonl(both / "mt_bench/model_judgment/openai-fake_single.jsonl")]
+    assert len(grades) == 6 and results(both)["mt_bench"]["scores"]["score"]["mean"] == sum(grades) / 6
+
+
+def test_what_was_written_scores_the_same_when_it_is_read_back(settings, data, capsys):
+    with Server() as server:
+        evaluate.run(replace(settings, judge_url=server.url))
+    first, m, out = results(settings.out), harness.slug(settings.ckpt), Path(settings.out)
+    for name, kind in BENCHES.items():
+        stored = {"judgments" if kind.judged else "answers": str(out / name / kind.files[-1].format(model=m, judge="openai-fake"))}
+        capsys.readouterr()
+        evaluate.run(Settings(bench=name, data_dir=data, json=True, out=str(out / "again"), **stored))
+        (again,), = json.loads(capsys.readouterr().out).values()
+        assert again["scores"] == first[name]["scores"] and again["coverage"] == 1
+        assert not kind.judged or again["judge"] in ("openai:fake", "unknown")
+
+
+def test_stored_answers_can_be_judged_without_a_model(settings, data, monkeypatch, tmp_path):
+    with Server() as server:
+        evaluate.run(replace(settings, judge_url=server.url, bench="mt_bench"))
+        path = Path(settings.out) / "mt_bench/model_answer" / f"{harness.slug(settings.ckpt)}.jsonl"
+        monkeypatch.setattr(checkpoint, "load", lambda *a: pytest.fail("a model is loaded"))
+        evaluate.run(replace(settings, judge_url=server.url, bench="mt_bench", answers=str(path), out=str(tmp_path / "b")))
+    one, two = results(settings.out)["mt_bench"], results(tmp_path / "b")["mt_bench"]
+    assert one["scores"] == two["scores"] and one["cut"] == two["cut"] and one["length"] == two["length"]
+
+
+def test_answered_but_not_judged(settings, capsys):
+    evaluate.run(replace(settings, judge="", bench="mm_vet"))
+    assert "not judged" in capsys.readouterr().out and results(settings.out)["mm_vet"]["scores"] == {}
+
+
+# ---- batches, finish reasons, turns ----------------------------------------------------------------------------
+
+def items_of(data: str, n: int = 24) -> list[Item]:
+    """Questions of uneven length, half with a picture, some sampled, of one and of two turns."""
+    words, out = "Describe the picture in one sentence . Write a short poem about the sea , which answer is better and why ?".split(), []
+    for k in range(n):
+        text = " ".join(words[k % 7:k % 7 + 1 + 5 * k % 17])
+        images = [f"COCO_{k % 2}.jpg"] if k % 2 else []
+        out.append(Item(f"q{k}", ["<image>\n" * len(images) + text] + ["And why ?"] * (k % 3 == 0), {}, images, f"{data}/pope/val2014",
+                        0.7 if k % 4 == 0 else 0.0, 40))
+    return out
+
+
+def test_batches_of_1_4_and_16_give_the_same_answers_token_for_token(data, llava, monkeypatch):
+    """The ids themselves, for decoding could hide a difference; greedy and sampled, one and two turns, with and without pictures."""
+    model, ids, said = checkpoint.load(llava), {}, {}
+    tokens, generate = Tokens(Path(llava), model.config), annotate.generate
+    for size in (1, 4, 16):
+        ids[size] = {}
+
+        def spy(model, prompts, *rest, **how):
+            rows = generate(model, prompts, *rest, **how)
+            assert len(prompts) <= size
+            for prompt, seeds, (found,) in zip(prompts, how["seeds"], rows):
+                ids[size][tuple(prompt), tuple(seeds)] = (tuple(found.ids), found.finish)
+            return rows
+        monkeypatch.setattr(annotate, "generate", spy)
+        said[size], failed = answer(items_of(data), model, tokens, Pixels(model.config), batch=size)
+        assert not failed
+    assert ids[1] == ids[4] == ids[16] and len(ids[1]) == 32 and said[1] == said[4] == said[16]
+    texts = [a["text"] for turns in said[1].values() for a in turns]
+    assert len(texts) == 32 and len(set(texts)) > 28 and {a["finish"] for turns in said[1].values() for a in turns} <= {"stop", "length"}
+
+
+def test_cut_off_answers_are_stored_and_counted(settings):
+    settings = replace(settings, judge="", bench="mt_bench,alpaca_eval")
+    evaluate.run(settings)
+    finishes = {name: [a["finish"] for turns in harness.load(Path(settings.out) / name / BENCHES[name].files[0].format(model=harness.slug(settings.ckpt)))
+                       for a in ([{"finish": f} for f in turns["choices"][0]["finish"]] if name == "mt_bench" else [turns])]
+                for name in ("mt_bench", "alpaca_eval")}
+    for name, found in finishes.items():
+        assert results(settings.out)[name]["cut"] == found.count("length") and set(found) <= {"stop", "length"}
+    assert finishes["mt_bench"].count("length") > 0
+    turns = [{"finish": f, "text": "x" * n} for f, n in (("stop", 2), ("length", 4), ("length", 6))]
+    found = evaluate.summary("pope", BENCHES["mm_vet"], [], {"a": turns}, None)
+    assert (found["cut"], found["length"]) == (2, 4)
+
+
+def prompts_of(s: Settings, monkeypatch) -> list[str]:
+    """Every prompt that the model is given, decoded, and the pictures with it."""
+    seen, original = [], harness.sample_batch
+
+    def spy(model, tokens, pixels, items, **how):
+        seen.extend((tokens.tokenizer.decode(harness.make_tree(tokens, r, []).prompt, skip_special_tokens=False), r["images"], how["temperature"])
+                    for r in items)
+        return original(model, tokens, pixels, items, **how)
+    monkeypatch.setattr(harness, "sample_batch", spy)
+    evaluate.run(replace(s, judge=""))
+    return seen
+
+
+def test_the_second_turn_holds_the_models_own_first_answer(settings, monkeypatch):
+    seen = prompts_of(replace(settings, bench="mt_bench"), monkeypatch)
+    rows = harness.load(Path(settings.out) / "mt_bench/model_answer" / f"{harness.slug(settings.ckpt)}.jsonl")
+    assert len(seen) == 6 and sorted(t for *_, t in seen) == [0, 0, 0.1, 0.1, 0.7, 0.7]
+    for n, row in zip((81, 111, 151), rows):
+        text = f"USER: first {n}? ASSISTANT: {row['choices'][0]['turns'][0]}</s>USER: second {{{n}}}? ASSISTANT:"
+        assert sum(text in prompt.replace("</s> ", "</s>") for prompt, *_ in seen) == 1
+
+
+def test_the_authors_harness_forgot_the_first_answer(settings, monkeypatch):
+    seen = prompts_of(replace(settings, bench="mt_bench", forget=True), monkeypatch)
+    wanted = f"<s> {SYSTEM} USER: first 111? ASSISTANT:USER: second {{111}}? ASSISTANT:"
+    assert wanted.replace(" ", "") in [prompt.replace(" ", "") for prompt, *_ in seen]
+
+
+def test_the_authors_harness_wrote_image_as_text(settings, monkeypatch, vicuna):
+    """The same characters, but no placeholder and no picture; and a real random picture does reach the model, seeded."""
+    plain = prompts_of(replace(settings, bench="mt_bench"), monkeypatch)
+    written = prompts_of(replace(settings, bench="mt_bench", picture="literal", out=settings.out + "2"), monkeypatch)
+    assert not any(images for _, images, _ in plain + written) and len(written) == 6
+    assert sum("USER: <image>\nfirst 81?" in prompt for prompt, *_ in written) == 2
+    tokens = Tokens(Path(settings.ckpt), checkpoint.read_config(Path(settings.ckpt))[0])
+    placeholder = tokens.image
+    harness.literal(tokens)
+    ids = tokens.encode("USER: <image>\nfirst")
+    assert placeholder not in ids and len(ids) > 8
+    assert prompts_of(replace(settings, bench="mt_bench", ckpt=vicuna, picture="literal", out=settings.out + "3"), monkeypatch)
+
+
+def test_a_random_picture_before_text_questions(settings, data, monkeypatch):
+    where = f"{data}/mm_vet/images"
+    shown = {}
+    for seed in (0, 0, 1):
+        run = replace(settings, bench="alpaca_eval", picture=where, seed=seed, out=settings.out + f"{len(shown)}{seed}")
+        seen = prompts_of(run, monkeypatch)
+        assert all(len(images) == 1 and prompt.count("<image>") == 4 for prompt, images, _ in seen)
+        shown.setdefault(seed, []).append([images[0] for _, images, _ in seen])
+    assert len(set(map(tuple, shown[0]))) == 1 and shown[0][0] != shown[1][0], "the seed decides, and nothing else"
+
+
+def test_a_judge_does_not_read_about_pictures_that_the_harness_added(settings, data):
+    with Server() as server:
+        evaluate.run(replace(settings, bench="mt_bench,alpaca_eval", judge_url=server.url, picture=f"{data}/mm_vet/images"))
+    assert len(server.asked) == 12 and not any("<image>" in text for text in server.asked)
+
+
+@pytest.mark.parametrize("flags, why", [({"picture": "nowhere"}, "a folder with .jpg"), ({"ckpt": "VICUNA", "picture": "HERE"}, "sees no pictures")])
+def test_pictures_that_cannot_be_shown(settings, vicuna, data, flags, why):
+    flags = {k: v.replace("VICUNA", vicuna).replace("HERE", f"{data}/mm_vet/images") for k, v in flags.items()}
+    with pytest.raises(BadInput, match=why):
+        evaluate.run(replace(settings, bench="mt_bench", judge="", **flags))
+
+
+def test_cropping_changes_what_the_model_sees(settings, monkeypatch):
+    seen = []
+    original = harness.sample_batch
+    monkeypatch.setattr(harness, "sample_batch", lambda m, t, p, items, **how: seen.append(p([Path(items[0]["root"]) / items[0]["images"][0]]))
+                        or original(m, t, p, items, **how))
+    for crop in (False, True):
+        evaluate.run(replace(settings, bench="mm_vet", judge="", crop=crop))     # the same folder: not taken for answered
+    assert len(seen) == 2 and (seen[0] != seen[1]).any()
+
+
+def test_a_steerlm_model_is_asked_for_its_scores(settings, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(settings.ckpt, tmp_path / "steered"))
+    write(folder / "steer.json", {"text": " give {helpfulness} {correctness} {coherence} {complexity} {verbosity}", "grades": list("vwxyz"),
+                                  "target": dict.fromkeys(ATTRIBUTES, 4)})
+    for target, asked in (("", "z z z z z"), ("4 4 4 4 0", "z z z z v")):
+        seen = prompts_of(replace(settings, ckpt=str(folder), bench="mt_bench", target=target), monkeypatch)
+        assert len(seen) == 6 and all(f"? give {asked} ASSISTANT:" in prompt for prompt, *_ in seen)
+    assert "every question asks for helpfulness 4, correctness 4, coherence 4, complexity 4, verbosity 0" in capsys.readouterr().out
+
+
+# ---- failures --------------------------------------------------------------------------------------------------
+
+def test_calls_that_fail_in_every_way_leave_the_mean_over_the_rest(tmp_path, capsys, monkeypatch):
+    """120 MT-Bench-like questions, 30 % of the calls meet a fault, every lasting kind among them: five states, no invented grade."""
+    n, folder = 120, tmp_path / "data"
+    MAKERS["mt_bench"](folder)
+    write(folder / "mt_bench/question.jsonl", [{"question_id": 200 + k, "category": "writing", "turns": [f"say {k}", f"again {k}"]} for k in range(n)])
+    answers = write(tmp_path / "m.jsonl", [{"question_id": 200 + k, "choices": [{"index": 0, "turns": [f"a {k}", f"b {k}"]}]} for k in range(n)])
+    argv = ["--bench", "mt_bench", "--data_dir", folder, "--answers", answers, "--judge", "gemini:fake", "--out", tmp_path / "out", "--workers", 8,
+            "--timeout", 1]
+    monkeypatch.setenv("GEMINI_API_KEY", "a-key-of-twenty-characters")
+    with Server(faults=0.3, stall=1.2, seed=10) as server:
+        status, said = code(*argv, "--judge_url", server.url)
+    table, found = capsys.readouterr().out, results(tmp_path / "out")["mt_bench"]
+    rows = read_jsonl(tmp_path / "out/mt_bench/model_judgment/gemini-fake_single.jsonl")
+    faults = {(r["question_id"], r["turn"]): fault_of(r["user_prompt"], 0.3, 10) for r in rows}
+    states = {key: expected(kind) if kind else "ok" for key, kind in faults.items()}
+    assert set(LASTING) <= set(faults.values()), "every lasting fault is met"
+    assert found["states"] == {s: list(states.values()).count(s) for s in set(states.values())} and len(found["states"]) == 5
+    good = [1 + judge_server.digest("grade", r["user_prompt"]) % 10 for r in rows if states[r["question_id"], r["turn"]] == "ok"]
+    assert found["scores"]["score"]["mean"] == found["scores"]["strict"]["mean"] == sum(good) / len(good) and found["scores"]["score"]["n"] == len(good)
+    assert found["coverage"] == len(good) / 240 and all(r["score"] == -1 for r in rows if states[r["question_id"], r["turn"]] != "ok")
+    assert f"{found['states']['failed']} failed" in table and f"the first of them: {found['trouble'][:150]}" in table and len(found["trouble"]) > 5
+    assert "a-key-of-twenty" not in "".join(p.read_text() for p in (tmp_path / "out").rglob("*") if p.is_file()) + table + said
+    assert status == 1 and "less than --coverage 95% was scored" in said and f"{len(good) / 240:.1%}" in table
+    assert code(*argv, "--judge_url", server.url, "--coverage", f"{len(good) / 240 - 0.001}")[0] == 0, "and nothing is asked again: the server is gone"
+
+
+@pytest.mark.parametrize("name, bad", [("alpaca_eval", "I cannot rank these."), ("mm_vet", "2"), ("llava_bench", "0 99")])
+def test_a_reply_that_says_nothing_is_no_score(settings, data, name, bad, monkeypatch):
+    """The judge never says anything usable about one answer in each benchmark."""
+    real, victim = judge_server.opinion, []
+
+    def opinion(text, body, kind=""):
+        victim[:] = victim or [text]
+        return bad if text == victim[0] else real(text, body, kind)
+    monkeypatch.setattr(judge_server, "opinion", opinion)
+    with Server() as server, pytest.raises(BadInput, match="less than --coverage"):
+        evaluate.run(replace(settings, bench=name, judge_url=server.url))
+    found, total = results(settings.out)[name], len(BENCHES[name].items(data))
+    assert found["states"] == {"ok": total - 1, "unparseable": 1} and found["coverage"] == (total - 1) / total
+    assert next(iter(found["scores"].values()))["n"] == total - 1 and server.asked[victim[0]] == judge.ASKS
+
+
+def test_a_missing_picture_is_not_an_answer(settings, data, tmp_path, capsys):
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    os.remove(copy / "pope/val2014/COCO_1.jpg")
+    with pytest.raises(BadInput, match="pope 50.0%"):
+        evaluate.run(replace(settings, bench="pope", data_dir=str(copy), coverage=0.6, judge=""))
+    found = results(settings.out)["pope"]
+    assert found["scores"]["F1"]["n"] == 12 and len(found["unanswered"]) == 12 and "12 not answered (image" in capsys.readouterr().out
+    evaluate.run(replace(settings, bench="pope", data_dir=str(copy), coverage=0.5, judge=""))
+    shutil.rmtree(copy / "pope/val2014")
+    with pytest.raises(BadInput, match="no such folder; the pictures of pope belong there"):
+        evaluate.run(replace(settings, bench="pope", data_dir=str(copy), judge=""))
+
+
+def test_a_prompt_that_is_too_long_and_an_answer_that_would_be_a_control_token(data, llava):
+    model = checkpoint.load(llava)
+    tokens = Tokens(Path(llava), model.config)
+    long = Item("long", ["word " * 3000])
+    said, failed = answer([long, Item("short", ["word"], max_new=4)], model, tokens, Pixels(model.config))
+    assert set(said) == {"short"} and "more than the model was built for" in failed["long"]
+    with pytest.raises(BadInput, match="own earlier answer contains <image>"):
+        harness.conversation(Item("x", ["a", "b"]), ["see <image>"])
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------
+
+def kill_when(path: Path, lines: int, argv: list) -> None:
+    """Run the command and kill -9 it when its journal has so many lines."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+
+
+def test_kill_9_while_answering_and_while_judging(settings, data, tmp_path):
+    flags = lambda out, url: ["--ckpt", settings.ckpt, "--bench", ALL, "--data_dir", data, "--judge", "openai:fake", "--judge_url", url, "--max_new", "24",
+                              "--batch", "2", "--workers", "2", "--device", "cpu", "--out", out]
+    with Server() as server:
+        assert code(*flags(tmp_path / "whole", server.url)) == (0, "")
+        asked = dict(server.asked)
+    with Server(delay=0.1) as server:
+        out = tmp_path / "killed"
+        kill_when(out / "answers-journal.jsonl", 9, flags(out, server.url))
+        answered = (out / "answers-journal.jsonl").read_bytes().count(b"\n")
+        assert 9 <= answered < 40 and not (out / "judge-journal.jsonl").exists()
+        with open(out / "answers-journal.jsonl", "ab") as f:
+            f.write(b'{"key": "torn')
+        kill_when(out / "judge-journal.jsonl", 5, flags(out, server.url))
+        assert not (out / "results.json").exists()
+        server.delay = 0
+        assert code(*flags(out, server.url)) == (0, "")
+        again = sum(server.asked.values()) - len(asked)
+    assert files(out) == files(tmp_path / "whole") and set(server.asked) == set(asked)
+    assert again <= 2, "only the calls in flight were asked twice"
+
+
+def test_a_finished_run_is_not_run_again(settings, monkeypatch):
+    with Server() as server:
+        settings = replace(settings, judge_url=server.url)
+        evaluate.run(settings)
+        before, calls = files(settings.out), len(server.arrivals)
+        monkeypatch.setattr(checkpoint, "load", lambda *a: pytest.fail("a model is loaded"))
+        evaluate.run(settings)
+        assert files(settings.out) == before and len(server.arrivals) == calls
+
+
+@pytest.mark.parametrize("change", [{"max_new": 5}, {"seed": 1}, {"forget": True}, {"dtype": "bfloat16"}])
+def test_what_answers_depend_on_is_in_their_key(settings, change, monkeypatch):
+    seen = []
+    settings = replace(settings, bench="mt_bench", judge="")
+    evaluate.run(settings)
+    original = harness.sample_batch
+    monkeypatch.setattr(harness, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
+    evaluate.run(replace(settings, **change))
+    assert seen, f"{change} was answered from the journal of another run"
+
+
+def test_another_picture_of_the_same_name_is_asked_about_anew(settings, data, tmp_path, monkeypatch):
+    copy, seen = Path(shutil.copytree(data, tmp_path / "copy")), []
+    settings = replace(settings, bench="llava_bench", judge="", data_dir=str(copy))
+    evaluate.run(settings)
+    original = harness.sample_batch
+    monkeypatch.setattr(harness, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
+    evaluate.run(settings)
+    assert not seen
+    picture(50, 20, seed=9).save(copy / "llava_bench_wild/images/002.jpg")
+    evaluate.run(settings)
+    assert len(seen) == 1
+
+
+def test_another_checkpoint_in_the_same_folder_is_asked_anew(settings, tmp_path, monkeypatch):
+    settings, seen = replace(settings, bench="mt_bench", judge=""), []
+    evaluate.run(settings)
+    original = harness.sample_batch
+    monkeypatch.setattr(harness, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
+    evaluate.run(replace(settings, ckpt=str(tiny_checkpoint(tmp_path / "other", "llama", seed=5))))
+    assert seen
+
+
+# ---- stored files on the official questions --------------------------------------------------------------------
+
+def synthetic(name: str, items: list[Item], folder: Path) -> tuple[dict, dict]:
+    """Stored files as official tools write them, by a rule known here -> (flags, figures they must give)."""
+    answers = {i.id: [{"text": f"answer to {i.id}", "finish": "stop"}] * len(i.questions) for i in items}
+    if name == "mt_bench":
+        rows = [{"question_id": i.row["question_id"], "model": "m", "judge": ["gpt-4", "x"], "user_prompt": "", "turn": t,
+                 "judgment": f"Rating: [[{1 + i.row['question_id'] % 7 + t}]]", "score": 1 + i.row["question_id"] % 7 + t} for i in items for t in (1, 2)]
+        return {"judgments": write(folder / "gpt-4_single.jsonl", rows)}, {"score": np.mean([r["score"] for r in rows])}
+    if name == "alpaca_eval":
+        rows = [{"instruction": i.row["instruction"], "output_1": i.row["output"], "output_2": "x" * (k % 900), "preference": 1 + (k % 3 > 0), "annotator": "a"}
+                for k, i in enumerate(items)]
+        (folder / "annotations.json").write_text(json.dumps(rows))
+        return {"judgments": folder / "annotations.json"}, {"win rate": 100 * np.mean([r["preference"] - 1 for r in rows])}
+    if name == "mm_vet":
+        rows = {i.id: {"model": ["gpt-4-0613"], "content": [str(k % 11 / 10)], "score": [k % 11 / 10]} for k, i in enumerate(items)}
+        ocr = [k % 11 / 10 for k, i in enumerate(items) if "ocr" in i.row["capability"]]
+        return {"judgments": write(folder / "m_gpt-4-grade-1runs.json", rows)}, {"total": np.mean([k % 11 / 10 for k in range(218)]) * 100, "ocr": np.mean(ocr) * 100}
+    if name == "llava_bench":
+        rows = [{"id": k, "question_id": i.row["question_id"], "category": f"llava_bench_{i.row['category']}", "content": f"9 {1 + k % 9}", "tuple": [9.0, 1.0 + k % 9]}
+                for k, i in enumerate(items)]
+        return {"judgments": write(folder / "review.jsonl", rows)}, {"relative": round(round(np.mean([1 + k % 9 for k in range(60)]), 3) / 9 * 100, 1)}
+    if name == "pope":
+        rows = [{"question_id": i.row["question_id"], "text": "Yes" if i.row["question_id"] % 3 else "No"} for i in items]
+        f1 = []
+        for split in ("adversarial", "popular", "random"):
+            mine = [(i.row["label"] == "yes", i.row["question_id"] % 3 > 0) for i in items if i.row["category"] == split]
+            f1.append(2 * sum(a and b for a, b in mine) / (sum(a for a, _ in mine) + sum(b for _, b in mine)))
+        return {"answers": write(folder / "pope.jsonl", rows)}, {"F1": np.mean(f1)}
+    rows = [{"question_id": i.row["question_id"], "text": i.row["answer"] if i.row["question_id"] % 5 else "E"} for i in items]
+    return {"answers": write(folder / "mmbench.jsonl", rows)}, {
+        "circular": np.mean([n % 5 > 0 for n in {i.row["question_id"] % 1000000 for i in items}])}    # a million is a multiple of five
+
+
+@official
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_stored_file_command_on_the_official_questions(name, tmp_path, capsys):
+    stored, wanted = synthetic(name, BENCHES[name].items(OFFICIAL), tmp_path)
+    flags = [x for flag, path in stored.items() for x in (f"--{flag}", path)]
+    assert code("--bench", name, "--data_dir", OFFICIAL, *flags, "--json", "--out", tmp_path / "out") == (0, "")
+    (found,), = json.loads(capsys.readouterr().out).values()
+    for figure, value in wanted.items():
+        assert abs((found["scores"] | found["categories"] if figure == "ocr" else found["scores"])[figure]["mean"] - value) < 1e-9
+    assert found["coverage"] == 1
+
+
+def test_a_judgment_file_with_several_models_scores_each(tmp_path, capsys):
+    rows = [{"question_id": 81, "turn": 1, "score": s, "model": m, "judge": ["gpt-4", "single-v1"], "judgment": f"[[{s}]]"} for m, s in (("a", 3), ("b", 8))]
+    assert code("--bench", "mt_bench", "--judgments", write(tmp_path / "gpt-4_single.jsonl", rows), "--json") == (0, "")
+    found = json.loads(capsys.readouterr().out)
+    assert {m: r[0]["scores"]["score"]["mean"] for m, r in found.items()} == {"a": 3, "b": 8} and found["a"][0]["judge"] == "gpt-4"
+
+
+@pytest.mark.parametrize("flags, why", [
+    ({"bench": "mt_bank"}, "choose among mt_bench"), ({"bench": "pope,mmbench", "answers": "x"}, "with --answers or --judgments, one"),
+    ({"bench": "pope", "judgments": "x"}, "needs no judge; give --answers"), ({"bench": "pope"}, "say with --data_dir"),
+    ({"bench": "mm_vet", "judgments": "x"}, "give --data_dir with its question file"), ({"coverage": 2.0}, "--coverage from 0 to 1"),
+    ({"batch": 0}, "--batch at least 1"), ({"bench": "mt_bench", "judge": "oracle"}, "say gemini:MODEL"), ({"compare": ("nowhere",)}, "holds neither"),
+    ({"bench": "alpaca_eval", "judgments": "nowhere.json"}, "nowhere.json: cannot be read")])
+def test_the_door(flags, why, tmp_path):
+    with pytest.raises(BadInput, match=why):
+        evaluate.run(Settings(out=str(tmp_path), **flags))
+
+
+def test_answers_to_other_questions_are_refused(data, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question_id": "x", "text": "Yes"}])
+    with pytest.raises(BadInput, match="answers none of the questions of pope"):
+        evaluate.run(Settings(bench="pope", data_dir=data, answers=str(path), out=str(tmp_path)))
+
+
+def test_official_files_that_do_not_fit_each_other(settings, data, tmp_path):
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    write(copy / "llava_bench_wild/context.jsonl", [{"id": "001", "image": "001.jpg", "caption": "a"}])
+    with pytest.raises(BadInput, match="the files of llava_bench do not belong together, for '002.jpg' is not to be found"):
+        evaluate.run(replace(settings, bench="llava_bench", data_dir=str(copy), judge_url="http://127.0.0.1:1"))
+
+
+def test_a_checkpoint_that_is_not_there_is_noticed_before_the_first_is_asked(settings):
+    with pytest.raises(BadInput, match="nowhere: no such folder"):
+        evaluate.run(replace(settings, ckpt=f"{settings.ckpt},nowhere", judge=""))
+    assert not Path(settings.out).exists()
+
+
+# ---- the miniature ---------------------------------------------------------------------------------------------
+
+def test_without_arguments_the_miniature_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(miniature, "ITEMS", {"text": 22, "exist": 4, "attribute": 4, "describe": 3, "choice": 3})
+    assert code("--out", tmp_path) == (0, "")
+    head, vicuna, llava, *_ = capsys.readouterr().out.splitlines()
+    assert head.split() == list(miniature.COLUMNS) and vicuna.split()[0] == "toy/vicuna" and vicuna.split()[-1] == "-" and "±" in llava
+    said = {r["id"]: r["answers"] for r in read_jsonl(tmp_path / "answers-toy-vicuna.jsonl")}
+    assert len(said) == 22 and all(len(pair) == 2 for pair in said.values())
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["toy"]["exist"]["n"] == 4
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it")
+def test_the_whole_of_it_takes_less_than_a_minute(tmp_path):
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and time.monotonic() - began < 60
+    readme = (ROOT / "README.md").read_text()                            # the same table as before `python dpo.py`
+    for line in done.stdout.splitlines()[1:3]:
+        assert line.split(maxsplit=1)[1] in readme
+
+
+# ---- side by side ----------------------------------------------------------------------------------------------
+
+def test_compare_shows_the_papers_layout_and_draws(settings, vicuna, tmp_path, capsys):
+    with Server() as server:
+        for name, ckpt in (("a", settings.ckpt), ("b", vicuna)):
+            evaluate.run(replace(settings, ckpt=ckpt, out=str(tmp_path / name), judge_url=server.url))
+    path = tmp_path / "a" / "results.json"                               # a random model is never right in every rotation
+    path.write_text(path.read_text().replace('"circular": {\n     "mean": 0.0', '"circular": {\n     "mean": 0.674'))
+    capsys.readouterr()
+    argv = ["--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c"]
+    assert code(*argv) == (0, "")
+    said = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line for line in said.splitlines()}
+    assert lines["DPO"].split()[1:] == ["41.2", "79.1", "0.870", "66.8", "6.73", "86.4"] and lines["Vicuna-1.5"].split()[1:5] == ["-"] * 4
+    one = results(tmp_path / "a")
+    assert f"{one['mt_bench']['scores']['score']['mean']:.2f} ±" in lines["a"] and "67.4 ±" in lines["a"]
+    assert "openai:fake (mock-1)" in lines["a"] and lines["b"].split()[1:5] == ["-"] * 4 and "cannot be compared down" not in said
+    assert all((tmp_path / "c" / name).stat().st_size > 5000 for name in ("radar.png", "bars.png"))
+    other = json.loads((tmp_path / "b" / "results.json").read_text())
+    other["results"][0] |= {"versions": ["mock-2"], "coverage": 0.9}
+    (tmp_path / "b" / "results.json").write_text(json.dumps(other))
+    code(*argv)
+    said = capsys.readouterr().out
+    assert "judged by different judges: mt_bench; " in said and "! not everything" in said and re.search(r"^b .*\d!", said, re.M)
+
+
+def test_the_miniature_is_compared_too(tmp_path, capsys):
+    scores = {"toy": {"text": {"mean": 7.5, "ci": 0.3, "n": 165}}}
+    write(tmp_path / "mini/scores.json", {"scores": scores})
+    assert code("--compare", tmp_path / "mini", "--out", tmp_path / "c") == (0, "")
+    assert "7.50 ±0.30" in capsys.readouterr().out and not list((tmp_path / "c").glob("*.png"))
