@@ -112,6 +112,34 @@ def write_records(folder: Path, count: int, answers: int = 2, least: int = 30, m
     return folder / "records.jsonl"
 
 
+# ---- how much work it is ------------------------------------------------------------------------------------------
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
+    """Floating-point operations a second of a plain n x n matrix product: what everything else is held against."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    row = in_turn({"": lambda: a @ b}, 3, 10)[""]
+    return 2 * n ** 3 / min(row["all_ms"]) * 1000
+
+
+def attention_work(mask: kernels.Mask, width: int) -> int:
+    """Operations of one layer's attention over trees, forward and backward, for what tokens really see: 2 products, then 5."""
+    seen = mask.hi - mask.lo + torch.arange(len(mask.own), device=mask.own.device) - mask.own + 1
+    return int(seen.sum()) * width * 2 * 7
+
+
+def step_work(config: Config, pack) -> int:
+    """Operations of a DPO step on one pack that no method gets around: the language model forward and backward on every token,
+    the head on the scored ones, the frozen tower forward once per image."""
+    t, v, images = config.text, config.vision, len(pack.pixels)
+    heads = 2 * t.num_attention_heads + 2 * t.num_key_value_heads
+    block = t.hidden_size * (heads * t.head_dim + 3 * t.intermediate_size)
+    text = t.num_hidden_layers * (6 * block * len(pack.ids) + attention_work(pack.mask, t.hidden_size))
+    tower = v.depth * (v.patches + 1) * (8 * v.hidden_size ** 2 + 4 * v.hidden_size * v.intermediate_size
+                                         + 4 * (v.patches + 1) * v.hidden_size)
+    project = 6 * v.patches * t.hidden_size * (v.hidden_size + t.hidden_size)
+    return text + 6 * len(pack.rows) * t.vocab_size * t.hidden_size + images * (tower + project)
+
+
 # ---- contestants: each waits at `gate` between its steps, in a process of its own -----------------------------------
 
 def peak_mib() -> float:
@@ -129,8 +157,11 @@ def gate(pipe, **said) -> None:
     """Report the step that is over, wait for the word to go on."""
     wait_for_gpu()
     pipe.send(said | {"peak_mib": peak_mib()})
-    if not pipe.recv():
-        pipe.send(None)
+    try:
+        go_on = pipe.recv()
+    except EOFError:                                                     # the other side is gone
+        go_on = False
+    if not go_on:
         os._exit(0)
 
 
@@ -152,7 +183,8 @@ def ours(pipe, folder: Path, s: Settings, dtype: str) -> None:
     items, _ = records.read(folder / "records.jsonl")
     trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in items]
     pairs = dpo.make_pairs(items, trees, dpo.reference_logps(model, trees, pixels, 8192), 2, 0)
-    said = {"tokens": statistics.mean(t.tokens for t in trees)}
+    work = sum(step_work(model.config, pixels.pack([tree])) for tree in trees) / len(trees) * s.pairs
+    said = {"tokens": statistics.mean(t.tokens for t in trees), "gflop": work / 1e9}
     dpo.shuffled = lambda pairs, seed: batches(pipe, pairs, s.pairs, said)
     sys.stdout = open(os.devnull, "w")
     dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs), 10**6, folder)
@@ -220,21 +252,23 @@ def bench_dpo(s: Settings, folder: Path) -> list[dict]:
     contestants = {"remedy, fp32": (ours, "float32"), "TRL, as it is": (theirs, True), "TRL, no checkpointing": (theirs, False)}
     if multiplies_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         contestants["remedy, bf16"] = ours, "bfloat16"
+    rate = matmul_rate(*device_and_dtype(s.device, "float32"))
     return [{"bench": "dpo", "name": name, "pairs": s.pairs, "pairs_per_s": 1000 * s.pairs / row["ms"], **row}
+            | ({"of_matmul_rate": 1000 * row["gflop"] * 1e9 / row["ms"] / rate} if name == "remedy, fp32" else {})
             for name, row in alternate(contestants, folder, s).items()]
 
 
 # ---- sampling, kernels, growth: one process, in turn ------------------------------------------------------------------
 
-def in_turn(calls: dict, s: Settings, rounds: int) -> dict[str, dict]:
+def in_turn(calls: dict, warmup: int, rounds: int) -> dict[str, dict]:
     """{name: {"ms": median, "all_ms"}} of functions, called alternately."""
     rows = {name: [] for name in calls}
-    for k in range(s.warmup + rounds):
+    for k in range(warmup + rounds):
         for name, call in calls.items():
             began = time.perf_counter()
             call()
             wait_for_gpu()
-            if k >= s.warmup:
+            if k >= warmup:
                 rows[name].append(round(1000 * (time.perf_counter() - began), 3))
     return {name: {"ms": statistics.median(ms), "all_ms": ms} for name, ms in rows.items()}
 
@@ -256,7 +290,7 @@ def bench_sample(s: Settings, folder: Path, count: int = 4, n: int = 4, words: i
     how = {"do_sample": True, "num_return_sequences": n, "max_new_tokens": words, "min_new_tokens": words, "pad_token_id": 3}
     never = tokens.tokenizer.get_vocab_size()                            # no word: all answers reach their full length
     ours = lambda: generate(mine, [t.prompt for t in trees], pictures, n=n, max_new=words, temperature=1.0, eos=never)
-    rows = in_turn({"remedy": ours, "transformers.generate": lambda: other.generate(**asked, **how)}, s, s.rounds)
+    rows = in_turn({"remedy": ours, "transformers.generate": lambda: other.generate(**asked, **how)}, s.warmup, s.rounds)
     return [{"bench": "sample", "name": name, "questions": count, "n": n, "tokens": words,
              "tokens_per_s": 1000 * count * n * words / row["ms"], **row} for name, row in rows.items()]
 
@@ -282,9 +316,12 @@ def bench_kernels(s: Settings, folder: Path) -> list[dict]:
         "log-probs, remedy": lambda: both(kernels.logps(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
         "log-probs, all logits of the scored rows": lambda: both(
             logps_spec(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
-        "log-probs, all logits of all rows": lambda: both(formula(), (hidden, weight))}, s, s.rounds)
+        "log-probs, all logits of all rows": lambda: both(formula(), (hidden, weight))}, s.warmup, s.rounds)
+    work = {"attention": attention_work(pack.mask, H * D), "log-probs": 6 * len(pack.rows) * V * config.hidden_size}
+    rate = matmul_rate(device, dtype)
     return [{"bench": "kernels", "name": name, "tokens": T, "scored": len(pack.rows), "heads": H, "head_dim": D, "vocabulary": V,
-             "dtype": str(dtype), **row} for name, row in rows.items()]
+             "dtype": str(dtype), "of_matmul_rate": 1000 * work[name.split(",")[0]] / row["ms"] / rate, **row}
+            for name, row in rows.items()]
 
 
 def bench_growth(s: Settings, folder: Path) -> list[dict]:
@@ -299,7 +336,7 @@ def bench_growth(s: Settings, folder: Path) -> list[dict]:
         shape = (1, 3, model.config.vision.image_size, model.config.vision.image_size)
         pack = make_pack([tree], torch.randn(shape)).to(device)
         parameters = [p for name, p in model.named_parameters() if not name.startswith("vision_tower.")]
-        row = in_turn({"": lambda: torch.autograd.grad(answer_logps(model, pack).sum(), parameters)}, s, s.rounds)[""]
+        row = in_turn({"": lambda: torch.autograd.grad(answer_logps(model, pack).sum(), parameters)}, s.warmup, s.rounds)[""]
         rows.append({"bench": "growth", "name": f"{size}, {n} answers of {length}", "tokens": len(pack.ids),
                      "parameters": sum(p.numel() for p in model.parameters()), **row})
     return rows
@@ -318,7 +355,7 @@ def table(rows: list[dict]) -> str:
         base = first.setdefault(kind, row)["ms"]
         more = [f"{row[key]:,.{digits}f} {unit}" for key, digits, unit in (
             ("pairs_per_s", 2, "pairs/s"), ("tokens_per_s", 0, "tokens/s"), ("tokens", 0, "tokens"),
-            ("peak_mib", 0, "MiB peak")) if key in row]
+            ("peak_mib", 0, "MiB peak"), ("of_matmul_rate", 2, "of the matmul rate")) if key in row]
         out.append(f"{row['bench']:8} {row['name']:42}{row['ms']:10,.1f} ms  x{row['ms'] / base:5.2f}   {'  '.join(more)}")
     return "\n".join(out)
 

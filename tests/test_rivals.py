@@ -18,7 +18,7 @@ import sft
 import steerlm
 import tasks
 from common import BadInput
-from conftest import hf_checkpoint, picture, tiny_checkpoint
+from conftest import hf_checkpoint, tiny_checkpoint
 from data import Pixels, Tokens, make_tree, steered
 from records import ATTRIBUTES
 

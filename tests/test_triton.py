@@ -11,7 +11,6 @@ import os
 import random
 import subprocess
 import sys
-from itertools import accumulate
 from pathlib import Path
 
 import torch

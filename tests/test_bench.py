@@ -1,0 +1,74 @@
+"""What bench.py counts and prints; it is run in small, so that it can be run at all. Speed itself is not tested.
+
+    python -m pytest tests/test_bench.py -q
+"""
+import json
+
+import pytest
+import torch
+
+import bench
+import checkpoint
+import records
+from common import BadInput, read_jsonl
+from conftest import ROOT
+from data import Pixels, Tokens, Tree, make_pack, make_tree
+from kernels.attention import dense_mask
+
+
+def test_the_work_of_attention_is_what_the_mask_lets_see():
+    pack = make_pack([Tree("", [5] * 7, [[5] * 4, [5] * 6]), Tree("", [5] * 3, [[5] * 2])])
+    assert bench.attention_work(pack.mask, 64) == int(dense_mask(pack.mask).sum()) * 64 * 2 * 7
+
+
+def test_the_work_of_a_step_is_what_torch_counts(tmp_path):
+    from torch.utils.flop_counter import FlopCounterMode
+    model = checkpoint.load(bench.write_checkpoint(tmp_path, "tiny"))
+    tokens, pixels = Tokens(tmp_path / "model", model.config), Pixels(model.config)
+    (record,), _ = records.read(bench.write_records(tmp_path, 1), image_size=56)
+    pack = pixels.pack([make_tree(tokens, record, [a["text"] for a in record["answers"]])])
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels)
+        (hidden[pack.rows] @ model.head.T).logsumexp(-1).sum().backward()
+    # torch counts attention's dense problems whole and its own recomputation; all else is the same
+    flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    products = sum(n for op, n in flops.items() if op in ("aten.mm", "aten.addmm", "aten.bmm"))
+    mine = bench.step_work(model.config, pack) - model.config.text.num_hidden_layers * bench.attention_work(
+        pack.mask, model.config.text.hidden_size)
+    v = model.config.vision
+    mine -= v.depth * 4 * (v.patches + 1) ** 2 * v.hidden_size
+    assert mine == pytest.approx(products, rel=0.02)
+
+
+def test_a_bench_adds_its_rows_in_the_place_of_its_older_ones(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "small", bench.SIZES["tiny"])
+    out = tmp_path / "bench.jsonl"
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"bench": "kernels", "name": "old"}) + "\n" + json.dumps({"bench": "dpo", "name": "kept"}) + "\n")
+    bench.run(bench.Settings(what="kernels", out=str(out), rounds=1, warmup=0, pairs=1, threads=torch.get_num_threads()))
+    rows = read_jsonl(out)
+    assert rows[0]["name"] == "kept" and len(rows) == 7 and all(row["ms"] > 0 and row["hardware"] for row in rows[1:])
+    said = capsys.readouterr().out
+    assert all(f"{row['name']:42}{row['ms']:10,.1f} ms" in said for row in rows[1:])
+
+
+@pytest.mark.parametrize("flags", [{"what": "speed"}, {"size": "70b"}, {"rounds": 0}])
+def test_the_door(flags):
+    with pytest.raises(BadInput, match="--what: dpo"):
+        bench.run(bench.Settings(**flags))
+
+
+def test_one_step_of_both_in_turn(tmp_path, monkeypatch):
+    """The real thing in small: two processes, one step each, ours and TRL's, on the same records."""
+    pytest.importorskip("trl")
+    s = bench.Settings(size="tiny", rounds=1, warmup=0, pairs=2, threads=1)
+    bench.write_checkpoint(tmp_path, "tiny")
+    bench.write_records(tmp_path, 4)
+    rows = bench.alternate({"remedy": (bench.ours, "float32"), "TRL": (bench.theirs, False)}, tmp_path, s)
+    assert all(row["ms"] > 0 and row["peak_mib"] > 100 for row in rows.values())
+    assert rows["TRL"]["tokens"] > 1.2 * rows["remedy"]["tokens"], "TRL computes prompt and picture twice, and padding"
+
+
+def test_the_readmes_speed_table_is_drawn_from_results():
+    readme = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    for line in bench.table(read_jsonl(ROOT / "results" / "bench.jsonl")).splitlines():
+        assert line.strip() in readme, f"not in README.md: {line}"
