@@ -5,6 +5,7 @@
 import io
 
 import pytest
+import torch
 from PIL import Image
 
 import chat
@@ -12,6 +13,7 @@ import checkpoint
 import steerlm
 from annotate import sample
 from common import BadInput
+from conftest import tiny_checkpoint
 from data import Pixels, Tokens
 from tasks import draw, items
 
@@ -55,6 +57,20 @@ def test_answers_come_token_by_token(talk, picture, monkeypatch, capsys):
     speaker = chat.Speaker("toy/vicuna", chat.Settings())
     speaker.say("what is the opposite of big ?", [])
     assert len(pieces) > 4 and "".join(p[0] for p in pieces).strip() == speaker.messages[1]["content"] == "the opposite of big is small ."
+
+
+def test_half_a_character_waits_for_the_rest(tmp_path, monkeypatch, capsys):
+    speaker = chat.Speaker(str(tiny_checkpoint(tmp_path / "tiny", "byte", text_only=True)), chat.Settings())
+    ids = speaker.tokens.tokenizer.encode("Ünïcödé 漢字 €").ids + [speaker.tokens.eos]
+    assert any("\ufffd" in speaker.tokens.decode(ids[:k]) for k in range(len(ids))), "this tokenizer cuts characters in two"
+    monkeypatch.setattr(chat, "stream", lambda *args, **how: (torch.tensor([i]) for i in ids))
+    speaker.say("Write a poem.", [])
+    assert capsys.readouterr().out == "Ünïcödé 漢字 €\n" and speaker.messages[-1]["content"] == "Ünïcödé 漢字 €"
+
+
+def test_the_seed_draws_the_answer(talk):
+    say = lambda seed: talk(["tell me a story about a big cat ."], ckpt="toy/vicuna", temperature=2.0, seed=seed)
+    assert say(1) == say(1) and len({say(k)[0] for k in range(4)}) > 1
 
 
 def test_reset_forgets_both_sides_and_the_pictures(talk, picture):

@@ -151,8 +151,9 @@ def test_without_data_a_script_asks_for_it(door, folder):
     assert code == 1 and "--data is needed" in said
     code, said = door(dpo)
     assert code == 1 and "--data is needed" in said and "python story.py" in said
-    code, said = door(story, data=folder / "d.jsonl")
-    assert code == 1 and "for dpo.py" in said
+    for values in ({"data": folder / "d.jsonl", "ckpt": None}, {}):      # a tiny checkpoint is not the miniature
+        code, said = door(story, **values)
+        assert code == 1 and "for dpo.py" in said
 
 
 def test_records_with_images_need_a_checkpoint_with_eyes(door, folder, tmp_path):
@@ -194,6 +195,14 @@ def test_help_says_of_every_flag_what_it_means_and_its_default(settings, capsys)
         note = text.split(f"--{field.name} {shown} ")[1].split("(default: ")
         assert len(note[0].strip()) > 5, f"--{field.name} has no comment"
         assert note[1].startswith(repr(field.default)), field.name
+
+
+def test_bfloat16_on_a_cpu_without_it_is_not_silent(monkeypatch, capsys):
+    for has, dtype, expected in ((False, "bfloat16", True), (True, "bfloat16", False), (False, "auto", False)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+        assert common.device_and_dtype("cpu", dtype)[1] == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        assert ("no bfloat16 instructions; --dtype float32" in capsys.readouterr().err) == expected
+    assert common.multiplies_bf16(torch.device("cuda"))
 
 
 def test_flags_fill_the_settings():
