@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import checkpoint
 import dpo
+import figures
 import kernels
 import records
 from common import BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl, write_whole
@@ -371,7 +372,15 @@ def run(s: Settings) -> None:
             rows = BENCHES[what](s, Path(folder))
         print(table(rows))
         kept = common.read_jsonl(s.out) if Path(s.out).exists() else []
-        write_jsonl(s.out, [row for row in kept if row["bench"] != what] + [about | row for row in rows])
+        rows = [row for row in kept if row["bench"] != what] + [about | row for row in rows]
+        write_jsonl(s.out, rows)
+    if {"dpo", "growth"} <= {row["bench"] for row in rows}:
+        picture = Path(s.out).parent / "figures" / "speed.png"
+        picture.parent.mkdir(exist_ok=True)
+        figure = figures.speed(rows)
+        figure.tight_layout()
+        figure.savefig(picture, dpi=150)
+        print(f"rows: {s.out}   figure: {picture}")
 
 
 def hardware() -> str:

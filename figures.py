@@ -5,6 +5,7 @@
     curves.png        text ability against the share of the data, and against the share of wrong labels
     attributes.png    how the judge's five attributes go together (the paper's Fig. 3)
     board.png         the first questions of a seeded draw, answered before and after: unpicked
+    speed.png         what bench.py measured (drawn by bench.py)
 
 Everything is read from files; nothing is computed here but means. reproduce.py, which writes them, draws at its end; this
 command draws again.
@@ -136,6 +137,25 @@ def board(folder: Path, runs: dict[str, str], n: int = 6):
         right.text(0, 0.5, "\n".join(lines), va="center", wrap=True)
         left.axis("off")
         right.axis("off")
+    return figure
+
+
+def speed(rows: list[dict]):
+    """What bench.py measured: a step's time and memory against the opponent's, and how a step's time grows."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
+    steps = [r for r in rows if r["bench"] == "dpo"]
+    for axis, key, unit in ((axes[0], "pairs_per_s", "pairs a second"), (axes[1], "peak_mib", "peak memory, MiB")):
+        names = [r["name"].replace(", ", ",\n") for r in steps]
+        axis.bar(names, [r[key] for r in steps], color=["#d62728" if "remedy" in name else "#999999" for name in names], width=0.6)
+        for k, r in enumerate(steps):
+            axis.annotate(f"{r[key]:.3g}" if r[key] < 100 else f"{r[key]:,.0f}", (k, r[key]), ha="center", va="bottom")
+        axis.set(title=f"DPO step: {unit}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="x", labelsize=8)
+    grown = [r for r in rows if r["bench"] == "growth"]
+    axes[2].barh([r["name"] for r in grown][::-1], [r["ms"] / grown[0]["ms"] for r in grown][::-1], color="#1f77b4")
+    axes[2].set(title="one record's step, first = 1")
+    axes[2].spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -225,7 +225,8 @@ def report(rows: list[dict]) -> str:
     have = list(dict.fromkeys(row["name"] for row in rows))
     order = ("Vicuna-mini", "LLaVA-mini", *MAIN[:3], *(f"SteerLM{how}" for how in STEERED), "DPO")
     main_rows = [name for name in order if name in have]
-    out = [f"The miniature: mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}), test items",
+    over = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    out = [f"The miniature: {over} ({', '.join(map(str, seeds))}), test items",
            table(rows, main_rows), "", "The paper, 13B models, judged by GPT-4 (another scale: compare signs, not sizes)",
            f"{'':22}{'MT-Bench':>10}{'AlpacaEval':>12}{'MM-Vet':>8}{'LLaVA-Bench':>13}{'POPE':>7}{'MMBench':>9}"]
     for name, values in compare.PAPER.items():
