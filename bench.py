@@ -44,7 +44,7 @@ import figures
 import kernels
 import records
 from common import BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl, write_whole
-from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, template
+from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, pack_size, template
 from kernels.attention import attention_spec, dense_mask
 from kernels.logprob import logps_spec
 from model import Config, Llava, TextConfig, generate
@@ -188,7 +188,7 @@ def ours(pipe, folder: Path, s: Settings, dtype: str) -> None:
     said = {"tokens": statistics.mean(t.tokens for t in trees), "gflop": work / 1e9}
     dpo.shuffled = lambda pairs, seed: batches(pipe, pairs, s.pairs, said)
     sys.stdout = open(os.devnull, "w")
-    dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs), 10**6, folder)
+    dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs, pack=pack_size(0, device)), 10**6, folder)
 
 
 def theirs(pipe, folder: Path, s: Settings, checkpointing: bool) -> None:
