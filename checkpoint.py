@@ -17,8 +17,9 @@ that lists them; nothing is guessed and nothing is left out.
 `save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained loads (a text-only
 model goes out as LlamaForCausalLM), whole or not at all.
 
-Previous: model.py.  Next: records.py (one record, and every file people already have).
+Previous: parallel.py.  Next: records.py (one record, and every file people already have).
 """
+import hashlib
 import json
 import os
 import pickle
@@ -31,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import parallel
 from common import HERE, BadInput, sha, write_whole
 from model import Config, Llava, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
@@ -187,6 +189,15 @@ def weight_files(folder: Path) -> list[Path]:
     raise BadInput(f"{folder}: no *.safetensors and no pytorch_model*.bin")
 
 
+def digest(model: Llava) -> str:
+    """Names the weights a model holds, by their content."""
+    found = hashlib.sha256(repr(model.config).encode())                  # a rope_theta counts as a weight
+    for name, p in model.named_parameters():
+        found.update(name.encode())
+        found.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
 def stamp(folder: Path) -> str:
     """Names a checkpoint by its small files' text and its weight files' sizes and times; 26 GB are not read for it."""
     small = [path.read_bytes() for name in ("config.json", *TOKENIZER_FILES) if (path := folder / name).is_file()]
@@ -312,11 +323,12 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
          more: dict[str, dict] | None = None) -> Path:
     """Write `folder` whole or not at all: weights in llava-hf names, configs, tokenizer files copied along; `crop` says how
     the model was shown its images, for those who load it elsewhere. `more` are JSON files by name."""
-    folder, config = Path(folder), model.config
+    folder, config, rank = Path(folder), model.config, parallel.rank()
     aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    named = {hub_name(name, config.vision is None): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    named = {hub_name(name, config.vision is None): p.detach() for name, p in model.named_parameters()}
     shards, room = [{}], SHARD_BYTES
     for name, value in named.items():
         if value.nbytes > room and shards[-1]:
@@ -326,11 +338,16 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
         room -= value.nbytes
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards):
-        save_file(shard, aside / file, metadata={"format": "pt"})
-        with open(aside / file, "rb+") as f:
-            os.fsync(f.fileno())
-        (aside / file).chmod(0o644)                                # the library writes files that only their owner may read
+    for file, shard in zip(files, shards):                         # one file's tensors on the host at a time
+        part = {name: parallel.whole(value) for name, value in shard.items()}
+        if rank == 0:
+            part = {name: value.cpu().contiguous() for name, value in part.items()}
+            save_file(part, aside / file, metadata={"format": "pt"})
+            with open(aside / file, "rb+") as f:
+                os.fsync(f.fileno())
+            (aside / file).chmod(0o644)                            # the library writes files that only their owner may read
+    if rank:
+        return folder
     documents = {"config.json": config_json(config, model.head.dtype)} | (processor_json(config, crop) if config.vision else {})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}

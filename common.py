@@ -94,20 +94,37 @@ def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) ->
 
 def masters(parameters: list) -> list:
     """What an optimizer updates: the parameters themselves in fp32, fp32 copies of 16-bit ones. A 16-bit weight of 1 cannot
-    be moved by 5e-7, the next number being 0.004 away; its fp32 master can, and carries it over the edge in time."""
-    return [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters]
+    be moved by 5e-7, the next number being 0.004 away; its fp32 master can, and carries it over the edge in time. The master
+    holds the gradient, too: each backward's is added to it in fp32 as soon as it is known, and let go, weight by weight."""
+    def lift(master):
+        def add(p):
+            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            p.grad = None
+        return add
+    wide = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters]
+    for m, p in zip(wide, parameters):
+        if m is not p:
+            p.register_post_accumulate_grad_hook(lift(m))
+    return wide
+
+
+def adamw(groups: list, **how) -> torch.optim.AdamW:
+    """AdamW with its moments in place before the first step: what a run needs is taken at once, and can be kept."""
+    optimizer = torch.optim.AdamW(groups, fused=True, **how)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def update(optimizer: torch.optim.Optimizer, masters: list, parameters: list) -> None:
-    """One optimizer step on the masters with the parameters' gradients, rounded back into the parameters."""
-    copies = [(m, p) for m, p in zip(masters, parameters) if m is not p]
-    for m, p in copies:
-        m.grad, p.grad = None if p.grad is None else p.grad.float(), None    # one at a time: never all gradients twice
+    """One optimizer step on the masters, rounded back into the parameters."""
     optimizer.step()
     with torch.no_grad():
-        for m, p in copies:
-            p.copy_(m)
-    for p in masters + parameters:
+        for m, p in zip(masters, parameters):
+            if m is not p:
+                p.copy_(m)
+    for p in (*masters, *parameters):
         p.grad = None
 
 
