@@ -44,9 +44,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import lora
 import parallel
 import resume
-from common import (BadInput, adamw, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, sha, update,
+from common import (BadInput, adamw, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, set_rate, sha, update,
                     write_jsonl, write_whole)
 from data import (Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, share, split,
                   template, trees_digest)
@@ -80,6 +81,10 @@ class Settings:
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
     crop: bool = False           # centre-crop images instead of padding them to a square
     features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
+    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
+    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
+    projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
+    merge: bool = False          # adapters: also write model/, with them added to the weights
     save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
     resume: bool = False         # go on with the run in --out where it was stopped
 
@@ -127,7 +132,7 @@ def fingerprint(model: Llava, tokens: Tokens, items: list[dict], pixels: Pixels)
     """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
     data = [[r["id"], r["messages"], [a["text"] for a in r["answers"]], r["images_sha"]] for r in items]
     probe = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
-    return {"weights": checkpoint.digest(model), "data": sha(json.dumps(data)),
+    return {"weights": resume.digest(model), "data": sha(json.dumps(data)),
             "template": sha(template(probe), tokens.source.read_bytes(), str(tokens.bos), str(tokens.steer)),
             "image processing": f"{pixels.size} px, {'crop' if pixels.crop else 'pad'}",
             "dtype": str(model.head.dtype)}
@@ -225,8 +230,8 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
     says what `out`/state must agree with; without it none is kept."""
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
     wide = masters(parameters)
-    optimizer = adamw(wide, lr=s.lr, weight_decay=0.0)
     state = dict(zip(names, wide))
+    optimizer = adamw(state, s.lr, s.projector_lr)
     kept = resume.Kept(out, about, s.save_every, s.resume)
     done = resume.restore(kept, state, parameters, optimizer)
     batch = min(s.batch, len(pairs))
@@ -236,9 +241,8 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
         if done:
             print(HEADER)
         for step in range(done, steps):
-            began, rate = time.perf_counter(), s.lr * schedule(step, steps, s.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            began, rate = time.perf_counter(), schedule(step, steps, s.warmup)
+            set_rate(optimizer, rate)
             members, seen = [next(order) for _ in range(batch)], []
             for part, packed, counts in in_packs(members, pixels, s.pack):
                 policy, ref = pair_logps(model, part, packed, s.average)
@@ -259,7 +263,7 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
             update(optimizer, wide, parameters)
             values = (step + 1, loss, margins.mean().item(), (margins > UNDECIDED).float().mean().item(),
                       reward_chosen.mean().item(), reward_rejected.mean().item(), logp_chosen.mean().item(),
-                      logp_rejected.mean().item(), *(sum(x) / batch for x in zip(*lengths)), norm, rate,
+                      logp_rejected.mean().item(), *(sum(x) / batch for x in zip(*lengths)), norm, s.lr * rate,
                       batch / (time.perf_counter() - began))
             row = dict(zip(COLUMNS, values))
             metrics.write(json.dumps(row) + "\n")
@@ -298,6 +302,7 @@ def align(s: Settings, out: Path) -> Llava:
     s = replace(s, pack=pack_size(s.pack, device))
     resume.check_folder(out, s.resume)
     folder = checkpoint.resolve(s.ckpt)
+    lora.check_flags(s, checkpoint.base_folder(folder) is not None)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
     tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     limit = s.max_length or config.text.max_position_embeddings
@@ -321,7 +326,10 @@ def align(s: Settings, out: Path) -> Llava:
     if steps == 0:
         return model
     before = preference(model, held_out, pixels, s) if held_out else None
-    parallel.shard(model)
+    if s.lora:                                                           # behind the reference: B = 0, but A is new
+        lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
+    else:
+        parallel.shard(model)
     taught = trees_digest([p.tree for p in pairs])
     for p in pairs:
         taught.update(p.reference.numpy())
@@ -332,8 +340,7 @@ def align(s: Settings, out: Path) -> Llava:
         write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
         print(f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
               f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({len(held_out)} pairs)")
-    print(f"model: {checkpoint.save(model, out / 'model', folder, s.crop)}   metrics: {out}/metrics.jsonl")
-    resume.forget(out)
+    print(f"model: {resume.finish(model, out, folder, s)}   metrics: {out}/metrics.jsonl")
     return model
 
 
@@ -342,7 +349,7 @@ def run_folder(s: Settings) -> Path:
     if s.resume and not s.out:
         raise BadInput("--resume needs --out, the folder of the run to go on with")
     if s.out:
-        if (Path(s.out) / "model").exists():
+        if any((Path(s.out) / name).exists() for name in ("model", "adapter")):
             raise BadInput(f"{s.out} already holds an aligned model; choose another --out (its reference can be used "
                            f"again: --reference {s.out}/reference.jsonl)")
         return Path(s.out)

@@ -22,7 +22,7 @@ The model takes tensors only: tokenizer, template and image files live in data.p
 
 Legend: T tokens in a pack, D model width, H query heads, G key/value heads, K head width, V vocabulary,
 R records, n answers per record.
-Previous: vision.py (pixels to vectors).  Next: parallel.py (many processes, one result).
+Previous: vision.py (pixels to vectors).  Next: lora.py (a thin correction of each matrix).
 """
 import math
 from dataclasses import dataclass, field

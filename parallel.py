@@ -18,7 +18,7 @@ one again and counts it with weight 0. (3) Weights that a pack did not use get a
 Every process loads the weights and computes its share of the reference before anything is cut; then memory falls to 1/N. gloo
 connects CPUs, NCCL GPUs. Process 0 alone prints and writes.
 
-Previous: model.py.  Next: checkpoint.py (weights in and out).
+Previous: lora.py.  Next: checkpoint.py (weights in and out).
 """
 import datetime
 import os

@@ -21,6 +21,7 @@ next step's end and exits with 143.
 
 Previous: data.py.  Next: sft.py (the first loss).
 """
+import hashlib
 import json
 import os
 import shutil
@@ -37,8 +38,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import checkpoint
+import lora
 import parallel
 from common import BadInput, write_whole
+from model import Llava
 
 FILE_BYTES = 1 << 30                                     # of tensors held on the host at once while they are written
 WITHOUT_INFLUENCE = {"ckpt", "data", "image_root", "out", "reference", "device", "resume", "save_every", "merge", "dry_run"}
@@ -60,6 +64,15 @@ def about(settings: dict, **more) -> dict:
 
 def latest(folder: Path) -> Path | None:
     return max(folder.glob("step-" + 8 * "[0-9]"), default=None)
+
+
+def digest(model: Llava) -> str:
+    """Names the weights a model holds, by their content."""
+    found = hashlib.sha256(repr(model.config).encode())                  # a rope_theta counts as a weight
+    for name, p in model.named_parameters():
+        found.update(name.encode())
+        found.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -127,10 +140,24 @@ def save(out: Path, step: int, about: dict, masters: dict[str, Tensor], optimize
                        + "; make room, then go on with --resume") from None
 
 
-def forget(out: Path) -> None:
-    """The run is done, and its result stands beside."""
+def finish(model: Llava, out: Path, source: Path, s, more: dict[str, dict] | None = None) -> Path:
+    """Write what a run leaves, `out`/model, or `out`/adapter where adapters were trained (with s.merge `out`/model, too), then
+    forget its state. Every process calls it."""
+    trained, result = lora.adapters(model), out / "model"
+    if trained and parallel.rank() == 0:
+        result = out / "adapter"
+        with checkpoint.whole_folder(result) as aside:
+            found, config = lora.to_peft(model, str(source.resolve()))
+            checkpoint.write_tensors(found, aside / "adapter_model.safetensors")
+            processor = checkpoint.processor_json(model.config, s.crop)
+            checkpoint.write_documents({"adapter_config.json": config} | processor | (more or {}), aside, source)
+    if trained and s.merge:
+        lora.merge(model)
+    if not trained or s.merge:
+        result = checkpoint.save(model, out / "model", source, s.crop, more)
     if parallel.rank() == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
+    return result
 
 
 @torch.no_grad()

@@ -31,10 +31,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import lora
 import parallel
 import records
 import resume
-from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, sha, update, write_whole
+from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha, update, write_whole
 from data import Features, Pack, Pixels, Tokens, Tree, ahead, make_tree, pack_size, read_trees, share, token_logps, trees_digest
 from model import Llava
 
@@ -59,6 +60,10 @@ class Settings:
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
     crop: bool = False           # centre-crop images instead of padding them to a square
     features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
+    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
+    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
+    projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
+    merge: bool = False          # adapters: also write model/, with them added to the weights
     save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
     resume: bool = False         # go on with the run in --out where it was stopped
 
@@ -78,7 +83,7 @@ def scored_tokens(trees: list[Tree]) -> int:
 
 
 def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]], Pack], *, steps: int, batch: int,
-          lr: float, rate: Callable[[int, int], float] = schedule, clip: float = 1.0,
+          lr: float, projector_lr: float = 0.0, rate: Callable[[int, int], float] = schedule, clip: float = 1.0,
           betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, pack: int = 0,
           name: str = "sft", log: Callable[[dict], None] = lambda row: None, kept: resume.Kept | None = None) -> None:
     """Train whatever of `model` requires a gradient, in place, on the next steps x batch trees of `order`.
@@ -90,9 +95,8 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
     device = model.head.device
     wide = masters(parameters)
-    optimizer = adamw([{"params": [p for p in wide if p.ndim > 1], "weight_decay": weight_decay},
-                       {"params": [p for p in wide if p.ndim <= 1], "weight_decay": 0.0}], lr=lr, betas=betas)
     state = dict(zip(names, wide))
+    optimizer = adamw(state, lr, projector_lr, weight_decay, betas=betas)
     done = resume.restore(kept, state, parameters, optimizer) if kept else 0
     order = islice(order, done * batch, None)
     model.train()
@@ -100,9 +104,8 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
         bar = tqdm(range(done, steps), desc=name, unit="step", disable=None, initial=done, total=steps)
         for step in bar:
             began = time.perf_counter()
-            now = lr * rate(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = now
+            now = rate(step, steps)
+            set_rate(optimizer, now)
             members = list(islice(order, batch))
             if len(members) < batch:
                 raise ValueError(f"step {step + 1}: the order of trees ran dry, {len(members)} left for a batch of {batch}")
@@ -119,7 +122,7 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
                 raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or use --dtype float32")
             update(optimizer, wide, parameters)
             tokens = sum(t.tokens for t in members)
-            row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": now, "tokens": tokens,
+            row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr * now, "tokens": tokens,
                    "tokens_per_s": tokens / (time.perf_counter() - began)}
             log(row)
             metrics.write(json.dumps(row) + "\n")
@@ -153,13 +156,14 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     out = Path(s.out)
     if not s.data:
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
-    if (out / "model").exists():
+    if (out / "model").exists() or (out / "adapter").exists():
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
     if min(s.batch, s.epochs) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.pack >= 0):
         raise BadInput("--batch and --epochs must be at least 1, --lr, --clip and --pack not negative")
     resume.check_folder(out, s.resume)
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
     folder = checkpoint.resolve(s.ckpt)
+    lora.check_flags(s, checkpoint.base_folder(folder) is not None)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
     tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     limit = s.max_length or config.text.max_position_embeddings
@@ -171,14 +175,17 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     if parallel.rank() == 0:
         write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
     print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}, {device} {dtype}")
-    weights, pictures = parallel.from_first(lambda: checkpoint.digest(model)), sha(*(r["images_sha"] for r in items))
+    weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha(*(r["images_sha"] for r in items))
     about = resume.about(asdict(s), weights=weights, data=[trees_digest(trees).hexdigest()[:16], pictures],
                          processes=parallel.world())
-    parallel.shard(model)
-    train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, clip=s.clip, pack=s.pack,
-          rate=lambda step, steps: schedule(step, steps, s.warmup), kept=resume.Kept(out, about, s.save_every, s.resume))
-    print(f"model: {checkpoint.save(model, out / 'model', folder, s.crop, more)}")
-    resume.forget(out)
+    if s.lora:
+        lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
+    else:
+        parallel.shard(model)
+    train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, projector_lr=s.projector_lr,
+          clip=s.clip, pack=s.pack, rate=lambda step, steps: schedule(step, steps, s.warmup),
+          kept=resume.Kept(out, about, s.save_every, s.resume))
+    print(f"model: {resume.finish(model, out, folder, s, more)}")
 
 
 def run(s: Settings) -> None:

@@ -31,9 +31,10 @@ from test_dpo import RECORDS, rows_of, scores, write_data
 SLOW = bool(os.environ.get("SLOW"))
 KILLS = 10 if SLOW else 1
 slow = pytest.mark.skipif(not SLOW, reason="SLOW=1 runs it")
-METHODS = {"dpo": (dpo, {"lr": 1e-3}), "dpo, bfloat16": (dpo, {"dtype": "bfloat16", "lr": 1e-3}), "sft": (sft, {"lr": 1e-3}),
+METHODS = {"dpo": (dpo, {"lr": 1e-3}), "dpo, lora": (dpo, {"lora": 4, "lr": 1e-2, "projector_lr": 1e-3}),
+           "sft, lora": (sft, {"lora": 4, "lr": 1e-2}), "dpo, bfloat16": (dpo, {"dtype": "bfloat16", "lr": 1e-3}), "sft": (sft, {"lr": 1e-3}),
            "steerlm": (steerlm, {"lr": 1e-3}), "rejection": (rejection, {"lr": 1e-3})}
-QUICK, STEPS = ("dpo", "steerlm"), 8
+QUICK, STEPS = ("dpo", "dpo, lora", "steerlm"), 8
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +352,7 @@ def test_a_large_state_is_written_in_several_files(ckpt, data, stopped, tmp_path
     out = copy_of(stopped, tmp_path)
     whole = load_file(next(resume.latest(out / "state").glob("*.safetensors")))
     monkeypatch.setattr(resume, "FILE_BYTES", 50_000)
-    monkeypatch.setattr(resume, "forget", lambda out: None)
+    monkeypatch.setattr(resume, "finish", lambda *a: None)
     dpo.run(dpo.Settings(**flags(ckpt, data, out, lr=1e-3, pack=8192, resume=True)))
     files = sorted(resume.latest(out / "state").glob("*.safetensors"))
     assert len(files) > 3 and {k for f in files for k in load_file(f)} == set(whole)
