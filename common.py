@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,14 +39,16 @@ class BadInput(ValueError):
 def main(settings: type, run) -> None:
     """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with 1."""
     try:
-        run(flags(settings))
+        return run(flags(settings))
     except BadInput as problem:
-        sys.exit(f"{Path(sys.argv[0]).name}: {problem}")
+        message = str(problem)
     except OSError as problem:                               # a full disk, a folder that may not be written, --out a file
-        sys.exit(f"{Path(sys.argv[0]).name}: {problem.filename or ''}: {problem.strerror or problem}; nothing that was finished "
-                 "is lost")
+        message = f"{problem.filename or ''}: {problem.strerror or problem}; nothing that was finished is lost"
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; finished files are whole, the rest can be run again")
+        message = "interrupted; finished files are whole, the rest can be run again"
+    if os.environ.get("RANK", "0") != "0":                   # of several processes the first speaks, and torchrun ends the others,
+        time.sleep(3)                                        # unless the trouble is theirs alone
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 def flags(settings: type, argv: list[str] | None = None):

@@ -91,6 +91,7 @@ def shard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)                               # a sum: the loss was divided already
+            module.set_force_sum_reduction_for_comms(True)                       # gloo knows no other
 
 
 def sharded(model: nn.Module) -> bool:
