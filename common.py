@@ -46,8 +46,8 @@ def main(settings: type, run) -> None:
         message = f"{problem.filename or ''}: {problem.strerror or problem}; nothing that was finished is lost"
     except KeyboardInterrupt:
         message = "interrupted; finished files are whole, the rest can be run again"
-    if os.environ.get("RANK", "0") != "0":                   # of several processes the first speaks, and torchrun ends the others,
-        time.sleep(3)                                        # unless the trouble is theirs alone
+    if os.environ.get("RANK", "0") != "0":                   # of several processes the first speaks, and torchrun ends the
+        time.sleep(3)                                        # others, unless the trouble is theirs alone
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 

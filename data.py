@@ -25,7 +25,7 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
                2 5     ->  targets c E
 
 Template: vicuna_v1, exactly (FastChat `get_prompt`, LLaVA `conv_vicuna_v1`).
-Previous: records.py.  Next: resume.py (a run that was stopped goes on).
+Previous: records.py.  Next: plan.py (what a step will need).
 """
 import bisect
 import hashlib

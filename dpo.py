@@ -46,6 +46,7 @@ from tqdm import tqdm
 import checkpoint
 import lora
 import parallel
+import plan
 import resume
 from common import (BadInput, adamw, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, set_rate, sha, update,
                     write_jsonl, write_whole)
@@ -85,6 +86,8 @@ class Settings:
     alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
     projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
     merge: bool = False          # adapters: also write model/, with them added to the weights
+    checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
+    dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
     save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
     resume: bool = False         # go on with the run in --out where it was stopped
 
@@ -237,7 +240,8 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
     batch = min(s.batch, len(pairs))
     order = islice(shuffled(pairs, s.seed), done * batch, None)
     model.train()
-    with resume.metrics_file(kept, done) as metrics, resume.sigterm(kept) as stop:
+    with resume.metrics_file(kept, done) as metrics, resume.sigterm(kept) as stop, plan.room(s):
+        plan.begin(model, wide, s, [p.tree for p in pairs], pixels.pack)
         if done:
             print(HEADER)
         for step in range(done, steps):
@@ -295,6 +299,7 @@ def all_answers(tokens: Tokens, record: dict, limit: int) -> Tree:
 
 def align(s: Settings, out: Path) -> Llava:
     """--data and --ckpt -> the aligned model, in memory and in `out`/model."""
+    plan.check_flag(s)
     if min(s.batch, s.epochs, s.gap) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.pack >= 0 and s.beta > 0 and 0 <= s.holdout < 1):
         raise BadInput("--batch, --epochs and --gap must be at least 1, --lr, --clip and --pack not negative, --beta positive, "
                        "--holdout from 0 to below 1")
@@ -358,6 +363,8 @@ def run_folder(s: Settings) -> Path:
 
 
 def run(s: Settings) -> None:
+    if s.dry_run:
+        return plan.dry_run(checkpoint.read_config(checkpoint.resolve(s.ckpt))[0], s)
     if not s.data:
         raise BadInput("--data is needed: scored records or preference pairs, see records.py; without any, python story.py")
     out = run_folder(s)

@@ -19,7 +19,7 @@ Each process of several writes its own shard; there must be as many of them agai
 With nothing there, --resume starts from the beginning, so that a scheduler may always give it. SIGTERM keeps the state at the
 next step's end and exits with 143.
 
-Previous: data.py.  Next: sft.py (the first loss).
+Previous: plan.py.  Next: sft.py (the first loss).
 """
 import hashlib
 import json
@@ -45,7 +45,8 @@ from common import BadInput, write_whole
 from model import Llava
 
 FILE_BYTES = 1 << 30                                     # of tensors held on the host at once while they are written
-WITHOUT_INFLUENCE = {"ckpt", "data", "image_root", "out", "reference", "device", "resume", "save_every", "merge", "dry_run"}
+WITHOUT_INFLUENCE = {"ckpt", "data", "image_root", "out", "reference", "device", "resume", "save_every", "merge",
+                     "dry_run", "checkpointing"}
 
 
 @dataclass

@@ -21,7 +21,7 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterator
@@ -33,6 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import lora
 import parallel
+import plan
 import records
 import resume
 from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha, update, write_whole
@@ -64,6 +65,8 @@ class Settings:
     alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
     projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
     merge: bool = False          # adapters: also write model/, with them added to the weights
+    checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
+    dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
     save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
     resume: bool = False         # go on with the run in --out where it was stopped
 
@@ -85,12 +88,14 @@ def scored_tokens(trees: list[Tree]) -> int:
 def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]], Pack], *, steps: int, batch: int,
           lr: float, projector_lr: float = 0.0, rate: Callable[[int, int], float] = schedule, clip: float = 1.0,
           betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, pack: int = 0,
-          name: str = "sft", log: Callable[[dict], None] = lambda row: None, kept: resume.Kept | None = None) -> None:
+          name: str = "sft", log: Callable[[dict], None] = lambda row: None, kept: resume.Kept | None = None,
+          before: Callable[[list], None] = lambda masters: None) -> None:
     """Train whatever of `model` requires a gradient, in place, on the next steps x batch trees of `order`.
 
     make_pack(trees) loads their images and lays them out; rate(step, steps) scales lr; weight decay spares vectors.
     log(row) receives one dict per step: step, loss (nats per scored token), grad_norm, lr, tokens (computed),
-    tokens_per_s. `kept` says where rows and states are kept. Raises BadInput where the loss is not finite.
+    tokens_per_s. `kept` says where rows and states are kept; before(masters) is called ahead of the first step. Raises BadInput
+    where the loss is not finite.
     """
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
     device = model.head.device
@@ -100,6 +105,7 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
     done = resume.restore(kept, state, parameters, optimizer) if kept else 0
     order = islice(order, done * batch, None)
     model.train()
+    before(wide)
     with resume.metrics_file(kept, done) as metrics, resume.sigterm(kept) as stop:
         bar = tqdm(range(done, steps), desc=name, unit="step", disable=None, initial=done, total=steps)
         for step in bar:
@@ -154,6 +160,9 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     """--data and --ckpt -> the tuned model in `out`/model. trees_of(tokens, record, longest) gives what to learn from a record;
     `more` are JSON files that go with the model."""
     out = Path(s.out)
+    if s.dry_run:
+        return plan.dry_run(checkpoint.read_config(checkpoint.resolve(s.ckpt))[0], s)
+    plan.check_flag(s)
     if not s.data:
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
     if (out / "model").exists() or (out / "adapter").exists():
@@ -162,6 +171,7 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
         raise BadInput("--batch and --epochs must be at least 1, --lr, --clip and --pack not negative")
     resume.check_folder(out, s.resume)
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
+    s = replace(s, pack=pack_size(s.pack, device))
     folder = checkpoint.resolve(s.ckpt)
     lora.check_flags(s, checkpoint.base_folder(folder) is not None)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
@@ -182,9 +192,11 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     else:
         parallel.shard(model)
-    train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, projector_lr=s.projector_lr,
-          clip=s.clip, pack=s.pack, rate=lambda step, steps: schedule(step, steps, s.warmup),
-          kept=resume.Kept(out, about, s.save_every, s.resume))
+    with plan.room(s):
+        train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, projector_lr=s.projector_lr,
+              clip=s.clip, pack=s.pack, rate=lambda step, steps: schedule(step, steps, s.warmup),
+              kept=resume.Kept(out, about, s.save_every, s.resume),
+              before=lambda masters: plan.begin(model, masters, s, trees, pixels.pack))
     print(f"model: {resume.finish(model, out, folder, s, more)}")
 
 
