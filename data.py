@@ -107,6 +107,7 @@ class Tokens:
         if config.vision and self.image != config.image_token:
             raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
                            "take tokenizer.json from the llava-hf folder of the same model")
+        self.ints = {}                                                           # one object per id: 8 bytes a token, not 36
         self.bos = self.tokenizer.token_to_id("<s>") if wants_bos(folder) else None
         self.source, steer = path, Path(folder) / "steer.json"
         self.steer = read_json(steer) if steer.is_file() else None           # written by steerlm.py: what to ask of every answer
@@ -115,6 +116,7 @@ class Tokens:
         ids = self.tokenizer.encode(text).ids
         if self.bos is not None and ids[:1] != [self.bos]:
             ids = [self.bos] + ids
+        ids = [self.ints.setdefault(i, i) for i in ids]
         if self.image is None:
             return ids
         return [i for t in ids for i in ([t] * self.patches if t == self.image else [t])]

@@ -330,6 +330,7 @@ def align(s: Settings, out: Path) -> Llava:
           f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}, {device} {dtype}")
     if steps == 0:
         return model
+    del items, trees, reference                                          # what is no part of a pair is not needed any more
     before = preference(model, held_out, pixels, s) if held_out else None
     if s.lora:                                                           # behind the reference: B = 0, but A is new
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)

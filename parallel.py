@@ -59,6 +59,11 @@ def start(device: str) -> str:
     return device
 
 
+def seat() -> tuple[int, int]:
+    """(rank, world) of those who have met; alone before that, and where nobody meets."""
+    return (rank(), world()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
 def gather(mine: Any) -> list:
     """What every process has, in their order."""
     if world() == 1:

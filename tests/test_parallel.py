@@ -23,7 +23,7 @@ from test_dpo import RECORDS, rows_of, write_data
 SCRIPTS = {"dpo": dpo, "sft": sft, "steerlm": steerlm}
 CASES = {                                                     # what differs from the flags below
     "full": ("dpo", {}), "lora": ("dpo", {"lora": 4, "lr": 1e-3, "projector_lr": 1e-4}),
-    "tied": ("dpo", {"ckpt": "tied", "steps": 2}), "text only": ("dpo", {"ckpt": "text", "data": "text.jsonl", "steps": 2}),
+    "checkpointing": ("dpo", {"checkpointing": "on", "steps": 2}), "tied": ("dpo", {"ckpt": "tied", "steps": 2}), "text only": ("dpo", {"ckpt": "text", "data": "text.jsonl", "steps": 2}),
     "one pair a step": ("dpo", {"batch": 1, "steps": 6}),     # some without a picture, all but one process without work
     "one pair a step, lora": ("dpo", {"batch": 1, "steps": 6, "lora": 4}),
     "held out": ("dpo", {"holdout": 0.4, "steps": 2}), "sft": ("sft", {"batch": 4, "pack": 100}),
