@@ -727,6 +727,16 @@ def test_steps_smaller_than_a_16_bit_weight_can_show_still_add_up(dtype):
     assert torch.allclose(p.float(), torch.tensor(0.99), atol=2e-3)
 
 
+def test_gradients_of_16_bit_weights_add_up_in_fp32_over_packs():
+    """256 + 1 is 256 in bf16; 1 x 256 plus 64 x 1 must be 320 whatever the order."""
+    p = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    [master] = common.masters([p])
+    for size in (256.0, *[1.0] * 64):
+        (p * size).sum().backward()
+        assert p.grad is None, "let go at once"
+    assert torch.equal(master.grad, torch.full((2,), 320.0))
+
+
 # ---- what must not be taught -----------------------------------------------------------------------------------------
 
 def test_an_answer_that_was_cut_off_is_never_paired():

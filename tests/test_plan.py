@@ -254,3 +254,19 @@ def test_a_dry_run_on_the_cpu_plans_for_it(ckpt, capsys):
 def test_an_unknown_way_of_checkpointing_is_refused(ckpt, data, tmp_path):
     with pytest.raises(BadInput, match="--checkpointing maybe: auto, on or off"):
         align(ckpt, data, tmp_path / "out", checkpointing="maybe")
+
+
+def test_the_readmes_plan_is_what_the_plan_says(capsys, tmp_path):
+    from conftest import ROOT
+    readme = (ROOT / "README.md").read_text(encoding="utf8").split("## Real size")[1].split("\n## ")[0]
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(bench.config_of("7b"), torch.float16)))
+    dpo.run(dpo.Settings(ckpt=str(tmp_path), dry_run=True))
+    said = capsys.readouterr().out.split("memory plan")[1].splitlines()
+    assert all("    " + line in readme for line in said[1:] if line) and len(said) == 9
+    rows = re.findall(r"^    (7b|13b) +(.*?), (\d) GPUs? +([\d.]+) +([\d.]+)$", readme, re.M)
+    assert len(rows) == 6
+    for size, how, world, *shown in rows:
+        for again, value in zip((False, True), shown):
+            found = plan.needs(bench.config_of(size), 8192, scored=8192 // 3, images=11, looked=None, dtype=torch.bfloat16,
+                               rank=128 if "lora" in how else 0, world=int(world), packs=2, gpu=True, again=again)
+            assert sum(found.values()) / GIB == pytest.approx(float(value), abs=0.006), (size, how, world)

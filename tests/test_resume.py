@@ -365,3 +365,18 @@ def test_states_of_16_bit_weights_hold_their_fp32_masters(ckpt, data, tmp_path):
     kept = load_file(next(resume.latest(out / "state").glob("*.safetensors")))
     master = kept["weight/language_model.layers.0.mlp.up_proj.weight"]
     assert master.dtype == torch.float32 and not torch.equal(master, master.bfloat16().float())
+
+
+def test_a_stopped_sft_run_is_not_written_over_either(ckpt, data, tmp_path):
+    settings = flags(ckpt, data, tmp_path / "sft", steps=4, batch=3, lr=1e-3)
+    assert complete(sft, sft.Settings(**settings), stop_after(2)) == 143
+    with pytest.raises(BadInput, match="go on with --resume"):
+        sft.run(sft.Settings(**settings))
+
+
+def test_16_bit_weights_resume_to_the_same_bits(ckpt, data, tmp_path):
+    make = lambda name, **more: dpo.Settings(**flags(ckpt, data, tmp_path / name, save_every=0, pack=8192, steps=5, lr=1e-3,
+                                                     dtype="bfloat16") | more)
+    assert complete(dpo, make("whole")) == 0 and complete(dpo, make("stopped"), stop_after(4)) == 143
+    assert complete(dpo, make("stopped", resume=True)) == 0
+    assert result(tmp_path / "stopped") == result(tmp_path / "whole") and rows(tmp_path / "stopped") == rows(tmp_path / "whole")
