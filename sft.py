@@ -188,6 +188,7 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha(*(r["images_sha"] for r in items))
     about = resume.about(asdict(s), weights=weights, data=[trees_digest(trees).hexdigest()[:16], pictures],
                          processes=parallel.world())
+    del items, rows
     if s.lora:
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     else:
