@@ -370,7 +370,7 @@ def test_states_of_16_bit_weights_hold_their_fp32_masters(ckpt, data, tmp_path):
 def test_a_stopped_sft_run_is_not_written_over_either(ckpt, data, tmp_path):
     settings = flags(ckpt, data, tmp_path / "sft", steps=4, batch=3, lr=1e-3)
     assert complete(sft, sft.Settings(**settings), stop_after(2)) == 143
-    with pytest.raises(BadInput, match="go on with --resume"):
+    with pytest.raises(BadInput, match="holds a run that was stopped after step 2; go on with --resume"):
         sft.run(sft.Settings(**settings))
 
 
