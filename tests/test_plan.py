@@ -164,6 +164,14 @@ def test_auto_asks_the_plan(ckpt, data, tmp_path, monkeypatch, capsys, free, how
     assert ("may not fit: lower --pack" in said) == (free == 2**20)
 
 
+def test_auto_turns_it_on_where_only_the_plan_with_it_fits(ckpt, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "table", lambda *a, **k: ("", {False: 100, True: 10}))
+    for free, want in ((50, True), (105, True), (112, False)):
+        monkeypatch.setattr(plan, "free_bytes", lambda device: free)
+        model = align(ckpt, data, tmp_path / str(free), checkpointing="auto", steps=1)
+        assert model.language_model.checkpointing == want and "may not fit" not in capsys.readouterr().out
+
+
 def test_what_is_free_counts_what_the_process_has_already():
     before = plan.free_bytes(torch.device("cpu"))
     mine = torch.ones(50_000_000)

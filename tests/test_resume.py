@@ -180,14 +180,14 @@ def test_a_kill_at_every_stage_of_writing_a_state_loses_nothing(ckpt, data, tmp_
 def stop_after(step):
     """SIGTERM to this very process in the midst of a step."""
     def patch():
-        before, seen = parallel.backward, [0]
+        before, seen = parallel.sum_gradients, [0]
 
-        def backward(*a):
+        def sum_gradients(*a):                                           # called once a step
             seen[0] += 1
             if seen[0] == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return before(*a)
-        parallel.backward = backward
+        parallel.sum_gradients = sum_gradients
     return patch
 
 
