@@ -4,6 +4,7 @@
 """
 import json
 import math
+import os
 import re
 import shutil
 
@@ -206,6 +207,9 @@ def test_an_adapter_finds_its_base_model_beside_it(run, ckpt, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/tiny"}))
     shutil.copytree(ckpt, tmp_path / "tiny")
     assert torch.equal(checkpoint.load(folder).head, checkpoint.load(run[0] / "adapter").head)
+    before = checkpoint.stamp(folder)
+    os.utime(tmp_path / "tiny" / "model.safetensors", (0, 0))
+    assert checkpoint.stamp(folder) != before, "another base is another model"
 
 
 @pytest.mark.parametrize("changes, why", [({"lora": -1}, "must not be negative"), ({"lora": 0}, "give --lora"),
