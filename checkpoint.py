@@ -17,20 +17,24 @@ that lists them; nothing is guessed and nothing is left out.
 `save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained loads (a text-only
 model goes out as LlamaForCausalLM), whole or not at all.
 
-Previous: model.py.  Next: records.py (one record, and every file people already have).
+Previous: parallel.py.  Next: records.py (one record, and every file people already have).
 """
 import json
 import os
 import pickle
 import re
 import shutil
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import lora
+import parallel
 from common import HERE, BadInput, sha, write_whole
 from model import Config, Llava, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
@@ -105,7 +109,9 @@ def vision_config(raw: dict, feature_layer: int) -> VisionConfig:
 
 
 def read_config(folder: Path) -> tuple[Config, Path | None]:
-    """config.json -> (Config, the second folder that holds the vision tower or None)."""
+    """config.json -> (Config, the second folder that holds the vision tower or None). An adapter has its base model's."""
+    if base := base_folder(folder):
+        return read_config(base)
     raw = read_json(folder / "config.json")
     if "text_config" in raw:                                                     # llava-hf
         if raw.get("vision_feature_select_strategy", "default") != "default":
@@ -149,6 +155,19 @@ def find_tower(folder: Path, name: str) -> Path:
                    + ", ".join(map(str, places)) + ": put the CLIP folder in one of them")
 
 
+def base_folder(folder: Path) -> Path | None:
+    """The model that an adapter is a correction of; None where `folder` is no adapter."""
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    places = [Path(name), folder.parent / Path(name).name, folder.parent.parent / Path(name).name]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise BadInput(f"{folder} is an adapter; its base model {name} was looked for in " + ", ".join(map(str, places))
+                   + ": put it there, or write its folder into adapter_config.json as base_model_name_or_path")
+
+
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf8"))
@@ -189,8 +208,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def stamp(folder: Path) -> str:
     """Names a checkpoint by its small files' text and its weight files' sizes and times; 26 GB are not read for it."""
-    small = [path.read_bytes() for name in ("config.json", *TOKENIZER_FILES) if (path := folder / name).is_file()]
-    return sha(*small, *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in weight_files(folder)))
+    base = base_folder(folder)
+    names = ("config.json", "adapter_config.json", *TOKENIZER_FILES)
+    small = [path.read_bytes() for name in names if (path := folder / name).is_file()]
+    return sha(*small, *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in weight_files(folder)),
+               *([stamp(base)] if base else []))
 
 
 def tensors(path: Path):
@@ -215,9 +237,13 @@ def tensors(path: Path):
 def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Llava:
     """A checkpoint folder -> the model, in evaluation mode, its vision tower frozen.
 
-    Raises BadInput listing every missing, extra or misshapen key, and every tensor with a NaN or infinity.
+    Raises BadInput listing every missing, extra or misshapen key, and every tensor with a NaN or infinity. An adapter in PEFT's
+    layout is loaded with its base model, and added to it.
     """
     folder = resolve(str(ckpt))
+    if base := base_folder(folder):
+        named = ((key, canonical(lora.plain(key)), read) for file in weight_files(folder) for key, read in tensors(file))
+        return lora.add_adapter(load(base, device, dtype), read_json(folder / "adapter_config.json"), named, folder)
     config, tower = read_config(folder)
     with torch.device("meta"):
         model = Llava(config)
@@ -298,6 +324,8 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
 
 def processor_json(config: Config, crop: bool) -> dict[str, dict]:
     """The files that make transformers' processor see what we saw: pad to square and resize, or resize and crop."""
+    if config.vision is None:
+        return {}
     size = config.vision.image_size
     image = {"image_processor_type": "LlavaImageProcessor", "do_convert_rgb": True, "do_pad": not crop, "do_resize": True,
              "size": {"shortest_edge": size} if crop else {"height": size, "width": size}, "resample": 3, "do_center_crop": crop,
@@ -308,15 +336,42 @@ def processor_json(config: Config, crop: bool) -> dict[str, dict]:
     return {"preprocessor_config.json": image, "processor_config.json": processor}
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes `folder`'s place whole; a kill at any moment loses neither old nor new."""
+    aside, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tensors(part: dict[str, Tensor], path: Path) -> None:
+    save_file({name: value.cpu().contiguous() for name, value in part.items()}, path, metadata={"format": "pt"})
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+    path.chmod(0o644)                                              # the library writes files that only their owner may read
+
+
+def write_documents(documents: dict[str, dict], folder: Path, tokenizer_from: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)
+    for name, document in documents.items():
+        write_whole(folder / name, json.dumps(document, indent=1) + "\n")
+
+
 def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: bool = False,
          more: dict[str, dict] | None = None) -> Path:
     """Write `folder` whole or not at all: weights in llava-hf names, configs, tokenizer files copied along; `crop` says how
-    the model was shown its images, for those who load it elsewhere. `more` are JSON files by name."""
+    the model was shown its images, for those who load it elsewhere. `more` are JSON files by name. Where weights are kept in
+    shards, every process calls it and process 0 writes, one file's tensors at a time."""
     folder, config = Path(folder), model.config
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    named = {hub_name(name, config.vision is None): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    named = {hub_name(name, config.vision is None): p.detach() for name, p in model.named_parameters()}
     shards, room = [{}], SHARD_BYTES
     for name, value in named.items():
         if value.nbytes > room and shards[-1]:
@@ -326,25 +381,16 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
         room -= value.nbytes
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards):
-        save_file(shard, aside / file, metadata={"format": "pt"})
-        with open(aside / file, "rb+") as f:
-            os.fsync(f.fileno())
-        (aside / file).chmod(0o644)                                # the library writes files that only their owner may read
-    documents = {"config.json": config_json(config, model.head.dtype)} | (processor_json(config, crop) if config.vision else {})
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        documents["model.safetensors.index.json"] = {"weight_map": weight_map, "metadata": {
-            "total_size": sum(x.nbytes for x in named.values())}}
-    for name in TOKENIZER_FILES:
-        if (Path(tokenizer_from) / name).is_file():
-            shutil.copyfile(Path(tokenizer_from) / name, aside / name)
-    for name, document in (documents | (more or {})).items():
-        write_whole(aside / name, json.dumps(document, indent=1) + "\n")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():                                            # a kill between these lines loses neither
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(folder) if parallel.rank() == 0 else nullcontext() as aside:
+        for file, shard in zip(files, shards):
+            part = {name: parallel.whole(value) for name, value in shard.items()}
+            if aside:
+                write_tensors(part, aside / file)
+        if aside:
+            documents = {"config.json": config_json(config, model.head.dtype)} | processor_json(config, crop)
+            if len(shards) > 1:
+                weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+                documents["model.safetensors.index.json"] = {"weight_map": weight_map, "metadata": {
+                    "total_size": sum(x.nbytes for x in named.values())}}
+            write_documents(documents | (more or {}), aside, Path(tokenizer_from))
     return folder

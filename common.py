@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,14 +39,16 @@ class BadInput(ValueError):
 def main(settings: type, run) -> None:
     """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with 1."""
     try:
-        run(flags(settings))
+        return run(flags(settings))
     except BadInput as problem:
-        sys.exit(f"{Path(sys.argv[0]).name}: {problem}")
+        message = str(problem)
     except OSError as problem:                               # a full disk, a folder that may not be written, --out a file
-        sys.exit(f"{Path(sys.argv[0]).name}: {problem.filename or ''}: {problem.strerror or problem}; nothing that was finished "
-                 "is lost")
+        message = f"{problem.filename or ''}: {problem.strerror or problem}; nothing that was finished is lost"
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; finished files are whole, the rest can be run again")
+        message = "interrupted; finished files are whole, the rest can be run again"
+    if os.environ.get("RANK", "0") != "0":                   # of several processes the first speaks, and torchrun ends the
+        time.sleep(3)                                        # others, unless the trouble is theirs alone
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 def flags(settings: type, argv: list[str] | None = None):
@@ -102,20 +105,50 @@ def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) ->
 
 def masters(parameters: list) -> list:
     """What an optimizer updates: the parameters themselves in fp32, fp32 copies of 16-bit ones. A 16-bit weight of 1 cannot
-    be moved by 5e-7, the next number being 0.004 away; its fp32 master can, and carries it over the edge in time."""
-    return [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters]
+    be moved by 5e-7, the next number being 0.004 away; its fp32 master can, and carries it over the edge in time. The master
+    holds the gradient, too: each backward's is added to it in fp32 as soon as it is known, and let go, weight by weight."""
+    def lift(master):
+        def add(p):
+            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            p.grad = None
+        return add
+    wide = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters]
+    for m, p in zip(wide, parameters):
+        if m is not p:
+            p.register_post_accumulate_grad_hook(lift(m))
+    return wide
+
+
+def adamw(named: dict, lr: float, projector_lr: float = 0.0, weight_decay: float = 0.0, **how) -> torch.optim.AdamW:
+    """AdamW for tensors by name: the projector may have a peak rate of its own (0: the others'), vectors do not decay. The
+    moments are in place before the first step: what a run needs is taken at once, and can be kept."""
+    groups = []
+    for projector in (False, True):
+        for matrix in (False, True):
+            group = [p for name, p in named.items()
+                     if (name.startswith("multi_modal_projector.") and projector_lr > 0) == projector and (p.ndim > 1) == matrix]
+            groups += [{"params": group, "peak": projector_lr if projector else lr,
+                        "weight_decay": weight_decay if matrix else 0.0}] * bool(group)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True, **how)
+    for p in named.values():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
 
 
 def update(optimizer: torch.optim.Optimizer, masters: list, parameters: list) -> None:
-    """One optimizer step on the masters with the parameters' gradients, rounded back into the parameters."""
-    copies = [(m, p) for m, p in zip(masters, parameters) if m is not p]
-    for m, p in copies:
-        m.grad, p.grad = None if p.grad is None else p.grad.float(), None    # one at a time: never all gradients twice
+    """One optimizer step on the masters, rounded back into the parameters."""
     optimizer.step()
     with torch.no_grad():
-        for m, p in copies:
-            p.copy_(m)
-    for p in masters + parameters:
+        for m, p in zip(masters, parameters):
+            if m is not p:
+                p.copy_(m)
+    for p in (*masters, *parameters):
         p.grad = None
 
 

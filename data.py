@@ -25,9 +25,12 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
                2 5     ->  targets c E
 
 Template: vicuna_v1, exactly (FastChat `get_prompt`, LLaVA `conv_vicuna_v1`).
-Previous: records.py.  Next: sft.py (the first loss).
+Previous: records.py.  Next: plan.py (what a step will need).
 """
+import bisect
+import hashlib
 import os
+from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -40,8 +43,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import kernels
+import parallel
 import records
-from checkpoint import TAKE_TOKENIZER, read_json
+from checkpoint import TAKE_TOKENIZER, base_folder, read_json
 from common import BadInput, sha
 from kernels import Mask
 from model import Config, Llava
@@ -84,6 +88,8 @@ class Tokens:
     """
 
     def __init__(self, folder: Path, config: Config):
+        if (base := base_folder(folder)) and not (folder / "tokenizer.json").is_file():
+            folder = base                                                        # PEFT does not copy it
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise BadInput(TAKE_TOKENIZER.format(folder=folder))
@@ -101,6 +107,7 @@ class Tokens:
         if config.vision and self.image != config.image_token:
             raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
                            "take tokenizer.json from the llava-hf folder of the same model")
+        self.ints = {}                                                           # one object per id: 8 bytes a token, not 36
         self.bos = self.tokenizer.token_to_id("<s>") if wants_bos(folder) else None
         self.source, steer = path, Path(folder) / "steer.json"
         self.steer = read_json(steer) if steer.is_file() else None           # written by steerlm.py: what to ask of every answer
@@ -109,6 +116,7 @@ class Tokens:
         ids = self.tokenizer.encode(text).ids
         if self.bos is not None and ids[:1] != [self.bos]:
             ids = [self.bos] + ids
+        ids = [self.ints.setdefault(i, i) for i in ids]
         if self.image is None:
             return ids
         return [i for t in ids for i in ([t] * self.patches if t == self.image else [t])]
@@ -242,6 +250,19 @@ def split(trees: list[Tree], budget: int) -> list[list[Tree]]:
     return packs
 
 
+def share(trees: list[Tree], budget: int) -> list[tuple[list[Tree], bool]]:
+    """The packs of this process, and whether they count. One process: all of them. Of several each gets as many as the others, of
+    as equal size as their order allows; who has one too few computes one for the second time, and does not count it."""
+    packs, world = split(trees, budget), parallel.world()
+    if world == 1:
+        return [(part, True) for part in packs]
+    each = -(-len(packs) // world)
+    smallest = bisect.bisect_left(range(1, budget), True, key=lambda size: len(split(trees, size)) <= each * world)
+    packs = split(trees, smallest + 1)
+    mine = packs[parallel.rank()::world]
+    return [(part, True) for part in mine] + [(packs[-1][:1], False)] * (each - len(mine))
+
+
 class Pixels:
     """Image files -> pixels for one model, cut as it was trained (or cropped)."""
 
@@ -296,6 +317,16 @@ def ahead(make: Callable, parts: Iterable) -> Iterator[tuple]:
             yield coming[0], coming[1].result()
 
 
+def trees_digest(trees: list[Tree]) -> "hashlib._Hash":
+    """Of every token that would be trained on, in order."""
+    digest = hashlib.sha256()
+    for tree in trees:
+        digest.update(repr((tree.id, tree.history, [path.name for path in tree.images])).encode())
+        for ids in (tree.prompt, *tree.answers):
+            digest.update(array("q", ids).tobytes() + b"|")
+    return digest
+
+
 def pack_size(wanted: int, device: torch.device) -> int:
     """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches and a laptop's memory like."""
     return wanted or (1024 if device.type == "cpu" else 8192)
@@ -327,7 +358,7 @@ def read_trees(s, tokens: Tokens, pixels: Pixels, out: Path, trees_of) -> tuple[
             items.append(record)
         except BadInput as problem:
             rejects.append({"id": record["id"], "reason": str(problem)})
-    records.report(s.data, len(items), rejects, out)
+    records.report(s.data, len(items), rejects, out if parallel.rank() == 0 else None)
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
     return items, trees

@@ -28,12 +28,12 @@ length_rejected: a judge that likes long answers teaches length.
 
 Previous: evaluate.py.  Next: story.py (all of it on the miniature).
 """
-import hashlib
 import json
 import math
 import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Iterator
 
@@ -44,9 +44,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-from common import (BadInput, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, sha, update,
+import lora
+import parallel
+import plan
+import resume
+from common import (BadInput, adamw, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, set_rate, sha, update,
                     write_jsonl, write_whole)
-from data import Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, split, template
+from data import (Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, share, split,
+                  template, trees_digest)
 from model import Llava
 from pairs import GAP, choose_pair
 from sft import shuffled
@@ -77,6 +82,14 @@ class Settings:
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
     crop: bool = False           # centre-crop images instead of padding them to a square
     features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
+    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
+    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
+    projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
+    merge: bool = False          # adapters: also write model/, with them added to the weights
+    checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
+    dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
+    save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
+    resume: bool = False         # go on with the run in --out where it was stopped
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------
@@ -120,13 +133,9 @@ def is_held_out(record_id: str, share: float) -> bool:
 
 def fingerprint(model: Llava, tokens: Tokens, items: list[dict], pixels: Pixels) -> dict[str, str]:
     """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
-    digest = hashlib.sha256(repr(model.config).encode())                 # a rope_theta counts as a weight
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     data = [[r["id"], r["messages"], [a["text"] for a in r["answers"]], r["images_sha"]] for r in items]
     probe = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
-    return {"weights": digest.hexdigest()[:16], "data": sha(json.dumps(data)),
+    return {"weights": resume.digest(model), "data": sha(json.dumps(data)),
             "template": sha(template(probe), tokens.source.read_bytes(), str(tokens.bos), str(tokens.steer)),
             "image processing": f"{pixels.size} px, {'crop' if pixels.crop else 'pad'}",
             "dtype": str(model.head.dtype)}
@@ -134,22 +143,22 @@ def fingerprint(model: Llava, tokens: Tokens, items: list[dict], pixels: Pixels)
 
 @torch.no_grad()
 def reference_logps(model: Llava, trees: list[Tree], pixels: Pixels, budget: int) -> list[list[float]]:
-    """log p of every answer of every tree under the model as it stands, one list per tree."""
-    out, device = [], model.head.device
-    with tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False) as bar:
-        for part, packed in ahead(pixels.pack, split(trees, budget)):
-            sums = answer_logps(model, packed.to(device)).tolist()
-            for tree in part:
-                out.append([sums.pop(0) for _ in tree.answers])
-            bar.update(len(part))
-    return out
+    """log p of every answer of every tree under the model as it stands, one list per tree; each process does every N-th pack."""
+    packs, device, rank, world = split(trees, budget), model.head.device, parallel.rank(), parallel.world()
+    found = [None] * len(packs)
+    bar = tqdm(range(rank, len(packs), world), desc="reference", unit="pack", disable=None, leave=False)
+    for k, (part, packed) in zip(bar, ahead(pixels.pack, packs[rank::world])):
+        sums = answer_logps(model, packed.to(device)).tolist()
+        found[k] = [[sums.pop(0) for _ in tree.answers] for tree in part]
+    shares = parallel.gather(found)
+    return [row for k in range(len(packs)) for row in shares[k % world][k]]
 
 
-def cached_reference(model: Llava, tokens: Tokens, items: list[dict], trees: list[Tree], pixels: Pixels, path: Path,
-                     budget: int) -> list[list[float]]:
-    """Read `path` where its fingerprint fits, compute and write it where there is none, refuse it where it is stale."""
-    now, note = fingerprint(model, tokens, items, pixels), path.with_suffix(".fingerprint.json")
-    if path.exists():
+def cached_reference(model: Llava, trees: list[Tree], pixels: Pixels, path: Path, budget: int,
+                     now: dict[str, str]) -> list[list[float]]:
+    """Read `path` where its fingerprint is `now`, compute and write it where there is none, refuse it where it is stale."""
+    note, there = path.with_suffix(".fingerprint.json"), parallel.from_first(path.exists)
+    if there:
         if not note.exists():
             raise BadInput(f"{path} has no {note.name} beside it that says what it was computed with; remove it or choose "
                            "another --reference")
@@ -171,8 +180,9 @@ def cached_reference(model: Llava, tokens: Tokens, items: list[dict], trees: lis
     for tree, row in zip(trees, logps):
         if not all(math.isfinite(x) for x in row):
             raise BadInput(f"record {tree.id}: its reference log-prob is {row}; use --dtype float32")
-    write_whole(note, json.dumps(now, indent=1) + "\n")                  # first: a file without it is refused
-    write_jsonl(path, [{"id": t.id, "logps": row, "tokens": [len(a) for a in t.answers]} for t, row in zip(trees, logps)])
+    if parallel.rank() == 0:
+        write_whole(note, json.dumps(now, indent=1) + "\n")              # first: a file without it is refused
+        write_jsonl(path, ({"id": t.id, "logps": row, "tokens": [len(a) for a in t.answers]} for t, row in zip(trees, logps)))
     print(f"reference: {len(trees)} records, {sum(len(t.answers) for t in trees)} answers, "
           f"{time.perf_counter() - began:.1f} s -> {path}")
     return logps
@@ -211,33 +221,42 @@ def pair_logps(model: Llava, pairs: list[Pair], pack: Pack, average: bool) -> tu
     return policy / lengths, reference / lengths
 
 
-def in_packs(pairs: list[Pair], pixels: Pixels, budget: int) -> Iterator[tuple[list[Pair], Pack]]:
-    """The pairs of each pack, and the pack."""
+def in_packs(pairs: list[Pair], pixels: Pixels, budget: int) -> Iterator[tuple[list[Pair], Pack, bool]]:
+    """The pairs of each of this process's packs, the pack, and whether it counts (data.share)."""
     of = {id(p.tree): p for p in pairs}
-    for part, packed in ahead(pixels.pack, split([p.tree for p in pairs], budget)):
-        yield [of[id(tree)] for tree in part], packed
+    for (part, counts), packed in ahead(lambda x: pixels.pack(x[0]), share([p.tree for p in pairs], budget)):
+        yield [of[id(tree)] for tree in part], packed, counts
 
 
-def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: int, out: Path) -> None:
-    """`steps` optimizer steps on batches of pairs, in place; one line per step to `out`/metrics.jsonl and the screen."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: int, out: Path, about: dict | None = None) -> None:
+    """`steps` optimizer steps on batches of pairs, in place; one line per step to `out`/metrics.jsonl and the screen. `about`
+    says what `out`/state must agree with; without it none is kept."""
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
     wide = masters(parameters)
-    optimizer = torch.optim.AdamW(wide, lr=s.lr, weight_decay=0.0, fused=True)
-    order, batch = shuffled(pairs, s.seed), min(s.batch, len(pairs))
+    state = dict(zip(names, wide))
+    optimizer = adamw(state, s.lr, s.projector_lr)
+    kept = resume.Kept(out, about, s.save_every, s.resume)
+    done = resume.restore(kept, state, parameters, optimizer)
+    batch = min(s.batch, len(pairs))
+    order = islice(shuffled(pairs, s.seed), done * batch, None)
     model.train()
-    with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
-        for step in range(steps):
-            began, rate = time.perf_counter(), s.lr * schedule(step, steps, s.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    with resume.metrics_file(kept, done) as metrics, resume.sigterm(kept) as stop, plan.room(s):
+        plan.begin(model, wide, s, [p.tree for p in pairs], pixels.pack)
+        if done:
+            print(HEADER)
+        for step in range(done, steps):
+            began, rate = time.perf_counter(), schedule(step, steps, s.warmup)
+            set_rate(optimizer, rate)
             members, seen = [next(order) for _ in range(batch)], []
-            for part, packed in in_packs(members, pixels, s.pack):
+            for part, packed, counts in in_packs(members, pixels, s.pack):
                 policy, ref = pair_logps(model, part, packed, s.average)
                 losses, reward_chosen, reward_rejected = dpo_loss(*policy, *ref, s.beta)
-                (losses.sum() / batch).backward()                    # the mean over the batch, however it is packed
-                seen.append(torch.stack([losses.detach(), reward_chosen, reward_rejected, *policy.detach()]))
-            norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf).item()
-            losses, reward_chosen, reward_rejected, logp_chosen, logp_rejected = torch.cat(seen, 1).cpu()
+                parallel.backward(model, counts * losses.sum() / batch)  # the mean over the batch, however it is packed
+                seen += [torch.stack([losses.detach(), reward_chosen, reward_rejected, *policy.detach()])] * counts
+            parallel.sum_gradients(model, wide, any(p.tree.images for p in members))
+            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(wide, s.clip or math.inf)).item()
+            seen = parallel.gather(torch.cat(seen or [torch.empty(5, 0)], 1).cpu())
+            losses, reward_chosen, reward_rejected, logp_chosen, logp_rejected = torch.cat(seen, 1)
             margins, lengths = reward_chosen - reward_rejected, [[len(a) for a in p.tree.answers] for p in members]
             loss = losses.mean().item()
             if not math.isfinite(loss + norm):
@@ -248,12 +267,13 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
             update(optimizer, wide, parameters)
             values = (step + 1, loss, margins.mean().item(), (margins > UNDECIDED).float().mean().item(),
                       reward_chosen.mean().item(), reward_rejected.mean().item(), logp_chosen.mean().item(),
-                      logp_rejected.mean().item(), *(sum(x) / batch for x in zip(*lengths)), norm, rate,
+                      logp_rejected.mean().item(), *(sum(x) / batch for x in zip(*lengths)), norm, s.lr * rate,
                       batch / (time.perf_counter() - began))
             row = dict(zip(COLUMNS, values))
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
             print(line(row))
+            resume.keep(kept, step + 1, steps, stop, state, optimizer, metrics)
     model.eval()
 
 
@@ -261,9 +281,10 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
 def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> dict:
     """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
     margins = []
-    for part, packed in in_packs(pairs, pixels, s.pack):
+    for part, packed, counts in in_packs(pairs, pixels, s.pack):
         policy, ref = pair_logps(model, part, packed, s.average)
-        margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist()
+        margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist() * counts
+    margins = [m for part in parallel.gather(margins) for m in part]
     right = sum(1.0 if m > UNDECIDED else 0.5 if m >= -UNDECIDED else 0.0 for m in margins)
     return {"pairs": len(pairs), "margin": round(sum(margins) / len(pairs), 6) + 0.0, "accuracy": right / len(pairs)}
 
@@ -278,12 +299,15 @@ def all_answers(tokens: Tokens, record: dict, limit: int) -> Tree:
 
 def align(s: Settings, out: Path) -> Llava:
     """--data and --ckpt -> the aligned model, in memory and in `out`/model."""
+    plan.check_flag(s)
     if min(s.batch, s.epochs, s.gap) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.pack >= 0 and s.beta > 0 and 0 <= s.holdout < 1):
         raise BadInput("--batch, --epochs and --gap must be at least 1, --lr, --clip and --pack not negative, --beta positive, "
                        "--holdout from 0 to below 1")
-    device, dtype = device_and_dtype(s.device, s.dtype)
+    device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
     s = replace(s, pack=pack_size(s.pack, device))
+    resume.check_folder(out, s.resume)
     folder = checkpoint.resolve(s.ckpt)
+    lora.check_flags(s, checkpoint.base_folder(folder) is not None)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
     tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     limit = s.max_length or config.text.max_position_embeddings
@@ -294,31 +318,44 @@ def align(s: Settings, out: Path) -> Llava:
                        + f"; and not all may be held out by --holdout {s.holdout}" * (s.holdout > 0))
     model = checkpoint.load(folder, device, dtype)
     pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
-    reference = cached_reference(model, tokens, items, trees, pixels, Path(s.reference or out / "reference.jsonl"), s.pack)
+    now = parallel.from_first(lambda: fingerprint(model, tokens, items, pixels))
+    reference = cached_reference(model, trees, pixels, Path(s.reference or out / "reference.jsonl"), s.pack, now)
     pairs = make_pairs(items, trees, reference, s.gap, s.seed)
     held_out = [p for p in pairs if is_held_out(p.tree.id, s.holdout)]
     pairs = [p for p in pairs if not is_held_out(p.tree.id, s.holdout)]
     steps = s.steps if s.steps >= 0 else max(1, s.epochs * len(pairs) // min(s.batch, len(pairs)))
-    write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps, pairs=len(pairs)), indent=1) + "\n")
+    if parallel.rank() == 0:
+        write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps, pairs=len(pairs)), indent=1) + "\n")
     print(f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {len(items) - len(pairs) - len(held_out)} records "
           f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}, {device} {dtype}")
     if steps == 0:
         return model
+    del items, trees, reference                                          # what is no part of a pair is not needed any more
     before = preference(model, held_out, pixels, s) if held_out else None
-    train(model, pairs, pixels, s, steps, out)
-    if held_out:
-        after = preference(model, held_out, pixels, s)
+    if s.lora:                                                           # behind the reference: B = 0, but A is new
+        lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
+    else:
+        parallel.shard(model)
+    taught = trees_digest([p.tree for p in pairs])
+    for p in pairs:
+        taught.update(p.reference.numpy())
+    about = resume.about(asdict(s), **now | {"data": taught.hexdigest()[:16]}, processes=parallel.world())
+    train(model, pairs, pixels, s, steps, out, about)
+    after = preference(model, held_out, pixels, s) if held_out else None
+    if held_out and parallel.rank() == 0:
         write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
         print(f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
               f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({len(held_out)} pairs)")
-    print(f"model: {checkpoint.save(model, out / 'model', folder, s.crop)}   metrics: {out}/metrics.jsonl")
+    print(f"model: {resume.finish(model, out, folder, s)}   metrics: {out}/metrics.jsonl")
     return model
 
 
 def run_folder(s: Settings) -> Path:
     """--out, or the next free runs/dpo; a finished run is never written over."""
+    if s.resume and not s.out:
+        raise BadInput("--resume needs --out, the folder of the run to go on with")
     if s.out:
-        if (Path(s.out) / "model").exists():
+        if any((Path(s.out) / name).exists() for name in ("model", "adapter")):
             raise BadInput(f"{s.out} already holds an aligned model; choose another --out (its reference can be used "
                            f"again: --reference {s.out}/reference.jsonl)")
         return Path(s.out)
@@ -327,6 +364,8 @@ def run_folder(s: Settings) -> Path:
 
 
 def run(s: Settings) -> None:
+    if s.dry_run:
+        return plan.dry_run(checkpoint.read_config(checkpoint.resolve(s.ckpt))[0], s)
     if not s.data:
         raise BadInput("--data is needed: scored records or preference pairs, see records.py; without any, python story.py")
     out = run_folder(s)

@@ -146,7 +146,8 @@ def speed(rows: list[dict]):
     steps = [r for r in rows if r["bench"] == "dpo"]
     for axis, key, unit in ((axes[0], "pairs_per_s", "pairs a second"), (axes[1], "peak_mib", "peak memory, MiB")):
         names = [r["name"].replace(", ", ",\n") for r in steps]
-        axis.bar(names, [r[key] for r in steps], color=["#d62728" if "remedy" in name else "#999999" for name in names], width=0.6)
+        colors = ["#d62728" if "remedy" in name else "#999999" for name in names]
+        axis.bar(names, [r[key] for r in steps], color=colors, width=0.6)
         for k, r in enumerate(steps):
             axis.annotate(f"{r[key]:.3g}" if r[key] < 100 else f"{r[key]:,.0f}", (k, r[key]), ha="center", va="bottom")
         axis.set(title=f"DPO step: {unit}")

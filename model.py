@@ -22,7 +22,7 @@ The model takes tensors only: tokenizer, template and image files live in data.p
 
 Legend: T tokens in a pack, D model width, H query heads, G key/value heads, K head width, V vocabulary,
 R records, n answers per record.
-Previous: vision.py (pixels to vectors).  Next: checkpoint.py (weights in and out).
+Previous: vision.py (pixels to vectors).  Next: lora.py (a thin correction of each matrix).
 """
 import math
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from typing import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import Mask
@@ -150,6 +151,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.checkpointing = False         # keep only each block's input for backward, and compute the block again (plan.py)
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the head."""
@@ -157,7 +159,9 @@ class Llama(nn.Module):
         angle = positions[:, None].float() * freq                            # (T, K/2), fp32 whatever the model is
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]                # (T, 1, K/2), one for all heads
         for layer, block in enumerate(self.layers):
-            x = block(x, cos, sin, layer, attend)
+            again = self.checkpointing and torch.is_grad_enabled()
+            inputs = x, cos, sin, layer, attend
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         return self.norm(x)
 
 

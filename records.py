@@ -26,11 +26,14 @@ Previous: checkpoint.py.  Next: data.py (what the loss sees).
 """
 import hashlib
 import json
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
+import parallel
 import vision
 from common import BadInput, write_jsonl
 
@@ -281,13 +284,14 @@ def raw_objects(path: Path):
 
 
 def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple[list[dict], list[dict]]:
-    """A data file -> (usable records, rejects {"id", "reason"}), every image opened once.
+    """A data file -> (usable records, rejects {"id", "reason"}), every image decoded once, in threads; of several processes
+    that have met each decodes its share.
 
     A usable record also carries "root" (the folder its image names start from) and "images_sha" (of their bytes).
     Raises BadInput only where the file as a whole cannot be read.
     """
     root = Path(image_root) if image_root else Path(path).resolve().parent
-    records, rejects, seen = [], [], Counter()
+    found, seen = [], Counter()
     for where, raw in tqdm(list(raw_objects(path)), desc="reading records", unit="rec", disable=None, leave=False):
         name = where
         try:
@@ -305,10 +309,26 @@ def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple
             check(record)
             whole(json.dumps(record, ensure_ascii=False), "a field")
             record["root"] = str(root)
-            record["images_sha"] = check_images(record, root, image_size)
-            records.append(record)
+            found.append((name, record))
         except BadInput as problem:
-            rejects.append({"id": name, "reason": str(problem)})
+            found.append((name, problem))
+
+    def look(entry) -> tuple[str, str]:                                  # (hash of the images' bytes, "") or ("", what is wrong)
+        try:
+            return ("", str(entry[1])) if isinstance(entry[1], BadInput) else (check_images(entry[1], root, image_size), "")
+        except BadInput as problem:
+            return "", str(problem)
+    rank, world = parallel.seat()
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:       # Pillow decodes outside Python's lock
+        mine = found[rank::world]
+        seen = list(tqdm(pool.map(look, mine), total=len(mine), desc="images", unit="rec", disable=None, leave=False))
+    shares, records, rejects = (parallel.gather(seen) if world > 1 else [seen]), [], []
+    for k, (name, record) in enumerate(found):
+        images_sha, problem = shares[k % world][k // world]
+        if problem:
+            rejects.append({"id": name, "reason": problem})
+        else:
+            records.append(record | {"images_sha": images_sha})
     return records, rejects
 
 

@@ -109,7 +109,7 @@ def train(out: Path, name: str, ckpt: Path, records: Path, seed: int, lr: float)
         rows = change(read_jsonl(records), how, seed)
         records = records.with_name(f"records-{out.name}.jsonl")             # beside the pictures
         write_jsonl(records, rows)
-    settings = SETTINGS[method](ckpt=str(ckpt), data=str(records), out=str(out), seed=seed, batch=16,
+    settings = SETTINGS[method](ckpt=str(ckpt), data=str(records), out=str(out), seed=seed, batch=16, resume=True,
                                 **{"lr": lr or LR[method]} | changes | (STEER if method == "steerlm" else {}))
     if method == "dpo":
         dpo.align(settings, out)

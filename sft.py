@@ -15,13 +15,13 @@ A record's `golden` answer is the target; without one the chosen answer of its p
 a multi-turn conversation the earlier assistant turns are targets too. The miniature's own stages (toy.py) run
 through `train` below.
 
-Previous: data.py.  Next: toy.py (the miniature, trained by this loop).
+Previous: resume.py.  Next: toy.py (the miniature, trained by this loop).
 """
 import json
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterator
@@ -31,9 +31,13 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import lora
+import parallel
+import plan
 import records
-from common import BadInput, describe_run, device_and_dtype, main, masters, schedule, update, write_whole
-from data import Features, Pack, Pixels, Tokens, Tree, ahead, make_tree, pack_size, read_trees, split, token_logps
+import resume
+from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha, update, write_whole
+from data import Features, Pack, Pixels, Tokens, Tree, ahead, make_tree, pack_size, read_trees, share, token_logps, trees_digest
 from model import Llava
 
 
@@ -57,6 +61,14 @@ class Settings:
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
     crop: bool = False           # centre-crop images instead of padding them to a square
     features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
+    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
+    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
+    projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
+    merge: bool = False          # adapters: also write model/, with them added to the weights
+    checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
+    dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
+    save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
+    resume: bool = False         # go on with the run in --out where it was stopped
 
 
 def shuffled(items: list, seed: int) -> Iterator:
@@ -74,45 +86,55 @@ def scored_tokens(trees: list[Tree]) -> int:
 
 
 def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]], Pack], *, steps: int, batch: int,
-          lr: float, rate: Callable[[int, int], float] = schedule, clip: float = 1.0,
+          lr: float, projector_lr: float = 0.0, rate: Callable[[int, int], float] = schedule, clip: float = 1.0,
           betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, pack: int = 0,
-          name: str = "sft", log: Callable[[dict], None] = lambda row: None) -> None:
+          name: str = "sft", log: Callable[[dict], None] = lambda row: None, kept: resume.Kept | None = None,
+          before: Callable[[list], None] = lambda masters: None) -> None:
     """Train whatever of `model` requires a gradient, in place, on the next steps x batch trees of `order`.
 
     make_pack(trees) loads their images and lays them out; rate(step, steps) scales lr; weight decay spares vectors.
     log(row) receives one dict per step: step, loss (nats per scored token), grad_norm, lr, tokens (computed),
-    tokens_per_s. Raises BadInput where the loss is not finite.
+    tokens_per_s. `kept` says where rows and states are kept; before(masters) is called ahead of the first step. Raises BadInput
+    where the loss is not finite.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
     device = model.head.device
     wide = masters(parameters)
-    optimizer = torch.optim.AdamW([{"params": [p for p in wide if p.ndim > 1], "weight_decay": weight_decay},
-                                   {"params": [p for p in wide if p.ndim <= 1], "weight_decay": 0.0}],
-                                  lr=lr, betas=betas, fused=True)
+    state = dict(zip(names, wide))
+    optimizer = adamw(state, lr, projector_lr, weight_decay, betas=betas)
+    done = resume.restore(kept, state, parameters, optimizer) if kept else 0
+    order = islice(order, done * batch, None)
     model.train()
-    bar = tqdm(range(steps), desc=name, unit="step", disable=None)
-    for step in bar:
-        began = time.perf_counter()
-        now = lr * rate(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = now
-        members = list(islice(order, batch))
-        if len(members) < batch:
-            raise ValueError(f"step {step + 1}: the order of trees ran dry, {len(members)} left for a batch of {batch}")
-        total = scored_tokens(members)
-        loss = 0.0
-        for _, packed in ahead(make_pack, split(members, pack_size(pack, device))):
-            part_loss = -token_logps(model, packed.to(device)).sum() / total
-            part_loss.backward()
-            loss += part_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
-        if not math.isfinite(loss + norm):
-            raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or use --dtype float32")
-        update(optimizer, wide, parameters)
-        tokens = sum(t.tokens for t in members)
-        log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": now, "tokens": tokens,
-             "tokens_per_s": tokens / (time.perf_counter() - began)})
-        bar.set_postfix_str(f"loss {loss:.4f}")
+    before(wide)
+    with resume.metrics_file(kept, done) as metrics, resume.sigterm(kept) as stop:
+        bar = tqdm(range(done, steps), desc=name, unit="step", disable=None, initial=done, total=steps)
+        for step in bar:
+            began = time.perf_counter()
+            now = rate(step, steps)
+            set_rate(optimizer, now)
+            members = list(islice(order, batch))
+            if len(members) < batch:
+                raise ValueError(f"step {step + 1}: the order of trees ran dry, {len(members)} left for a batch of {batch}")
+            total = scored_tokens(members)
+            loss = 0.0
+            for (_, counts), packed in ahead(lambda x: make_pack(x[0]), share(members, pack_size(pack, device))):
+                part_loss = -counts * token_logps(model, packed.to(device)).sum() / total
+                parallel.backward(model, part_loss)
+                loss += part_loss.item()
+            loss = sum(parallel.gather(loss))
+            parallel.sum_gradients(model, wide, any(t.images for t in members))
+            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(wide, clip or math.inf)).item()
+            if not math.isfinite(loss + norm):
+                raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or use --dtype float32")
+            update(optimizer, wide, parameters)
+            tokens = sum(t.tokens for t in members)
+            row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr * now, "tokens": tokens,
+                   "tokens_per_s": tokens / (time.perf_counter() - began)}
+            log(row)
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            bar.set_postfix_str(f"loss {loss:.4f}")
+            resume.keep(kept, step + 1, steps, stop, state, optimizer, metrics)
     model.eval()
 
 
@@ -138,14 +160,20 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     """--data and --ckpt -> the tuned model in `out`/model. trees_of(tokens, record, longest) gives what to learn from a record;
     `more` are JSON files that go with the model."""
     out = Path(s.out)
+    if s.dry_run:
+        return plan.dry_run(checkpoint.read_config(checkpoint.resolve(s.ckpt))[0], s)
+    plan.check_flag(s)
     if not s.data:
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
-    if (out / "model").exists():
+    if (out / "model").exists() or (out / "adapter").exists():
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
     if min(s.batch, s.epochs) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.pack >= 0):
         raise BadInput("--batch and --epochs must be at least 1, --lr, --clip and --pack not negative")
-    device, dtype = device_and_dtype(s.device, s.dtype)
+    resume.check_folder(out, s.resume)
+    device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
+    s = replace(s, pack=pack_size(s.pack, device))
     folder = checkpoint.resolve(s.ckpt)
+    lora.check_flags(s, checkpoint.base_folder(folder) is not None)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
     tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     limit = s.max_length or config.text.max_position_embeddings
@@ -154,15 +182,23 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     model, batch = checkpoint.load(folder, device, dtype), min(s.batch, len(trees))
     pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
     steps = s.steps if s.steps >= 0 else s.epochs * len(trees) // batch
-    write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
+    if parallel.rank() == 0:
+        write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
     print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}, {device} {dtype}")
-    with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
-        def log(row):
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-        train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, clip=s.clip, pack=s.pack,
-              rate=lambda step, steps: schedule(step, steps, s.warmup), log=log)
-    print(f"model: {checkpoint.save(model, out / 'model', folder, s.crop, more)}")
+    weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha(*(r["images_sha"] for r in items))
+    about = resume.about(asdict(s), weights=weights, data=[trees_digest(trees).hexdigest()[:16], pictures],
+                         processes=parallel.world())
+    del items, rows
+    if s.lora:
+        lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
+    else:
+        parallel.shard(model)
+    with plan.room(s):
+        train(model, shuffled(trees, s.seed), pixels.pack, steps=steps, batch=batch, lr=s.lr, projector_lr=s.projector_lr,
+              clip=s.clip, pack=s.pack, rate=lambda step, steps: schedule(step, steps, s.warmup),
+              kept=resume.Kept(out, about, s.save_every, s.resume),
+              before=lambda masters: plan.begin(model, masters, s, trees, pixels.pack))
+    print(f"model: {resume.finish(model, out, folder, s, more)}")
 
 
 def run(s: Settings) -> None:

@@ -34,6 +34,8 @@ class Settings(dpo.Settings):
 
 
 def run(s: Settings) -> None:
+    if s.dry_run:
+        return dpo.run(s)
     if s.ckpt != "toy" or s.data:
         raise BadInput("the story is the miniature's; your own model and data are for dpo.py, with the same flags")
     out = dpo.run_folder(s)

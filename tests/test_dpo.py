@@ -483,10 +483,11 @@ def test_the_frozen_tower_is_not_in_the_optimizer_and_never_moves_while_the_rest
     AdamW = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda ps, **kw: given.append((list(ps), kw)) or AdamW(given[0][0], **kw))
     model = align(ckpt, data, tmp_path / "out", steps=3)
-    [(parameters, options)] = given
+    [(groups, _)] = given
     names = {id(p): n for n, p in model.named_parameters()}
-    trained = {names[id(p)] for p in parameters}
-    assert trained == {n for n in before if not n.startswith("vision_tower.")} and options["weight_decay"] == 0
+    trained = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(trained) == sorted(n for n in before if not n.startswith("vision_tower."))
+    assert all(group["weight_decay"] == 0 and group["peak"] == 1e-3 for group in groups)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (name not in trained), name
     assert any(n.startswith("multi_modal_projector.") for n in trained)
@@ -724,6 +725,16 @@ def test_steps_smaller_than_a_16_bit_weight_can_show_still_add_up(dtype):
         common.update(optimizer, wide, [p])
     assert p.dtype == dtype and p.grad is None
     assert torch.allclose(p.float(), torch.tensor(0.99), atol=2e-3)
+
+
+def test_gradients_of_16_bit_weights_add_up_in_fp32_over_packs():
+    """256 + 1 is 256 in bf16; 1 x 256 plus 64 x 1 must be 320 whatever the order."""
+    p = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    [master] = common.masters([p])
+    for size in (256.0, *[1.0] * 64):
+        (p * size).sum().backward()
+        assert p.grad is None, "let go at once"
+    assert torch.equal(master.grad, torch.full((2,), 320.0))
 
 
 # ---- what must not be taught -----------------------------------------------------------------------------------------

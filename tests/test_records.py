@@ -409,3 +409,26 @@ def test_text_comes_before_question_and_the_last_pair_is_asked():
     assert records.convert({"text": "a?", "question": "b?"}, "here")["messages"][-1]["content"] == "a?"
     messages = records.convert({"q_a_pairs": [["1?", "1."], ["2?", "2."], ["3?", None]]}, "here")["messages"]
     assert [m["content"] for m in messages] == ["1?", "1.", "2?", "2.", "3?"] and [m["role"][0] for m in messages] == list("uauau")
+
+
+def test_several_processes_decode_each_picture_once_between_them_and_reject_alike(tmp_path, monkeypatch):
+    """Without a second process: what the other one found is computed here, and handed over where they would meet."""
+    import parallel
+    rows = [{"id": str(k), "images": [f"{k}.png"], "messages": [{"role": "user", "content": "<image>\nWhat?"}]} for k in range(7)]
+    path = write(tmp_path, [*rows[:3], {"id": "no messages"}, *rows[3:]])
+    for k in range(7):
+        picture(8, 8, k).save(tmp_path / f"{k}.png")
+    (tmp_path / "4.png").write_bytes(b"not a picture")
+    alone, opened, real = records.read(path), [], records.check_images
+    monkeypatch.setattr(records, "check_images", lambda record, *a: opened.append(record["id"]) or real(record, *a))
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "seat", lambda: (rank, 2))
+        monkeypatch.setattr(parallel, "gather", lambda mine: shares.append(mine) or [mine] * 2)
+        try:
+            records.read(path)
+        except (IndexError, TypeError):                                  # rows of the other are not there
+            pass
+    assert sorted(opened) == list("0123456") and len(shares) == 2
+    monkeypatch.setattr(parallel, "gather", lambda mine: shares)
+    assert records.read(path) == alone and [r["id"] for r in alone[1]] == ["no messages", "4"]

@@ -1,0 +1,164 @@
+"""LoRA: train a thin correction of each matrix, and leave the matrix alone.
+
+    y = W x + (alpha / r) B A x,      A (r, in) random, B (out, r) zero, W frozen          (arXiv:2106.09685)
+
+The problem. Full fine-tuning of 13 billion weights needs 18 bytes for each; an update of rank r = 128 needs them for 4 %. B
+starts at zero, so at step 0 the model is exactly what it was, and dpo.py's contract holds.
+
+Where adapters go decides what is trained. Here: the language model's linear layers, all of them and no others. "All linear
+layers" by name would catch the vision tower's q_proj, k_proj and v_proj, too: a common accident, asserted against below. The
+projector between them is small and trains beside, whole, at a rate of its own (the paper: rank 128, alpha 256, rate 5e-5,
+projector 2e-5, arXiv:2402.10884). There is no dropout: it would make policy and reference differ at step 0.
+
+The reference needs no second model, nor the usual "switch the adapters off", which is wrong as soon as anything else trains (here
+the projector): its log-probs were computed and kept before the adapters came (dpo.py).
+
+    python dpo.py --ckpt llava-1.5-13b-hf --data prefs.jsonl --out runs/dpo --lora 128 --alpha 256 --lr 5e-5 --projector_lr 2e-5
+
+What comes out is runs/dpo/adapter in PEFT's layout, projector included; `--merge` adds B A to W and writes runs/dpo/model,
+too. Every script takes either folder as --ckpt.
+
+Previous: model.py.  Next: parallel.py (many processes, one result).
+"""
+import re
+from typing import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import BadInput
+
+TARGETS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+class Adapted(nn.Linear):
+    """A frozen linear layer and its correction. The layer's own weight keeps its name."""
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.weight, self.bias = layer.in_features, layer.out_features, layer.weight, None
+        like = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+        bound = self.in_features ** -0.5                                         # PEFT's: kaiming_uniform with a = sqrt(5)
+        a = torch.rand(rank, self.in_features, generator=generator) * 2 * bound - bound
+        self.lora_A, self.lora_B = nn.Parameter(a.to(**like)), nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:                                      # (T, in) -> (T, r) -> (T, out)
+        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def attach(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
+    """Freeze everything but the projector, and give each linear layer of the language model an adapter."""
+    generator = torch.Generator().manual_seed(seed)                              # the same in every process
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("multi_modal_projector."))
+    for block in model.language_model.layers:
+        for part, names in TARGETS.items():
+            for name in names:
+                module = getattr(block, part)
+                setattr(module, name, Adapted(getattr(module, name), rank, alpha, generator))
+    plain = [name for name, m in model.language_model.named_modules() if type(m) is nn.Linear]
+    other = [name for name in adapters(model) if not name.startswith("language_model.layers.")]
+    assert not plain and not other, f"adapters are missing at {plain}, or stand at {other}"
+
+
+def adapters(model: nn.Module) -> dict[str, Adapted]:
+    """Its adapted layers by name; none where the model has none."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+
+
+@torch.no_grad()
+def add(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """W += scale B A, in fp32, in place."""
+    delta = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
+    weight.copy_(weight.float() + delta)
+
+
+def merge(model: nn.Module) -> None:
+    """Fold every adapter into its weight; what is left is a model like any other."""
+    for name, layer in adapters(model).items():
+        add(layer.weight, layer.lora_A, layer.lora_B, layer.scale)
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = layer.weight
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain)
+
+
+# ---- PEFT's adapter_config.json ------------------------------------------------------------------------------------
+
+def to_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict]:
+    """Adapters and projector under the names that PEFT gives them on transformers' LLaVA (or Llama), and adapter_config.json. The
+    targets are one pattern, matched against whole names: a list of last names would catch the vision tower's."""
+    layers, text_only = adapters(model), model.config.vision is None
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = {"base_model.model.model." + (name.removeprefix("language_model.") if text_only else name): p.detach()
+             for name, p in trained.items()}
+    named = {name + ".weight" * name.endswith(("lora_A", "lora_B")): p for name, p in named.items()}
+    one, last = next(iter(layers.values())), "|".join(name for names in TARGETS.values() for name in names)
+    rank = len(one.lora_A)
+    return named, {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": one.scale * rank,
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+        "inference_mode": True,
+        "modules_to_save": None if text_only else ["multi_modal_projector"],
+        "target_modules": rf".*{'' if text_only else 'language_model.*'}layers\.\d+\.({'|'.join(TARGETS)})\.({last})"}
+
+
+def plain(key: str) -> str:
+    """PEFT's name for a tensor -> the name of the module it stands in, as a checkpoint would have it."""
+    key = re.sub(r"\.(modules_to_save|lora_[AB])\.default\b", r".\1", key.removeprefix("base_model.model."))
+    return key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def add_adapter(model: nn.Module, config: dict, named: Iterable[tuple[str, str, Callable]], where) -> nn.Module:
+    """W += scale B A for every pair of an adapter; the weights that it holds whole (its projector) take their places. `named` are
+    (PEFT's name, our name, how to read it). Raises BadInput listing what does not fit."""
+    scale = scale_of(config, where)
+    places, halves, wrong = dict(model.named_parameters()), {}, []
+    for key, ours, read in named:
+        name, _, half = ours.partition(".lora_")
+        name, value = name + ".weight" * bool(half), read()
+        if name not in places or half not in ("", "A.weight", "B.weight"):
+            wrong.append(f"extra      {key}")
+            continue
+        shape, whole = places[name].shape, not half
+        if not torch.isfinite(value).all():
+            wrong.append(f"not finite {key}: holds NaN or infinity")
+        elif value.shape == shape if whole else value.ndim == 2 and value.shape[half[0] == "A"] == shape[half[0] == "A"]:
+            halves.setdefault(name, {})[half[:1]] = value
+        else:
+            wrong.append(f"misshapen  {key}: {tuple(value.shape)}, for a weight of {tuple(shape)}")
+    for name, found in () if wrong else halves.items():
+        if "" in found:                                                          # first: PEFT may store what it corrects, too
+            places[name].copy_(found.pop(""))
+        if set(found) == {"A", "B"} and len(found["A"]) == found["B"].shape[1]:
+            add(places[name], found["A"], found["B"], scale)
+        elif found:
+            wrong.append(f"misshapen  {name}: an adapter of {', '.join(f'{k} {tuple(x.shape)}' for k, x in found.items())}")
+    if wrong or not halves:
+        raise BadInput(f"{where}: the adapter does not fit its base model:\n  " + "\n  ".join(wrong[:20] or ["it is empty"]))
+    return model
+
+
+def check_flags(s, stacked: bool) -> None:
+    """Flags that contradict each other are refused before anything is read. `stacked`: --ckpt is an adapter itself."""
+    if min(s.lora, s.alpha, s.projector_lr) < 0:
+        raise BadInput("--lora, --alpha and --projector_lr must not be negative")
+    if not s.lora and (s.alpha or s.merge):
+        raise BadInput("--alpha and --merge are about adapters: give --lora, their rank")
+    if s.lora and stacked:
+        raise BadInput(f"--ckpt {s.ckpt} is an adapter, and PEFT loads none on top of another; give a model/ that --merge wrote")
+
+
+def scale_of(config: dict, where) -> float:
+    """adapter_config.json -> what B A is multiplied with. Raises BadInput for what would be computed otherwise."""
+    for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False),
+                       ("rank_pattern", {}), ("alpha_pattern", {})):
+        if (config.get(key) or plain) != plain:
+            raise BadInput(f"{where}: {key} is {config[key]!r}; only plain LoRA is known, merge it with PEFT first")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not rank or alpha is None:
+        raise BadInput(f"{where}: has no r or no lora_alpha")
+    return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)

@@ -1,0 +1,141 @@
+"""Many processes, one result: the same losses and weights, whatever their number.
+
+    torchrun --nproc_per_node 8 -- dpo.py --ckpt llava-1.5-13b-hf --data prefs.jsonl --out runs/dpo
+
+The problem. A batch is the sum of its packs' gradients, so N processes may each take some packs and add up. Three things
+commonly go wrong: each process averages over its own part (the loss then depends on how the batch was cut), one has no part
+left while the others wait for it, and a weight that only some of them used has a gradient only there.
+
+The trick. (1) A batch is drawn as if there were one process, and every loss is divided by the size of the *global* batch before
+backward, so gradients are summed, never averaged. (2) All take the same number of packs (data.share); who has none left computes
+one again and counts it with weight 0. (3) Weights that a pack did not use get a zero.
+
+    full fine-tuning   FSDP2's fully_shard (arXiv:2304.11277): each process keeps 1/N of every trained weight, its master,
+                       gradient and moments; a block's weights are brought together just before it runs, and let go behind it.
+                       Embedding, projector, norm and head are one group, whole in forward and backward: the loss reads the head
+    LoRA               what trains is small: every process has all of it, and gradients are summed once per step
+
+Every process loads the weights and computes its share of the reference before anything is cut; then memory falls to 1/N. gloo
+connects CPUs, NCCL GPUs. Process 0 alone prints and writes.
+
+Previous: lora.py.  Next: checkpoint.py (weights in and out).
+"""
+import datetime
+import os
+import sys
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device: str) -> str:
+    """Meet the other processes, if there are any -> the device that is this one's."""
+    if world() == 1:
+        return device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        kind = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(kind, timeout=datetime.timedelta(hours=12))      # one reads data while others wait
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        os.environ["TQDM_DISABLE"] = "1"
+    return device
+
+
+def seat() -> tuple[int, int]:
+    """(rank, world) of those who have met; alone before that, and where nobody meets."""
+    return (rank(), world()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def gather(mine: Any) -> list:
+    """What every process has, in their order."""
+    if world() == 1:
+        return [mine]
+    found = [None] * world()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """make() is called in process 0; all get what it returned."""
+    found = [make() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+# ---- full fine-tuning: shards ----------------------------------------------------------------------------------
+
+def shard(model: nn.Module) -> None:
+    """Keep 1/N of every trained weight here. The frozen tower stays whole: it is small, and needs no moments."""
+    if world() == 1:
+        return
+    how = {"mesh": init_device_mesh(model.head.device.type, (world(),)),
+           "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}        # 16-bit gradients are summed in fp32
+    for block in model.language_model.layers:
+        fully_shard(block, **how)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    fully_shard(model, **how, ignored_params=frozen, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)                               # a sum: the loss was divided already
+            module.set_force_sum_reduction_for_comms(True)                       # gloo knows no other
+
+
+def sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a weight that is kept in shards. Every process must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of it."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+def backward(model: nn.Module, loss: Tensor) -> None:
+    """loss.backward(). In shards every process must bring a gradient for the same weights, pictures in its pack or not."""
+    if sharded(model) and model.config.vision:
+        loss = loss + 0 * sum(p.sum() for p in model.multi_modal_projector.parameters())
+    loss.backward()
+
+
+def sum_gradients(model: nn.Module, trained: list[Tensor], pictures: bool) -> None:
+    """After the last backward of a batch: what the processes found is added up, and what no pack of the batch used has no
+    gradient, as it would in one process. `pictures`: does the global batch have any?"""
+    if sharded(model):                                                           # they are summed already
+        if not pictures and model.config.vision:
+            spare = {p for p in model.multi_modal_projector.parameters()}
+            for master, p in zip(trained, [p for p in model.parameters() if p.requires_grad]):
+                master.grad = None if p in spare else master.grad
+        return
+    if world() == 1:
+        return
+    used = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=trained[0].device)
+    dist.all_reduce(used)
+    for p, count in zip(trained, used.tolist()):
+        if count:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)

@@ -1,0 +1,187 @@
+"""Two and three processes do what one does: the same losses, the same weights, and nobody waits for ever.
+
+    python -m pytest tests/test_parallel.py -q          gloo on the CPU; each world is started once; SLOW=1 for all runs
+"""
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dpo
+import sft
+import steerlm
+from conftest import ROOT, tiny_checkpoint
+from data import Tree, share, split
+from test_dpo import RECORDS, rows_of, write_data
+
+SCRIPTS = {"dpo": dpo, "sft": sft, "steerlm": steerlm}
+CASES = {                                                     # what differs from the flags below
+    "full": ("dpo", {}), "lora": ("dpo", {"lora": 4, "lr": 1e-3, "projector_lr": 1e-4}),
+    "checkpointing": ("dpo", {"checkpointing": "on", "steps": 2}), "tied": ("dpo", {"ckpt": "tied", "steps": 2}), "text only": ("dpo", {"ckpt": "text", "data": "text.jsonl", "steps": 2}),
+    "one pair a step": ("dpo", {"batch": 1, "steps": 6}),     # some without a picture, all but one process without work
+    "one pair a step, lora": ("dpo", {"batch": 1, "steps": 6, "lora": 4}),
+    "held out": ("dpo", {"holdout": 0.4, "steps": 2}), "sft": ("sft", {"batch": 4, "pack": 100}),
+    "sft, lora": ("sft", {"batch": 4, "pack": 100, "lora": 4, "merge": True}), "steerlm": ("steerlm", {"batch": 7, "steps": 2}),
+    "bfloat16": ("dpo", {"dtype": "bfloat16", "steps": 2, "lr": 1e-3})}
+SLOW = bool(os.environ.get("SLOW"))
+RUNS = {world: [n for n in CASES if SLOW or n in quick] for world, quick in {
+    2: ("full", "lora", "one pair a step", "sft", "held out"), 3: ("full", "one pair a step, lora")}.items()}
+STOPS = {kind: changes for kind, changes in {"full": {}, "lora": {"lora": 4}}.items() if SLOW or kind == "full"}
+slow = pytest.mark.skipif(not SLOW, reason="SLOW=1 runs it")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    tiny_checkpoint(folder / "tiny", "byte")
+    tiny_checkpoint(folder / "tied", "byte", tie=True)
+    tiny_checkpoint(folder / "text", "byte", text_only=True)
+    write_data(folder / "data", rows=[RECORDS[k % 6] for k in range(9)])
+    write_data(folder / "data", "text.jsonl", rows=[RECORDS[k] for k in (1, 5, 1, 5)])
+    return folder
+
+
+def flags(place, out, ckpt="tiny", data="data.jsonl", **changes):
+    return dict(ckpt=str(place / ckpt), data=str(place / "data" / data), out=str(out), device="cpu", steps=3, batch=5, pack=150,
+                lr=1e-4, save_every=0) | changes
+
+
+def start(place, cases, world):
+    path = place / f"cases-{world}.json"
+    path.write_text(json.dumps(cases))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
+                           str(ROOT / "tests" / "parallel_worker.py"), str(path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def worlds(place):
+    """{number of processes: the folder of its runs}; 2 also stops, and goes on."""
+    for name in {*RUNS[2], *RUNS[3]}:
+        script, changes = CASES[name]
+        SCRIPTS[script].run(SCRIPTS[script].Settings(**flags(place, place / "1" / name, **changes)))
+    for world in (2, 3):
+        cases = [{"script": script, "settings": flags(place, place / str(world) / name, **changes)}
+                 for name in RUNS[world] for script, changes in [CASES[name]]]
+        stopped = [{"script": "dpo", "settings": flags(place, place / str(world) / f"{how} {kind}", **changes, resume=resume),
+                    "stop": how == "stopped" and not resume}
+                   for kind, changes in STOPS.items()
+                   for how, resume in (("whole", False), ("stopped", False), ("stopped", True))]
+        start(place, cases + stopped * (world == 2), world)
+    return place
+
+
+def weights(folder: Path) -> dict:
+    files = sorted(folder.glob("model/*.safetensors")) or sorted(folder.glob("adapter/*.safetensors"))
+    return {k: v for f in files for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("world, name", [(world, name) for world in RUNS for name in RUNS[world] if name != "bfloat16"])
+def test_losses_and_weights_are_those_of_one_process(worlds, world, name):
+    one, many = worlds / "1" / name, worlds / str(world) / name
+    a, b = rows_of(one / "metrics.jsonl"), rows_of(many / "metrics.jsonl")
+    assert [r["step"] for r in a] == [r["step"] for r in b] and list(a[0]) == list(b[0])
+    for x, y in zip(a, b):
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-6, rel=1e-6), x["step"]
+        for key in x.keys() - {"pairs_per_s", "tokens_per_s"}:
+            assert x[key] == pytest.approx(y[key], rel=1e-4, abs=2e-6), (x["step"], key)
+    want, got = weights(one), weights(many)
+    assert set(want) == set(got)
+    start = weights_of_start(worlds, name)
+    assert max((want[k] - start[k]).abs().max() for k in want if k in start) > 5e-5, "something was learned at all"
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], atol=1e-5, rtol=0, msg=key)
+
+
+def weights_of_start(place, name):
+    path = place / CASES[name][1].get("ckpt", "tiny")
+    plain = load_file(path / "model.safetensors")
+    if (place / "1" / name / "adapter").exists() and not (place / "1" / name / "model").exists():
+        found = load_file(place / "1" / name / "adapter" / "adapter_model.safetensors")
+        return {k: torch.zeros_like(v) for k, v in found.items() if "lora_B" in k}
+    return plain
+
+
+@slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_16_bit_weights_train_through_sharded_masters(worlds, world):
+    """Not to the last digits, which 16 bits do not have; but the same steps in nearly all weights, which only masters allow."""
+    want, got, start = weights(worlds / "1" / "bfloat16"), weights(worlds / str(world) / "bfloat16"), load_file(worlds / "tiny" / "model.safetensors")
+    key = "language_model.model.layers.0.mlp.up_proj.weight"
+    moved = (got[key].float() - start[key].bfloat16().float())
+    assert (moved != 0).float().mean() > 0.3 and (got[key] == want[key]).float().mean() > 0.9
+    a, b = (rows_of(worlds / str(w) / "bfloat16" / "metrics.jsonl") for w in (1, world))
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], abs=0.05)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_reference_is_the_same_and_written_once(worlds, world):
+    for name in {"full", "lora", "tied"} & set(RUNS[world]):
+        one, many = (rows_of(worlds / str(w) / name / "reference.jsonl") for w in (1, world))
+        assert one == many, "the same packs give the same bits"
+    if "held out" not in RUNS[world]:
+        return
+    a, b = (json.loads((worlds / str(w) / "held out" / "heldout.json").read_text())["after"] for w in (1, world))
+    assert a["pairs"] == b["pairs"] and a["margin"] == pytest.approx(b["margin"], abs=2e-6) and a["accuracy"] == b["accuracy"]
+
+
+@pytest.mark.parametrize("kind", STOPS)
+def test_sigterm_to_one_of_them_stops_all_and_they_go_on_to_the_same_bits(worlds, kind):
+    out = worlds / "2" / f"stopped {kind}"
+    assert not (out / "state").exists() and [r["step"] for r in rows_of(out / "metrics.jsonl")] == [1, 2, 3]
+    want, got = weights(worlds / "2" / f"whole {kind}"), weights(out)
+    assert want and all(torch.equal(want[k], got[k]) for k in want)
+    assert [r["loss"] for r in rows_of(out / "metrics.jsonl")] == [r["loss"] for r in rows_of(worlds / "2" / f"whole {kind}" / "metrics.jsonl")]
+
+
+@slow
+def test_a_message_comes_once_and_torchrun_fails(place):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "dpo.py"),
+                           "--data", str(place / "none.jsonl"), "--out", str(place / "none"), "--device", "cpu"], capture_output=True,
+                          text=True, timeout=120, cwd=ROOT)
+    assert done.returncode != 0 and (done.stdout + done.stderr).count("dpo.py: --data") == 1, done.stderr[-3000:]
+
+
+# ---- how a batch is shared out -------------------------------------------------------------------------------------
+
+def shares(monkeypatch, trees, budget, world):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    out = []
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        out.append(share(trees, budget))
+    return out
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_tree_is_computed_once_in_packs_that_fit_and_all_have_as_many(monkeypatch, world):
+    rng = random.Random(world)
+    for count in (1, 2, 5, 40, 128):
+        trees = [Tree(str(k), [0] * rng.randint(5, 60), [[0] * rng.randint(2, 20)]) for k in range(count)]
+        for budget in (1, 70, 300, 10**6):
+            parts = shares(monkeypatch, trees, budget, world)
+            assert len({len(part) for part in parts}) == 1, "an equal number, or they would wait for each other"
+            counted = [t for k in range(len(parts[0])) for part in parts for t in part[k][0] * part[k][1]]
+            assert [t.id for t in counted] == [t.id for t in trees]
+            assert all(sum(t.tokens for t in pack) <= budget or len(pack) == 1 for part in parts for pack, _ in part)
+            assert len(parts[0]) <= -(-len(split(trees, budget)) // world), "sharing costs no further round"
+
+
+def test_packs_are_of_nearly_equal_size(monkeypatch):
+    rng = random.Random(0)
+    trees = [Tree(str(k), [0] * rng.randint(600, 800), [[0] * rng.randint(20, 300)] * 2) for k in range(128)]
+    sizes = [sum(t.tokens for t in pack) for part in shares(monkeypatch, trees, 8192, 8) for pack, counts in part if counts]
+    assert max(sizes) < 1.15 * sum(sizes) / len(sizes), "12 and a half packs on 8 processes are 16 smaller ones, not 13"
+
+
+def test_one_process_packs_as_ever(monkeypatch):
+    trees = [Tree(str(k), [0] * 50, [[0] * 9]) for k in range(7)]
+    [mine] = shares(monkeypatch, trees, 200, 1)
+    assert mine == [(part, True) for part in split(trees, 200)]
