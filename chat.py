@@ -108,30 +108,33 @@ def run(s: Settings) -> None:
             return
         word, _, rest = line.partition(" ")
         try:
-            if word == "/quit":
-                return
-            elif word == "/image":
-                images.append(attach(rest, size))
-            elif word == "/draw":
-                record = tasks.draw(tasks.items("attribute", drawn + 1)[drawn:], Path(tempfile.mkdtemp()))[0]
-                path, drawn = Path(record["root"]) / record["images"][0], drawn + 1
-                images.append(attach(str(path), size))
-                print(f"{path}: {tasks.written(tasks.scene_of(record))[8:]}\ntry: {record['truth']['turns'][0]['question']}")
-            elif word == "/target":
-                target_scores(rest)
-                for speaker in speakers:
-                    speaker.aim(rest)
-            elif word == "/reset":
-                for speaker in speakers:
-                    speaker.messages, speaker.images = [], []
-                images = []
-            elif word.startswith("/"):
-                raise BadInput(f"{word}: choose /image, /draw, /target, /reset or /quit")
-            elif line:
-                asked, images = images, []
-                for speaker in speakers:
-                    print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
-                    speaker.say(line, asked)
+            match word:
+                case "":
+                    pass
+                case "/quit":
+                    return
+                case "/image":
+                    images.append(attach(rest, size))
+                case "/draw":
+                    record = tasks.draw(tasks.items("attribute", drawn + 1)[drawn:], Path(tempfile.mkdtemp()))[0]
+                    path, drawn = Path(record["root"]) / record["images"][0], drawn + 1
+                    images.append(attach(str(path), size))
+                    print(f"{path}: {tasks.written(tasks.scene_of(record))[8:]}\ntry: {record['truth']['turns'][0]['question']}")
+                case "/target":
+                    target_scores(rest)
+                    for speaker in speakers:
+                        speaker.aim(rest)
+                case "/reset":
+                    images = []
+                    for speaker in speakers:
+                        speaker.messages, speaker.images = [], []
+                case _ if word.startswith("/"):
+                    raise BadInput(f"{word}: choose /image, /draw, /target, /reset or /quit")
+                case _:
+                    asked, images = images, []
+                    for speaker in speakers:
+                        print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
+                        speaker.say(line, asked)
         except BadInput as problem:
             print(problem)
 
