@@ -23,7 +23,8 @@ from test_dpo import RECORDS, rows_of, write_data
 SCRIPTS = {"dpo": dpo, "sft": sft, "steerlm": steerlm}
 CASES = {                                                     # what differs from the flags below
     "full": ("dpo", {}), "lora": ("dpo", {"lora": 4, "lr": 1e-3, "projector_lr": 1e-4}),
-    "checkpointing": ("dpo", {"checkpointing": "on", "steps": 2}), "tied": ("dpo", {"ckpt": "tied", "steps": 2}), "text only": ("dpo", {"ckpt": "text", "data": "text.jsonl", "steps": 2}),
+    "checkpointing": ("dpo", {"checkpointing": "on", "steps": 2}), "tied": ("dpo", {"ckpt": "tied", "steps": 2}),
+    "text only": ("dpo", {"ckpt": "text", "data": "text.jsonl", "steps": 2}),
     "one pair a step": ("dpo", {"batch": 1, "steps": 6}),     # some without a picture, all but one process without work
     "one pair a step, lora": ("dpo", {"batch": 1, "steps": 6, "lora": 4}),
     "held out": ("dpo", {"holdout": 0.4, "steps": 2}), "sft": ("sft", {"batch": 4, "pack": 100}),
@@ -64,9 +65,12 @@ def start(place, cases, world):
 @pytest.fixture(scope="module")
 def worlds(place):
     """{number of processes: the folder of its runs}; 2 also stops, and goes on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                  # as in the workers: sums are cut by threads, too
     for name in {*RUNS[2], *RUNS[3]}:
         script, changes = CASES[name]
         SCRIPTS[script].run(SCRIPTS[script].Settings(**flags(place, place / "1" / name, **changes)))
+    torch.set_num_threads(threads)
     for world in (2, 3):
         cases = [{"script": script, "settings": flags(place, place / str(world) / name, **changes)}
                  for name in RUNS[world] for script, changes in [CASES[name]]]
