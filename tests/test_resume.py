@@ -1,6 +1,7 @@
 """A run that is killed at any moment and resumed ends with the same bits, each step written down once.
 
-    python -m pytest tests/test_resume.py -q              a few kill points; with SLOW=1 ten per method
+    python -m pytest tests/test_resume.py -q              a few kill points; with SLOW=1 two for every method
+    SLOW=1 KILLS=10 python -m pytest tests/test_resume.py -q -k killed_anywhere          ten for every method: a quarter of an hour
 
 The kills are real: each run is a forked process, and SIGKILL comes from outside whenever it comes.
 """
@@ -28,7 +29,7 @@ from conftest import tiny_checkpoint
 from test_dpo import RECORDS, rows_of, write_data
 
 SLOW = bool(os.environ.get("SLOW"))
-KILLS = 10 if SLOW else 1
+KILLS = int(os.environ.get("KILLS", 2 if SLOW else 1))
 slow = pytest.mark.skipif(not SLOW, reason="SLOW=1 runs it")
 METHODS = {"dpo": (dpo, {"lr": 1e-3}), "dpo, lora": (dpo, {"lora": 4, "lr": 1e-2, "projector_lr": 1e-3}),
            "sft, lora": (sft, {"lora": 4, "lr": 1e-2}), "dpo, bfloat16": (dpo, {"dtype": "bfloat16", "lr": 1e-3}), "sft": (sft, {"lr": 1e-3}),
