@@ -134,7 +134,9 @@ def step_work(config: Config, pack) -> int:
     t, v, images = config.text, config.vision, len(pack.pixels)
     heads = 2 * t.num_attention_heads + 2 * t.num_key_value_heads
     block = t.hidden_size * (heads * t.head_dim + 3 * t.intermediate_size)
-    text = t.num_hidden_layers * (6 * block * len(pack.ids) + attention_work(pack.mask, t.hidden_size))
+    unread = (t.hidden_size * t.num_attention_heads * t.head_dim + 3 * t.hidden_size * t.intermediate_size) * (
+        len(pack.ids) - len(pack.read))                                  # the last block, where nobody reads its result
+    text = t.num_hidden_layers * (6 * block * len(pack.ids) + attention_work(pack.mask, t.hidden_size)) - 6 * unread
     tower = v.depth * (v.patches + 1) * (8 * v.hidden_size ** 2 + 4 * v.hidden_size * v.intermediate_size
                                          + 4 * (v.patches + 1) * v.hidden_size)
     project = 6 * v.patches * t.hidden_size * (v.hidden_size + t.hidden_size)

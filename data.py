@@ -191,20 +191,26 @@ def after(tokens: Tokens, prompt: list[int], text: str, more: str) -> list[int]:
 
 @dataclass
 class Pack:
-    """Several trees in one row of T tokens; N scored tokens of A answers. See the head's worked example."""
+    """Several trees in one row of T tokens; N scored tokens of A answers, predicted by M of them. See the head's worked example."""
     ids: Tensor          # (T,)
     positions: Tensor    # (T,)
     mask: Mask           # three (T,) vectors
-    rows: Tensor         # (N,) the hidden state that predicts targets[i]
+    read: Tensor         # (M,) the tokens whose hidden states predict something, in order
+    place: Tensor        # (N,) which of them predicts targets[i]
     targets: Tensor      # (N,)
     owner: Tensor        # (N,) which of the pack's A answers it belongs to
     answers: int         # A; a tree's history counts to its first answer
     pixels: Tensor | None
 
+    @property
+    def rows(self) -> Tensor:
+        """(N,) the token that predicts targets[i]; the prompt's last comes once for every answer."""
+        return self.read[self.place]
+
     def to(self, device) -> "Pack":
         move = lambda x: None if x is None else x.to(device)
         return Pack(*(move(x) for x in (self.ids, self.positions)), self.mask.to(device),
-                    *(move(x) for x in (self.rows, self.targets, self.owner)), self.answers, move(self.pixels))
+                    *(move(x) for x in (self.read, self.place, self.targets, self.owner)), self.answers, move(self.pixels))
 
 
 def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
@@ -235,7 +241,7 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
             answers += 1
     tensor = lambda x: torch.tensor(x, dtype=torch.long)
     return Pack(tensor(ids), tensor(positions), Mask(tensor(lo), tensor(hi), tensor(own)),
-                tensor(rows), tensor(targets), tensor(owner), answers, pixels)
+                *tensor(rows).unique(return_inverse=True), tensor(targets), tensor(owner), answers, pixels)
 
 
 def split(trees: list[Tree], budget: int) -> list[list[Tree]]:
@@ -334,8 +340,8 @@ def pack_size(wanted: int, device: torch.device) -> int:
 
 def token_logps(model: Llava, pack: Pack) -> Tensor:
     """log p of every scored token of a pack, (N,) fp32."""
-    hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels)
-    return kernels.logps(hidden, model.head, pack.rows, pack.targets)
+    hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels, pack.read)
+    return kernels.logps(hidden, model.head, pack.place, pack.targets)
 
 
 def answer_logps(model: Llava, pack: Pack) -> Tensor:

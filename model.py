@@ -106,6 +106,10 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
 
 
+def pick(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
 class Attention(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -115,10 +119,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.K, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * self.K, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, read: Tensor | None) -> Tensor:
         q, k, v = (proj(x).view(len(x), -1, self.K) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)                      # (T, H, K), (T, G, K)
-        return self.o_proj(attend(layer, q, k, v).flatten(1))                # (T, H, K) -> (T, D)
+        return self.o_proj(pick(attend(layer, q, k, v).flatten(1), read))    # (T, H, K) -> (T, D)
 
 
 class MLP(nn.Module):
@@ -139,8 +143,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, read: Tensor | None = None) -> Tensor:
+        x = pick(x, read) + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend, read)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -153,14 +157,15 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.checkpointing = False         # keep only each block's input for backward, and compute the block again (plan.py)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the head."""
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, read: Tensor | None = None) -> Tensor:
+        """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the head. `read` (M,) names the
+        tokens whose states are wanted, each once: of all others the last block computes keys and values only -> (M, D)."""
         freq = rope_frequencies(self.config.rope, self.config.head_dim, x.device)
         angle = positions[:, None].float() * freq                            # (T, K/2), fp32 whatever the model is
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]                # (T, 1, K/2), one for all heads
         for layer, block in enumerate(self.layers):
             again = self.checkpointing and torch.is_grad_enabled()
-            inputs = x, cos, sin, layer, attend
+            inputs = x, cos, sin, layer, attend, read if layer == len(self.layers) - 1 else None
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         return self.norm(x)
 
@@ -206,10 +211,11 @@ class Llava(nn.Module):
             x = x.masked_scatter(is_image[:, None], self.multi_modal_projector(seen))        # (N, P, D) -> (T, D)
         return x
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Mask, pixels: Tensor | None = None) -> Tensor:
-        """A pack -> its final hidden states (T, D). Log-probs: kernels.logps(hidden, model.head, rows, targets)."""
+    def forward(self, ids: Tensor, positions: Tensor, mask: Mask, pixels: Tensor | None = None,
+                read: Tensor | None = None) -> Tensor:
+        """A pack -> its final hidden states (T, D), or those of the tokens `read` (M, D). Log-probs: data.token_logps."""
         attend = lambda layer, q, k, v: kernels.attention(q, k, v, mask)
-        return self.language_model(self.embed(ids, pixels), positions, attend)
+        return self.language_model(self.embed(ids, pixels), positions, attend, read)
 
 
 # ---- generation ----------------------------------------------------------------------------------------------
@@ -330,5 +336,4 @@ def prefill(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None],
         return kernels.attention(q, k, v, mask)
 
     positions = (torch.arange(len(own)) - own).to(device)
-    hidden = model.language_model(x, positions, attend)                      # (T, D)
-    return cache, hidden[(size.cumsum(0) - 1).to(device)]
+    return cache, model.language_model(x, positions, attend, (size.cumsum(0) - 1).to(device))    # (R, D)

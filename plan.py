@@ -55,19 +55,22 @@ def sizes(config: Config, rank: int) -> dict[str, int]:
             "head": model.head.numel()}
 
 
-def activations(config: Config, tokens: int, looked: tuple[int, int], images: int, e: int, rank: int,
-                again: bool) -> tuple[int, int]:
-    """Bytes that backward will ask for, and those of gradients on their way through one block. `looked`: how many rows of queries
-    and of keys attention keeps per layer (the CPU copies what a branch sees)."""
+def activations(config: Config, tokens: int, scored: int, looked: tuple[int, int], images: int, e: int, rank: int,
+                again: bool) -> list[tuple[int, int]]:
+    """(bytes that backward will still ask for, those of gradients on their way through a block) when backward stands at the last
+    block, which went on with scored rows only, and at the one before it. `looked`: how many rows of queries and of keys attention
+    keeps per layer (the CPU copies what a branch sees)."""
     t, wide = config.text, 4 if e == 2 else 0                                    # 16 bits: a norm keeps an fp32 copy of its input
     D, I, Q, G = t.hidden_size, t.intermediate_size, t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    norm = tokens * D * (2 * e + (wide or e))                                    # input, normed, scaled
-    attention = e * (2 * looked[0] * Q + 2 * looked[1] * G + tokens * Q)         # q and output, k and v, the output in order
-    block = 2 * norm + attention + 4 * tokens * I * e + 7 * rank * tokens * e    # gate, its silu, up, their product; x A
+    norm = D * (2 * e + (wide or e))                                             # of a row: input, normed, scaled
+    mlp = norm + 4 * I * e + 3 * rank * e                                        # gate, its silu, up, their product; x A
+    attention = tokens * (norm + 4 * rank * e) + e * (2 * looked[0] * Q + 2 * looked[1] * G + tokens * Q)    # q and output, k
+    block, last = attention + tokens * mlp, attention + scored * mlp             # and v, the output in order
     seen = e * images * config.vision.patches * (config.vision.hidden_size + 2 * D) if images else 0
-    moving = e * tokens * (2 * I + 2 * D)
-    layers = t.num_hidden_layers
-    return seen + (layers * tokens * D * e + block if again else layers * block + norm + 4 * tokens * t.head_dim), moving
+    seen += 4 * tokens * t.head_dim                                              # cosines and sines
+    before, moving = (t.num_hidden_layers - 1) * (tokens * D * e if again else block), e * (2 * I + 2 * D)
+    return [(seen + before + last + scored * norm + tokens * D * e * again, scored * moving),
+            (seen + before + block * again, tokens * moving)]
 
 
 def needs(config: Config, tokens: int, *, scored: int, images: int, looked: tuple[int, int] | None, dtype: torch.dtype, rank: int,
@@ -76,11 +79,11 @@ def needs(config: Config, tokens: int, *, scored: int, images: int, looked: tupl
     n, e = sizes(config, rank), torch.finfo(dtype).bits // 8
     cut = 1 if rank else world                                                   # adapters: every process has all
     trained, D, V = n["trained"], config.text.hidden_size, config.text.vocab_size
-    kept, moving = activations(config, tokens, looked or (tokens, tokens if gpu else 2 * tokens), images, e, rank, again)
+    moments = activations(config, tokens, scored, looked or (tokens, tokens if gpu else 2 * tokens), images, e, rank, again)
     head = 2 * min(logprob.CHUNK_BYTES, 4 * scored * V) + 4 * V * D * (not rank) + 4 * V * D * (e == 2 and not gpu)
     found = {"weights": e * (n["all"] - trained + trained // cut), "masters": 4 * trained // cut * (e == 2),
              "gradients": 4 * trained // cut, "optimizer": 8 * trained // cut,
-             "activations": kept + max(0, moving - head), "head": head}          # the head is done when the blocks begin
+             "activations": max(kept + max(0, moving - head) for kept, moving in moments), "head": head}    # which is done then
     if cut > 1:
         found["weights"] += e * (BLOCKS_AT_ONCE * n["block"] + n["rest"])
         found["gradients"] += (e + 4) * max(n["block"], n["rest"])               # whole, and summed in fp32, before they are cut

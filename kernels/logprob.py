@@ -11,7 +11,7 @@ its gradient once more; and 71 % of the rows are image tokens that nobody scores
 The trick. (1) Only scored rows are computed: `rows` names the hidden state that predicts each target. The
 last prompt row predicts the first token of *every* answer, so it may be named n times. (2) Rows go through
 in chunks; of each chunk's logits only two numbers per row survive (the log-sum-exp and the target's logit).
-(3) Backward recomputes the chunk and turns it in place into its own gradient,
+(3) Backward recomputes the chunk (a single one was kept) and turns it into its own gradient,
 
     d logp / d logits = onehot(target) - softmax(logits),
 
@@ -39,8 +39,9 @@ def logps_spec(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) ->
 # ---- chunked forward and backward -------------------------------------------------------------------------
 
 def chunks(n: int, vocab: int) -> list[slice]:
+    """Cut n rows; no rows are one chunk of none."""
     size = max(1, CHUNK_BYTES // (4 * vocab))
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    return [slice(i, min(i + size, n)) for i in range(0, max(n, 1), size)]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -53,28 +54,30 @@ class ChunkedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, rows, targets):
         w = wide(weight)
         lse, target_logit = (torch.empty(len(rows), dtype=w.dtype, device=w.device) for _ in range(2))
-        for c in chunks(len(rows), len(w)):
-            logits = wide(hidden[rows[c]]) @ w.T                         # (c, V), gone after this iteration
+        parts = chunks(len(rows), len(w))
+        for c in parts:
+            logits = wide(hidden[rows[c]]) @ w.T                         # (c, V), gone with the next one
             lse[c] = logits.logsumexp(-1)
             target_logit[c] = logits.gather(1, targets[c, None])[:, 0]
-        ctx.save_for_backward(hidden, weight, rows, targets, lse)
+        ctx.save_for_backward(hidden, weight, rows, targets, lse, logits if len(parts) == 1 else None)
         return target_logit - lse
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, rows, targets, lse = ctx.saved_tensors
+        hidden, weight, rows, targets, lse, kept = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         w = wide(weight)
         d_hidden = torch.zeros_like(hidden, dtype=w.dtype) if need_hidden else None
-        d_weight = torch.zeros_like(w) if need_weight else None
+        d_weight = None
         for c in chunks(len(rows), len(w)):
             h = wide(hidden[rows[c]])                                    # (c, D)
-            d_logits = (h @ w.T).sub_(lse[c, None]).exp_().mul_(-grad[c, None])              # (c, V)
+            logits = h @ w.T if kept is None else kept                   # (c, V)
+            d_logits = (logits - lse[c, None]).exp_().mul_(-grad[c, None])
             d_logits.scatter_add_(1, targets[c, None], grad[c, None].to(d_logits.dtype))
             if need_hidden:
                 d_hidden.index_add_(0, rows[c], d_logits @ w)            # rows may repeat: the last prompt row does
             if need_weight:
-                d_weight.addmm_(d_logits.T, h)
+                d_weight = d_logits.T @ h if d_weight is None else d_weight.addmm_(d_logits.T, h)
         return (d_hidden.to(hidden.dtype) if need_hidden else None,
                 d_weight.to(weight.dtype) if need_weight else None, None, None)
 
