@@ -191,7 +191,7 @@ def after(tokens: Tokens, prompt: list[int], text: str, more: str) -> list[int]:
 
 @dataclass
 class Pack:
-    """Several trees in one row of T tokens; N scored tokens of A answers, predicted by M of them. See the head's worked example."""
+    """Several trees in one row of T tokens. N of A answers are scored, M tokens predict them; the head has a worked example."""
     ids: Tensor          # (T,)
     positions: Tensor    # (T,)
     mask: Mask           # three (T,) vectors

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import BadInput
+from model import Linear
 
 TARGETS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
@@ -58,7 +59,7 @@ def attach(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
             for name in names:
                 module = getattr(block, part)
                 setattr(module, name, Adapted(getattr(module, name), rank, alpha, generator))
-    plain = [name for name, m in model.language_model.named_modules() if type(m) is nn.Linear]
+    plain = [name for name, m in model.language_model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Adapted)]
     other = [name for name in adapters(model) if not name.startswith("language_model.layers.")]
     assert not plain and not other, f"adapters are missing at {plain}, or stand at {other}"
 
@@ -79,7 +80,8 @@ def merge(model: nn.Module) -> None:
     """Fold every adapter into its weight; what is left is a model like any other."""
     for name, layer in adapters(model).items():
         add(layer.weight, layer.lora_A, layer.lora_B, layer.scale)
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        with torch.device("meta"):
+            plain = Linear(layer.in_features, layer.out_features)
         plain.weight = layer.weight
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, plain)

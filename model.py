@@ -93,6 +93,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # ---- the blocks; module names are the checkpoints' names ----------------------------------------------------
 
+FEW = 64    # rows
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]    # (layer, q, k, v) -> what each token gathered
 
 
@@ -106,6 +108,22 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T. In generation x is one token per answer, a few rows, and a CPU's library shares the rows of the *first*
+    matrix among its threads: so there the weight comes first."""
+    if torch.is_grad_enabled() or len(x) > FEW:
+        return F.linear(x, weight)
+    return (weight @ x.T).T.contiguous()
+
+
+class Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
 def pick(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
@@ -114,10 +132,10 @@ class Attention(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         self.K = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.K, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.K, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.K, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * self.K, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * self.K)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * self.K)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * self.K)
+        self.o_proj = Linear(c.num_attention_heads * self.K, c.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, read: Tensor | None) -> Tensor:
         q, k, v = (proj(x).view(len(x), -1, self.K) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -128,9 +146,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -190,7 +208,7 @@ class Llava(nn.Module):
         if config.vision:
             self.vision_tower = ViT(config.vision)
             self.multi_modal_projector = Projector(config.vision.hidden_size, config.text.hidden_size)
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size)
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
@@ -267,7 +285,7 @@ def stream(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None], 
     length = cache.prompt_len.repeat_interleave(n)                           # (R*n,) the next token's position
     active = torch.ones(R * n, dtype=torch.bool, device=device)
     for step in range(max_new):
-        logits = (hidden @ model.head.T).float()                             # (R*n, V)
+        logits = product(hidden, model.head).float()                         # (R*n, V)
         token = sample_token(logits, temperature, top_p, uniform[:, step])
         token = token.masked_fill(~active, eos)
         yield token
