@@ -86,9 +86,16 @@ def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) by its token's angle, in fp32. x (T, heads, K), cos and sin (T, 1, K/2)."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    """Turn each pair (x[i], x[i + K/2]) by its token's angle, in fp32. x (T, heads, K), cos and sin (T, 1, K) from `turns`."""
+    wide = x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def turns(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
+    """(T,) positions -> (T, 1, K) cosines and signed sines for `rotate`, one for all heads, fp32 whatever the model is."""
+    angle = positions[:, None, None].float() * freq                          # (T, 1, K/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 # ---- the blocks; module names are the checkpoints' names ----------------------------------------------------
@@ -105,7 +112,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()                                                     # the mean of squares wants fp32
-        return self.weight * (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
+        return self.weight * (wide * (squares / x.shape[-1] + self.eps).rsqrt()).to(x.dtype)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -179,8 +187,7 @@ class Llama(nn.Module):
         """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the head. `read` (M,) names the
         tokens whose states are wanted, each once: of all others the last block computes keys and values only -> (M, D)."""
         freq = rope_frequencies(self.config.rope, self.config.head_dim, x.device)
-        angle = positions[:, None].float() * freq                            # (T, K/2), fp32 whatever the model is
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]                # (T, 1, K/2), one for all heads
+        cos, sin = turns(positions, freq)
         for layer, block in enumerate(self.layers):
             again = self.checkpointing and torch.is_grad_enabled()
             inputs = x, cos, sin, layer, attend, read if layer == len(self.layers) - 1 else None

@@ -67,7 +67,7 @@ def activations(config: Config, tokens: int, scored: int, looked: tuple[int, int
     attention = tokens * (norm + 4 * rank * e) + e * (2 * looked[0] * Q + 2 * looked[1] * G + tokens * Q)    # q and output, k
     block, last = attention + tokens * mlp, attention + scored * mlp             # and v, the output in order
     seen = e * images * config.vision.patches * (config.vision.hidden_size + 2 * D) if images else 0
-    seen += 4 * tokens * t.head_dim                                              # cosines and sines
+    seen += 8 * tokens * t.head_dim                                              # cosines and sines
     before, moving = (t.num_hidden_layers - 1) * (tokens * D * e if again else block), e * (2 * I + 2 * D)
     return [(seen + before + last + scored * norm + tokens * D * e * again, scored * moving),
             (seen + before + block * again, tokens * moving)]

@@ -281,8 +281,8 @@ def test_rotary_angles_stay_fp32_in_a_bf16_model(monkeypatch):
     for cos, sin in seen:
         assert cos.dtype == sin.dtype == torch.float32
         angle = positions[:, None, None] * freq
-        torch.testing.assert_close(cos.double(), angle.cos(), atol=1e-3, rtol=0)
-        torch.testing.assert_close(sin.double(), angle.sin(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(cos.double(), torch.cat([angle.cos(), angle.cos()], -1), atol=1e-3, rtol=0)
+        torch.testing.assert_close(sin.double(), torch.cat([-angle.sin(), angle.sin()], -1), atol=1e-3, rtol=0)
     assert len(seen) == 4                                        # queries and keys of two layers
 
 
