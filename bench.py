@@ -1,13 +1,14 @@
 """How fast, how much memory, against whom: every number here alternates with its opponent's in one run.
 
-A speed claim is a ratio measured on one machine in one run, each contestant in a process of its own (so that peak memory is
-its own), one step here, one step there, while the others wait. Medians, warm-up rounds dropped and said so.
+A speed claim is a ratio measured in one run, one step here, one step there; of dpo each contestant in a process of its own, so
+that peak memory is its own. Medians, warm-up rounds dropped.
 
-    dpo       one DPO step, reference included, of LLaVA against TRL's DPOTrainer on the same checkpoint, records and threads:
-              as TRL is by default (activation checkpointing) and without it, the fastest it accepts (it refuses cached
-              references and padding-free packs for images). Vision frozen for all.
+    dpo       one DPO step of LLaVA against TRL's DPOTrainer on the same checkpoint, records and threads: as TRL is by default
+              (activation checkpointing) and without it, the fastest it accepts (it refuses cached references and padding-free
+              packs for images). Vision frozen for all.
     sample    4 answers to each image question against transformers.generate
-    kernels   attention over packed trees against a dense mask, and answer log-probs against all logits
+    kernels   attention over packed trees against a dense mask (forward against FlexAttention, too, which needs a C++ compiler and
+              has no backward on CPUs), and answer log-probs against all logits
     growth    what a step costs as answers get longer, more, and the model larger
 
     pip install transformers==5.23.0 trl==1.16.0
@@ -22,7 +23,9 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -36,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
 import checkpoint
@@ -305,22 +309,29 @@ def bench_kernels(s: Settings, folder: Path) -> list[dict]:
     H, D, V = config.num_attention_heads, config.head_dim, config.vocab_size
     tree = Tree("", [5] * 640, [[5] * 128, [5] * 128])
     pack = make_pack([tree] * s.pairs).to(device)
-    T = len(pack.ids)
+    mask, T = pack.mask, len(pack.ids)
     q, k, v = (torch.randn(T, H, D, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     hidden, weight = (torch.randn(x, config.hidden_size, device=device, dtype=dtype, requires_grad=True) for x in (T, V))
     dense = dense_mask(pack.mask)
     both = lambda out, inputs: torch.autograd.grad(out.float().sum(), inputs)
     sdpa = lambda: F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=dense)
+    seen = lambda b, h, i, j: (mask.lo[i] <= j) & (j < mask.hi[i]) | (mask.own[i] <= j) & (j <= i)
+    blocks, flex = create_block_mask(seen, None, None, T, T, device), torch.compile(flex_attention)
+    still = [x.detach().transpose(0, 1)[None] for x in (q, k, v)]
+    compiler = torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")
+    forward = {"attention forward, FlexAttention": lambda: flex(*still, block_mask=blocks)} if compiler else {}
     formula = lambda: (hidden @ weight.T).float().log_softmax(-1)[pack.rows].gather(1, pack.targets[:, None])
     rows = in_turn({
         "attention, remedy": lambda: both(kernels.attention(q, k, v, pack.mask), (q, k, v)),
         "attention, torch SDPA with a dense mask": lambda: both(sdpa(), (q, k, v)),
         "attention, its formula": lambda: both(attention_spec(q, k, v, pack.mask), (q, k, v)),
+        "attention forward, remedy": torch.no_grad()(lambda: kernels.attention(q, k, v, pack.mask)), **forward,
         "log-probs, remedy": lambda: both(kernels.logps(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
         "log-probs, all logits of the scored rows": lambda: both(
             logps_spec(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
         "log-probs, all logits of all rows": lambda: both(formula(), (hidden, weight))}, s.warmup, s.rounds)
-    work = {"attention": attention_work(pack.mask, H * D), "log-probs": 6 * len(pack.rows) * V * config.hidden_size}
+    work = {"attention": attention_work(pack.mask, H * D), "attention forward": attention_work(pack.mask, H * D) * 2 // 7,
+            "log-probs": 6 * len(pack.rows) * V * config.hidden_size}
     rate = matmul_rate(device, dtype)
     return [{"bench": "kernels", "name": name, "tokens": T, "scored": len(pack.rows), "heads": H, "head_dim": D, "vocabulary": V,
              "dtype": str(dtype), "of_matmul_rate": 1000 * work[name.split(",")[0]] / row["ms"] / rate, **row}
@@ -336,8 +347,7 @@ def bench_growth(s: Settings, folder: Path) -> list[dict]:
         model = Llava(config_of(size if s.size == "small" else s.size)).to(device, dtype)
         initialise(model, 0, 0.02)
         tree = Tree("", [5] * 60 + [4] * 576, [[5] * length] * n)
-        shape = (1, 3, model.config.vision.image_size, model.config.vision.image_size)
-        pack = make_pack([tree], torch.randn(shape)).to(device)
+        pack = make_pack([tree], torch.randn(1, 3, 336, 336)).to(device)
         parameters = [p for name, p in model.named_parameters() if not name.startswith("vision_tower.")]
         row = in_turn({"": lambda: torch.autograd.grad(answer_logps(model, pack).sum(), parameters)}, s.warmup, s.rounds)[""]
         rows.append({"bench": "growth", "name": f"{size}, {n} answers of {length}", "tokens": len(pack.ids),
@@ -388,9 +398,8 @@ def run(s: Settings) -> None:
 def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    found = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if Path(
-        "/proc/cpuinfo").exists() else [platform.processor()]
-    return f"{found[0]}, {os.cpu_count()} cores"
+    chips = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else []
+    return f"{(chips or [platform.processor()])[0]}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
