@@ -21,6 +21,8 @@ import json
 import math
 import random
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -36,7 +38,7 @@ import parallel
 import plan
 import records
 import resume
-from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha, update, write_whole
+from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha_of, update, write_whole
 from data import Features, Pack, Pixels, Tokens, Tree, ahead, make_tree, pack_size, read_trees, share, token_logps, trees_digest
 from model import Llava
 
@@ -71,11 +73,11 @@ class Settings:
     resume: bool = False         # go on with the run in --out where it was stopped
 
 
-def shuffled(items: list, seed: int) -> Iterator:
+def shuffled(items: Sequence, seed: int) -> Iterator:
     """Pass over the items again and again, each pass in a seeded order of its own."""
     epoch = 0
     while True:
-        order = list(range(len(items)))
+        order = array("q", range(len(items)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         yield from (items[i] for i in order)
         epoch += 1
@@ -177,18 +179,17 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
     tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     limit = s.max_length or config.text.max_position_embeddings
-    items, rows = read_trees(s, tokens, pixels, out, lambda record: trees_of(tokens, record, limit))
-    trees = [tree for row in rows for tree in row]
+    items, trees = read_trees(s, tokens, pixels, out, lambda record: trees_of(tokens, record, limit))
     model, batch = checkpoint.load(folder, device, dtype), min(s.batch, len(trees))
     pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
     steps = s.steps if s.steps >= 0 else s.epochs * len(trees) // batch
     if parallel.rank() == 0:
         write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
     print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}, {device} {dtype}")
-    weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha(*(r["images_sha"] for r in items))
+    weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha_of(r["images_sha"] for r in items)
     about = resume.about(asdict(s), weights=weights, data=[trees_digest(trees).hexdigest()[:16], pictures],
                          processes=parallel.world())
-    del items, rows
+    del items                                                            # what is no part of a tree is not needed any more
     if s.lora:
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     else:

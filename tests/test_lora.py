@@ -136,7 +136,7 @@ def test_after_50_steps_the_reference_of_every_pair_is_still_that_of_the_start(c
     fresh = checkpoint.load(ckpt)
     tokens, pixels = Tokens(ckpt, fresh.config), Pixels(fresh.config)
     trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in records.read(data)[0]]
-    assert dpo.reference_logps(fresh, trees, pixels, 1024) == cached
+    assert list(dpo.reference_logps(fresh, trees, pixels, 1024)) == cached
     assert max(abs(a - b) for x, y in zip(dpo.reference_logps(model, trees, pixels, 1024), cached) for a, b in zip(x, y)) > 1
     (out / "adapter").rename(out / "done")
     dpo.align(dpo.Settings(**flags(ckpt, data, out, steps=0)), out)          # neither refused as stale, nor computed again

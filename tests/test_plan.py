@@ -51,7 +51,7 @@ def measured(folder, trees, budget, rank, again, dtype, steps=2):
     torch.set_num_threads(1)
     model = checkpoint.load(folder, dtype=dtype)
     config, weights = model.config, sum(p.nbytes for p in model.parameters())
-    packs = [make_pack(part, torch.zeros(len(part), 3, config.vision.image_size, config.vision.image_size)) for part in split(trees, budget)[:2]]
+    packs = [make_pack(part, torch.zeros(len(part), 3, config.vision.image_size, config.vision.image_size)) for part in list(split(trees, budget))[:2]]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         if rank:
             lora.attach(model, rank, 2 * rank, 0)
