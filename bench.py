@@ -188,7 +188,7 @@ def ours(pipe, folder: Path, s: Settings, dtype: str) -> None:
     said = {"tokens": statistics.mean(t.tokens for t in trees), "gflop": work / 1e9}
     dpo.shuffled = lambda pairs, seed: batches(pipe, pairs, s.pairs, said)
     sys.stdout = open(os.devnull, "w")
-    dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs, pack=pack_size(0, device)), 10**6, folder)
+    dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs, lr=5e-7, pack=pack_size(0, device)), 10**6, folder)
 
 
 def theirs(pipe, folder: Path, s: Settings, checkpointing: bool) -> None:

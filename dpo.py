@@ -72,7 +72,7 @@ class Settings:
     steps: int = -1              # optimizer steps; -1: --epochs passes; 0: stop after the reference
     epochs: int = 3              # passes over the pairs (the paper's 3)
     batch: int = 128             # pairs per optimizer step (the paper's 128)
-    lr: float = 5e-7             # peak learning rate for full fine-tuning (RLAIF-V's; the paper's 5e-5 is for LoRA)
+    lr: float = 0.0              # peak learning rate; 0: 5e-7 for full fine-tuning (RLAIF-V's), 5e-5 for adapters (the paper's)
     average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
     beta: float = 0.1            # how strongly the policy is tied to its start (the paper's 0.1)
     gap: int = GAP               # smallest score difference between chosen and rejected (the paper's 2)
@@ -86,7 +86,7 @@ class Settings:
     features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
     lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
     alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
-    projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
+    projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or where that is 0 for adapters, the paper's 2e-5
     merge: bool = False          # adapters: also write model/, with them added to the weights
     checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
     dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
@@ -314,7 +314,7 @@ def align(s: Settings, out: Path) -> Llava:
         raise BadInput("--batch, --epochs and --gap must be at least 1, --lr, --clip and --pack not negative, --beta positive, "
                        "--holdout from 0 to below 1")
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
-    s = replace(s, pack=pack_size(s.pack, device))
+    s = lora.rates(replace(s, pack=pack_size(s.pack, device)), full=5e-7, adapters=5e-5)
     resume.check_folder(out, s.resume)
     folder = checkpoint.resolve(s.ckpt)
     lora.check_flags(s, checkpoint.base_folder(folder) is not None)
@@ -337,7 +337,8 @@ def align(s: Settings, out: Path) -> Llava:
     if parallel.rank() == 0:
         write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps, pairs=len(pairs)), indent=1) + "\n")
     print(f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {len(items) - len(pairs) - len(held_out)} records "
-          f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}, {device} {dtype}")
+          f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}"
+          + f", projector {s.projector_lr}" * (s.projector_lr > 0 and config.vision is not None) + f", {device} {dtype}")
     if steps == 0:
         return model
     del items, trees                                                     # what is no part of a pair is not needed any more

@@ -16,7 +16,9 @@ import common
 import dpo
 import lora
 import plan
+import rejection
 import sft
+import steerlm
 from common import BadInput
 from conftest import tiny_checkpoint, tiny_model
 from data import Tree, answer_logps, make_pack, split
@@ -238,7 +240,7 @@ def test_other_errors_keep_their_names(ckpt, data):
 # ---- without weights --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
-@pytest.mark.parametrize("script", [dpo, sft])
+@pytest.mark.parametrize("script", [dpo, sft, rejection, steerlm])
 def test_a_dry_run_needs_config_json_alone(tmp_path, capsys, size, script):
     config = bench.config_of(size)
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(config, torch.float16)))
