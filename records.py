@@ -20,7 +20,8 @@ The trick. A foreign record is recognised by its fields, not by its file's name:
     questions           text, image (LLaVA's question files); question, answer, image_id (LRV-Instruct: ID.jpg);
                         conversations or q_a_pairs, image_file (SciGraphQA; the last question is the one asked)
 
-Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed.
+Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed. And nothing piles up:
+`stream` gives one record after another, so a file may be larger than memory.
 
 Previous: checkpoint.py.  Next: data.py (what the loss sees).
 """
