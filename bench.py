@@ -189,12 +189,12 @@ def ours(pipe, folder: Path, s: Settings, dtype: str) -> None:
     tokens, pixels = Tokens(folder / "model", model.config), Pixels(model.config)
     items, _ = records.read(folder / "records.jsonl")
     trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in items]
-    pairs = dpo.make_pairs(items, trees, dpo.reference_logps(model, trees, pixels, 8192), 2, 0)
+    pairs = list(dpo.make_pairs(items, trees, dpo.reference_logps(model, trees, pixels, 8192), 2, 0))
     work = sum(step_work(model.config, pixels.pack([tree])) for tree in trees) / len(trees) * s.pairs
     said = {"tokens": statistics.mean(t.tokens for t in trees), "gflop": work / 1e9}
     dpo.shuffled = lambda pairs, seed: batches(pipe, pairs, s.pairs, said)
     sys.stdout = open(os.devnull, "w")
-    dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs, pack=pack_size(0, device)), 10**6, folder)
+    dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs, lr=5e-7, pack=pack_size(0, device)), 10**6, folder)
 
 
 def theirs(pipe, folder: Path, s: Settings, checkpointing: bool) -> None:

@@ -13,13 +13,17 @@ import inspect
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 # Threads that spin while they wait for each other crawl as soon as anything else runs on the machine; let them sleep.
@@ -170,9 +174,44 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def each_jsonl(path: Path) -> Iterator[dict]:
+    """The rows of a file, one in memory."""
     with open(path, encoding="utf8") as f:
-        return [json.loads(line) for line in f if line.strip()]
+        yield from (json.loads(line) for line in f if line.strip())
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return list(each_jsonl(path))
+
+
+class OnDisk(Sequence):
+    """A sequence that grows at its end. Its items stand pickled in a nameless file in `folder`, gone with the process; memory
+    holds 8 bytes of each. Every look makes the item anew, in any thread. Raises OSError naming `folder` where it is full."""
+
+    def __init__(self, folder: Path, items: Iterable = ()):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.folder, self.ends = str(folder), array("Q", [0])
+        self.fd, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)
+        weakref.finalize(self, os.close, self.fd)
+        for item in items:
+            self.append(item)
+
+    def append(self, item) -> None:
+        data, at = pickle.dumps(item, pickle.HIGHEST_PROTOCOL), self.ends[-1]
+        try:
+            if os.pwrite(self.fd, data, at) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.folder) from None    # the file has no name to speak of
+        self.ends.append(at + len(data))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, k: int):
+        k = range(len(self))[k]
+        return pickle.loads(os.pread(self.fd, self.ends[k + 1] - self.ends[k], self.ends[k]))
 
 
 class Journal:
@@ -244,6 +283,10 @@ class Journal:
 
 
 def sha(*parts: bytes | str) -> str:
+    return sha_of(parts)
+
+
+def sha_of(parts: Iterable[bytes | str]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         part = part.encode() if isinstance(part, str) else part

@@ -46,7 +46,7 @@ import kernels
 import parallel
 import records
 from checkpoint import TAKE_TOKENIZER, base_folder, read_json
-from common import BadInput, sha
+from common import BadInput, OnDisk, sha
 from kernels import Mask
 from model import Config, Llava
 from records import ATTRIBUTES, image_path
@@ -107,7 +107,6 @@ class Tokens:
         if config.vision and self.image != config.image_token:
             raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
                            "take tokenizer.json from the llava-hf folder of the same model")
-        self.ints = {}                                                           # one object per id: 8 bytes a token, not 36
         self.bos = self.tokenizer.token_to_id("<s>") if wants_bos(folder) else None
         self.source, steer = path, Path(folder) / "steer.json"
         self.steer = read_json(steer) if steer.is_file() else None           # written by steerlm.py: what to ask of every answer
@@ -116,7 +115,6 @@ class Tokens:
         ids = self.tokenizer.encode(text).ids
         if self.bos is not None and ids[:1] != [self.bos]:
             ids = [self.bos] + ids
-        ids = [self.ints.setdefault(i, i) for i in ids]
         if self.image is None:
             return ids
         return [i for t in ids for i in ([t] * self.patches if t == self.image else [t])]
@@ -244,27 +242,28 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
                 *tensor(rows).unique(return_inverse=True), tensor(targets), tensor(owner), answers, pixels)
 
 
-def split(trees: list[Tree], budget: int) -> list[list[Tree]]:
-    """Cut a list into packs of at most `budget` tokens, order kept; a tree longer than that is a pack of its own."""
-    packs, room = [], 0
+def split(trees: Iterable[Tree], budget: int) -> Iterator[list[Tree]]:
+    """Packs of at most `budget` tokens, in order; a tree (or what else has .tokens) longer than that is a pack of its own."""
+    pack, room = [], budget
     for tree in trees:
-        if tree.tokens > room:
-            packs.append([])
-            room = budget
-        packs[-1].append(tree)
+        if pack and tree.tokens > room:
+            yield pack
+            pack, room = [], budget
+        pack.append(tree)
         room -= tree.tokens
-    return packs
+    if pack:
+        yield pack
 
 
 def share(trees: list[Tree], budget: int) -> list[tuple[list[Tree], bool]]:
     """The packs of this process, and whether they count. One process: all of them. Of several each gets as many as the others, of
     as equal size as their order allows; who has one too few computes one for the second time, and does not count it."""
-    packs, world = split(trees, budget), parallel.world()
+    packs, world = list(split(trees, budget)), parallel.world()
     if world == 1:
         return [(part, True) for part in packs]
     each = -(-len(packs) // world)
-    smallest = bisect.bisect_left(range(1, budget), True, key=lambda size: len(split(trees, size)) <= each * world)
-    packs = split(trees, smallest + 1)
+    smallest = bisect.bisect_left(range(1, budget), True, key=lambda size: len(list(split(trees, size))) <= each * world)
+    packs = list(split(trees, smallest + 1))
     mine = packs[parallel.rank()::world]
     return [(part, True) for part in mine] + [(packs[-1][:1], False)] * (each - len(mine))
 
@@ -323,7 +322,7 @@ def ahead(make: Callable, parts: Iterable) -> Iterator[tuple]:
             yield coming[0], coming[1].result()
 
 
-def trees_digest(trees: list[Tree]) -> "hashlib._Hash":
+def trees_digest(trees: Iterable[Tree]) -> "hashlib._Hash":
     """Of every token that would be trained on, in order."""
     digest = hashlib.sha256()
     for tree in trees:
@@ -353,17 +352,19 @@ def answer_logps(model: Llava, pack: Pack) -> Tensor:
 
 # ---- from a file to trees --------------------------------------------------------------------------------------
 
-def read_trees(s, tokens: Tokens, pixels: Pixels, out: Path, trees_of) -> tuple[list[dict], list[list[Tree]]]:
-    """The usable records of s.data and the trees that trees_of(record) makes of each; what raises BadInput there, or was
-    refused before, is reported. Raises BadInput where nothing is left."""
-    usable, rejects = records.read(s.data, s.image_root, pixels.size)
-    items, trees = [], []
-    for record in usable:
+def read_trees(s, tokens: Tokens, pixels: Pixels, out: Path, trees_of: Callable[[dict], list[Tree]]) -> tuple[OnDisk, OnDisk]:
+    """The usable records of s.data, and the trees that trees_of(record) makes of each, one behind the other, both on the disk of
+    `out`; what raises BadInput there, or was refused before, is reported. Raises BadInput where nothing is left."""
+    items, trees, rejects = OnDisk(out), OnDisk(out), OnDisk(out)
+    for name, record in records.stream(s.data, s.image_root, pixels.size):
         try:
-            trees.append(trees_of(record))
+            if isinstance(record, BadInput):
+                raise record
+            for tree in trees_of(record):
+                trees.append(tree)
             items.append(record)
         except BadInput as problem:
-            rejects.append({"id": record["id"], "reason": str(problem)})
+            rejects.append({"id": name, "reason": str(problem)})
     records.report(s.data, len(items), rejects, out if parallel.rank() == 0 else None)
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")

@@ -32,8 +32,10 @@ import json
 import math
 import time
 import zlib
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Iterator
 
@@ -48,8 +50,8 @@ import lora
 import parallel
 import plan
 import resume
-from common import (BadInput, adamw, describe_run, device_and_dtype, main, masters, read_jsonl, schedule, set_rate, sha, update,
-                    write_jsonl, write_whole)
+from common import (BadInput, OnDisk, adamw, describe_run, device_and_dtype, each_jsonl, main, masters, schedule, set_rate, sha,
+                    sha_of, update, write_jsonl, write_whole)
 from data import (Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, share, split,
                   template, trees_digest)
 from model import Llava
@@ -70,7 +72,7 @@ class Settings:
     steps: int = -1              # optimizer steps; -1: --epochs passes; 0: stop after the reference
     epochs: int = 3              # passes over the pairs (the paper's 3)
     batch: int = 128             # pairs per optimizer step (the paper's 128)
-    lr: float = 5e-7             # peak learning rate for full fine-tuning (RLAIF-V's; the paper's 5e-5 is for LoRA)
+    lr: float = 0.0              # peak learning rate; 0: 5e-7 for full fine-tuning (RLAIF-V's), 5e-5 for adapters (the paper's)
     average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
     beta: float = 0.1            # how strongly the policy is tied to its start (the paper's 0.1)
     gap: int = GAP               # smallest score difference between chosen and rejected (the paper's 2)
@@ -84,7 +86,7 @@ class Settings:
     features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
     lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
     alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
-    projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
+    projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or where that is 0 for adapters, the paper's 2e-5
     merge: bool = False          # adapters: also write model/, with them added to the weights
     checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
     dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
@@ -109,19 +111,21 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 
 @dataclass
 class Pair:
-    tree: Tree                  # the prompt and two answers: chosen, rejected
-    reference: Tensor           # (2,) their log-probs under the policy as it was before training
+    tree: Tree                        # the prompt and two answers: chosen, rejected
+    reference: tuple[float, float]    # their log-probs under the policy as it was before training
+
+    @property
+    def tokens(self) -> int:
+        return self.tree.tokens
 
 
-def make_pairs(items: list[dict], trees: list[Tree], reference: list[list[float]], gap: int, seed: int) -> list[Pair]:
+def make_pairs(items: Iterable[dict], trees: Iterable[Tree], reference: Iterable[list[float]], gap: int,
+               seed: int) -> Iterator[Pair]:
     """The records that have a pair by the paper's rule (pairs.choose_pair), with what the reference says of it."""
-    pairs = []
     for record, tree, ref in zip(items, trees, reference):
-        chosen = choose_pair(record, gap, seed)
-        if chosen:
-            pairs.append(Pair(replace(tree, answers=[tree.answers[k] for k in chosen]),
-                              torch.tensor([ref[k] for k in chosen])))
-    return pairs
+        if chosen := choose_pair(record, gap, seed):
+            better, worse = chosen
+            yield Pair(replace(tree, answers=[tree.answers[better], tree.answers[worse]]), (ref[better], ref[worse]))
 
 
 def is_held_out(record_id: str, share: float) -> bool:
@@ -131,65 +135,70 @@ def is_held_out(record_id: str, share: float) -> bool:
 
 # ---- the reference --------------------------------------------------------------------------------------------
 
-def fingerprint(model: Llava, tokens: Tokens, items: list[dict], pixels: Pixels) -> dict[str, str]:
+def fingerprint(model: Llava, tokens: Tokens, items: Iterable[dict], pixels: Pixels) -> dict[str, str]:
     """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
-    data = [[r["id"], r["messages"], [a["text"] for a in r["answers"]], r["images_sha"]] for r in items]
+    data = (json.dumps([r["id"], r["messages"], [a["text"] for a in r["answers"]], r["images_sha"]]) for r in items)
     probe = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
-    return {"weights": resume.digest(model), "data": sha(json.dumps(data)),
+    return {"weights": resume.digest(model), "data": sha_of(data),
             "template": sha(template(probe), tokens.source.read_bytes(), str(tokens.bos), str(tokens.steer)),
             "image processing": f"{pixels.size} px, {'crop' if pixels.crop else 'pad'}",
             "dtype": str(model.head.dtype)}
 
 
 @torch.no_grad()
-def reference_logps(model: Llava, trees: list[Tree], pixels: Pixels, budget: int) -> list[list[float]]:
-    """log p of every answer of every tree under the model as it stands, one list per tree; each process does every N-th pack."""
-    packs, device, rank, world = split(trees, budget), model.head.device, parallel.rank(), parallel.world()
-    found = [None] * len(packs)
-    bar = tqdm(range(rank, len(packs), world), desc="reference", unit="pack", disable=None, leave=False)
-    for k, (part, packed) in zip(bar, ahead(pixels.pack, packs[rank::world])):
+def reference_logps(model: Llava, trees: Sequence[Tree], pixels: Pixels, budget: int) -> Iterator[list[float]]:
+    """log p of every answer under the model as it stands, a list for each tree; each process computes every N-th pack."""
+    device, rank, world, found = model.head.device, parallel.rank(), parallel.world(), []
+    bar = tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False)
+    for part, packed in ahead(pixels.pack, islice(split(trees, budget), rank, None, world)):
         sums = answer_logps(model, packed.to(device)).tolist()
-        found[k] = [[sums.pop(0) for _ in tree.answers] for tree in part]
+        for tree, x in zip((tree for tree in part for _ in tree.answers), sums):
+            if not math.isfinite(x):
+                raise BadInput(f"record {tree.id}: its reference log-prob is {x}; use --dtype float32")
+        found.append(array("d", sums))
+        bar.update(world * len(part))
     shares = parallel.gather(found)
-    return [row for k in range(len(packs)) for row in shares[k % world][k]]
+    every = (x for k in range(sum(map(len, shares))) for x in shares[k % world][k // world])
+    return ([next(every) for _ in tree.answers] for tree in trees)
 
 
-def cached_reference(model: Llava, trees: list[Tree], pixels: Pixels, path: Path, budget: int,
-                     now: dict[str, str]) -> list[list[float]]:
-    """Read `path` where its fingerprint is `now`, compute and write it where there is none, refuse it where it is stale."""
+def cached_reference(model: Llava, trees: Sequence[Tree], pixels: Pixels, path: Path, budget: int,
+                     now: dict[str, str]) -> Iterator[list[float]]:
+    """Compute and write `path` where there is none, refuse it where its fingerprint is not `now` -> its rows, read one by one."""
     note, there = path.with_suffix(".fingerprint.json"), parallel.from_first(path.exists)
+    about = ((t.id, [len(a) for a in t.answers], len(t.answers)) for t in trees)
     if there:
         if not note.exists():
             raise BadInput(f"{path} has no {note.name} beside it that says what it was computed with; remove it or choose "
                            "another --reference")
         try:
-            then, rows = json.loads(note.read_text()), read_jsonl(path)
-            held = [(row["id"], row["tokens"], len(row["logps"])) for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
+            then = json.loads(note.read_text())
+            changed = [f"{key} ({then.get(key)} then, {now[key]} now)" for key in now if then.get(key) != now[key]]
+            held = ((row["id"], row["tokens"], len(row["logps"])) for row in each_jsonl(path))
+            same = bool(changed) or all(a == b for a, b in zip_longest(held, about))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{path} or its fingerprint is damaged ({error}); remove both") from None
-        changed = [f"{key} ({then.get(key)} then, {now[key]} now)" for key in now if then.get(key) != now[key]]
         if changed:
             raise BadInput(f"{path} is stale: it was computed with other {', '.join(changed)}; remove it or choose "
                            "another --out")
-        if held != [(tree.id, [len(a) for a in tree.answers], len(tree.answers)) for tree in trees]:
+        if not same:
             raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
-        print(f"reference: {len(rows)} records read from {path}")
-        return [row["logps"] for row in rows]
-    began = time.perf_counter()
-    logps = reference_logps(model, trees, pixels, budget)
-    for tree, row in zip(trees, logps):
-        if not all(math.isfinite(x) for x in row):
-            raise BadInput(f"record {tree.id}: its reference log-prob is {row}; use --dtype float32")
-    if parallel.rank() == 0:
-        write_whole(note, json.dumps(now, indent=1) + "\n")              # first: a file without it is refused
-        write_jsonl(path, ({"id": t.id, "logps": row, "tokens": [len(a) for a in t.answers]} for t, row in zip(trees, logps)))
-    print(f"reference: {len(trees)} records, {sum(len(t.answers) for t in trees)} answers, "
-          f"{time.perf_counter() - began:.1f} s -> {path}")
-    return logps
+        print(f"reference: {len(trees)} records read from {path}")
+    else:
+        began = time.perf_counter()
+        logps = reference_logps(model, trees, pixels, budget)
+        if parallel.rank() == 0:
+            write_whole(note, json.dumps(now, indent=1) + "\n")              # first: a file without it is refused
+            write_jsonl(path, ({"id": id, "logps": row, "tokens": tokens} for (id, tokens, _), row in zip(about, logps)))
+        parallel.gather(None)                                                # now all can read it
+        print(f"reference: {len(trees)} records, {sum(len(t.answers) for t in trees)} answers, "
+              f"{time.perf_counter() - began:.1f} s -> {path}")
+    return (row["logps"] for row in each_jsonl(path))
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------
 
+AT_ONCE = 1024      # held-out pairs in memory
 UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
 COLUMNS = ("step", "loss", "margin", "accuracy", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected",
            "length_chosen", "length_rejected", "grad_norm", "lr", "pairs_per_s")
@@ -216,19 +225,19 @@ def pair_logps(model: Llava, pairs: list[Pair], pack: Pack, average: bool) -> tu
     """(2, B) log-probs of chosen and rejected under the policy now, and under the reference; sums, or means per token."""
     device = model.head.device
     policy = answer_logps(model, pack.to(device)).view(-1, 2).T
-    reference = torch.stack([p.reference for p in pairs], 1).to(device)
+    reference = torch.tensor([p.reference for p in pairs], device=device).T
     lengths = torch.tensor([[len(a) if average else 1 for a in p.tree.answers] for p in pairs], device=device).T
     return policy / lengths, reference / lengths
 
 
 def in_packs(pairs: list[Pair], pixels: Pixels, budget: int) -> Iterator[tuple[list[Pair], Pack, bool]]:
     """The pairs of each of this process's packs, the pack, and whether it counts (data.share)."""
-    of = {id(p.tree): p for p in pairs}
-    for (part, counts), packed in ahead(lambda x: pixels.pack(x[0]), share([p.tree for p in pairs], budget)):
-        yield [of[id(tree)] for tree in part], packed, counts
+    for (part, counts), packed in ahead(lambda x: pixels.pack([p.tree for p in x[0]]), share(pairs, budget)):
+        yield part, packed, counts
 
 
-def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: int, out: Path, about: dict | None = None) -> None:
+def train(model: Llava, pairs: Sequence[Pair], pixels: Pixels, s: Settings, steps: int, out: Path,
+          about: dict | None = None) -> None:
     """`steps` optimizer steps on batches of pairs, in place; one line per step to `out`/metrics.jsonl and the screen. `about`
     says what `out`/state must agree with; without it none is kept."""
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
@@ -241,7 +250,7 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
     order = islice(shuffled(pairs, s.seed), done * batch, None)
     model.train()
     with resume.metrics_file(kept, done) as metrics, resume.sigterm(kept) as stop, plan.room(s):
-        plan.begin(model, wide, s, [p.tree for p in pairs], pixels.pack)
+        plan.begin(model, wide, s, (p.tree for p in pairs), pixels.pack)
         if done:
             print(HEADER)
         for step in range(done, steps):
@@ -278,12 +287,13 @@ def train(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings, steps: i
 
 
 @torch.no_grad()
-def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> dict:
+def preference(model: Llava, pairs: Sequence[Pair], pixels: Pixels, s: Settings) -> dict:
     """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
-    margins = []
-    for part, packed, counts in in_packs(pairs, pixels, s.pack):
-        policy, ref = pair_logps(model, part, packed, s.average)
-        margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist() * counts
+    margins, left = [], iter(pairs)
+    while some := list(islice(left, AT_ONCE)):
+        for part, packed, counts in in_packs(some, pixels, s.pack):
+            policy, ref = pair_logps(model, part, packed, s.average)
+            margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist() * counts
     margins = [m for part in parallel.gather(margins) for m in part]
     right = sum(1.0 if m > UNDECIDED else 0.5 if m >= -UNDECIDED else 0.0 for m in margins)
     return {"pairs": len(pairs), "margin": round(sum(margins) / len(pairs), 6) + 0.0, "accuracy": right / len(pairs)}
@@ -291,10 +301,10 @@ def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> 
 
 # ---- the script -----------------------------------------------------------------------------------------------
 
-def all_answers(tokens: Tokens, record: dict, limit: int) -> Tree:
+def all_answers(tokens: Tokens, record: dict, limit: int) -> list[Tree]:
     if not record["answers"]:
         raise BadInput("has no answers")
-    return make_tree(tokens, record, [a["text"] for a in record["answers"]], max_length=limit)
+    return [make_tree(tokens, record, [a["text"] for a in record["answers"]], max_length=limit)]
 
 
 def align(s: Settings, out: Path) -> Llava:
@@ -304,7 +314,7 @@ def align(s: Settings, out: Path) -> Llava:
         raise BadInput("--batch, --epochs and --gap must be at least 1, --lr, --clip and --pack not negative, --beta positive, "
                        "--holdout from 0 to below 1")
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
-    s = replace(s, pack=pack_size(s.pack, device))
+    s = lora.rates(replace(s, pack=pack_size(s.pack, device)), full=5e-7, adapters=5e-5)
     resume.check_folder(out, s.resume)
     folder = checkpoint.resolve(s.ckpt)
     lora.check_flags(s, checkpoint.base_folder(folder) is not None)
@@ -320,25 +330,26 @@ def align(s: Settings, out: Path) -> Llava:
     pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
     now = parallel.from_first(lambda: fingerprint(model, tokens, items, pixels))
     reference = cached_reference(model, trees, pixels, Path(s.reference or out / "reference.jsonl"), s.pack, now)
-    pairs = make_pairs(items, trees, reference, s.gap, s.seed)
-    held_out = [p for p in pairs if is_held_out(p.tree.id, s.holdout)]
-    pairs = [p for p in pairs if not is_held_out(p.tree.id, s.holdout)]
+    pairs, held_out = OnDisk(out), OnDisk(out)
+    for p in make_pairs(items, trees, reference, s.gap, s.seed):
+        (held_out if is_held_out(p.tree.id, s.holdout) else pairs).append(p)
     steps = s.steps if s.steps >= 0 else max(1, s.epochs * len(pairs) // min(s.batch, len(pairs)))
     if parallel.rank() == 0:
         write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps, pairs=len(pairs)), indent=1) + "\n")
     print(f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {len(items) - len(pairs) - len(held_out)} records "
-          f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}, {device} {dtype}")
+          f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}"
+          + f", projector {s.projector_lr}" * (s.projector_lr > 0 and config.vision is not None) + f", {device} {dtype}")
     if steps == 0:
         return model
-    del items, trees, reference                                          # what is no part of a pair is not needed any more
+    del items, trees                                                     # what is no part of a pair is not needed any more
     before = preference(model, held_out, pixels, s) if held_out else None
     if s.lora:                                                           # behind the reference: B = 0, but A is new
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     else:
         parallel.shard(model)
-    taught = trees_digest([p.tree for p in pairs])
+    taught = trees_digest(p.tree for p in pairs)
     for p in pairs:
-        taught.update(p.reference.numpy())
+        taught.update(array("f", p.reference).tobytes())
     about = resume.about(asdict(s), **now | {"data": taught.hexdigest()[:16]}, processes=parallel.world())
     train(model, pairs, pixels, s, steps, out, about)
     after = preference(model, held_out, pixels, s) if held_out else None

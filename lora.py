@@ -7,13 +7,14 @@ starts at zero, so at step 0 the model is exactly what it was, and dpo.py's cont
 
 Where adapters go decides what is trained. Here: the language model's linear layers, all of them and no others. "All linear
 layers" by name would catch the vision tower's q_proj, k_proj and v_proj, too: a common accident, asserted against below. The
-projector between them is small and trains beside, whole, at a rate of its own (the paper: rank 128, alpha 256, rate 5e-5,
-projector 2e-5, arXiv:2402.10884). There is no dropout: it would make policy and reference differ at step 0.
+projector between them is small and trains beside, whole, at a rate of its own. The paper (arXiv:2402.10884): rank 128, alpha
+twice that, rate 5e-5 for DPO and 4e-4 for its rivals, projector 2e-5; `--lora 128` alone asks for all of it. Its dropout of 0.05
+is not here: it would make policy and reference differ at step 0.
 
 The reference needs no second model, nor the usual "switch the adapters off", which is wrong as soon as anything else trains (here
 the projector): its log-probs were computed and kept before the adapters came (dpo.py).
 
-    python dpo.py --ckpt llava-1.5-13b-hf --data prefs.jsonl --out runs/dpo --lora 128 --alpha 256 --lr 5e-5 --projector_lr 2e-5
+    python dpo.py --ckpt llava-1.5-13b-hf --data prefs.jsonl --out runs/dpo --lora 128
 
 What comes out is runs/dpo/adapter in PEFT's layout, projector included; `--merge` adds B A to W and writes runs/dpo/model,
 too. Every script takes either folder as --ckpt.
@@ -21,6 +22,7 @@ too. Every script takes either folder as --ckpt.
 Previous: model.py.  Next: parallel.py (many processes, one result).
 """
 import re
+from dataclasses import replace
 from typing import Callable, Iterable
 
 import torch
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from common import BadInput
 from model import Linear
 
+PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, beside adapters
 TARGETS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
@@ -152,6 +155,14 @@ def check_flags(s, stacked: bool) -> None:
         raise BadInput("--alpha and --merge are about adapters: give --lora, their rank")
     if s.lora and stacked:
         raise BadInput(f"--ckpt {s.ckpt} is an adapter, and PEFT loads none on top of another; give a model/ that --merge wrote")
+
+
+def rates(s, full: float, adapters: float):
+    """The settings with peak learning rates filled in where --lr is 0: `full` or `adapters`, by what is trained, and beside
+    adapters the projector's own."""
+    if s.lr:
+        return s
+    return replace(s, lr=adapters, projector_lr=s.projector_lr or PROJECTOR_LR) if s.lora else replace(s, lr=full)
 
 
 def scale_of(config: dict, where) -> float:

@@ -21,7 +21,9 @@ no weight and no order. The plan counts tensors; the process itself and what the
 
 Previous: data.py.  Next: resume.py (a run that was stopped goes on).
 """
+import heapq
 import os
+from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
@@ -147,11 +149,10 @@ def dry_run(config: Config, s) -> None:
 
 # ---- and tried -------------------------------------------------------------------------------------------------------
 
-def begin(model: Llava, masters: list, s, trees: list[Tree], make_pack: Callable[[list[Tree]], Pack]) -> None:
+def begin(model: Llava, masters: list, s, trees: Iterable[Tree], make_pack: Callable[[list[Tree]], Pack]) -> None:
     """Say the plan of a run over `trees`, set checkpointing, and compute the largest pack, forward and backward, with all else in
     place: twice, since a second one meets the first one's gradients. It counts nothing, so no weight and no moment changes."""
-    longest = sorted(trees, key=lambda t: -t.tokens)[:s.batch]
-    parts = split(longest, s.pack)
+    parts = list(split(heapq.nlargest(s.batch, trees, key=lambda t: t.tokens), s.pack))
     pack = make_pack(parts[0])
     model.language_model.checkpointing = choose(model, s, pack, len(parts))
     for _ in parts[:2]:

@@ -20,16 +20,21 @@ The trick. A foreign record is recognised by its fields, not by its file's name:
     questions           text, image (LLaVA's question files); question, answer, image_id (LRV-Instruct: ID.jpg);
                         conversations or q_a_pairs, image_file (SciGraphQA; the last question is the one asked)
 
-Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed.
+Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed. And nothing piles up:
+`stream` gives one record after another, so a file may be larger than memory.
 
 Previous: checkpoint.py.  Next: data.py (what the loss sees).
 """
 import hashlib
 import json
 import os
+from codecs import BOM_UTF8
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Iterator
 
 from tqdm import tqdm
 
@@ -40,6 +45,7 @@ from common import BadInput, write_jsonl
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 TAKEN = ("conversations", "q_a_pairs", "chosen", "rejected", "prompt", "question", "text", "answer", "image", "image_path",
          "image_file", "image_id")             # fields of foreign shapes that become something else in ours
+AT_ONCE = 1024                                 # records in memory while their images are looked at
 CONTROL = ("<s>", "</s>", "<unk>", "<pad>")    # these would be read as control tokens, not as text
 
 
@@ -260,82 +266,93 @@ def check_images(record: dict, root: Path, size: int) -> str:
 
 # ---- reading ----------------------------------------------------------------------------------------------------
 
-def raw_objects(path: Path):
-    """Yield (where, object or BadInput) of a JSON array or of JSON lines."""
+def raw_objects(path: Path) -> Iterator[tuple[str, object]]:
+    """(where, object or BadInput) of JSON lines, one after another, or of a JSON array, which is read into memory whole (jq -c
+    ".[]" a.json > a.jsonl makes lines of a large one)."""
+    stem = Path(path).stem
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")                # a byte-order mark is no JSON
+        with open(path, "rb") as f, tqdm(total=os.fstat(f.fileno()).st_size, desc="reading", unit="B", unit_scale=True,
+                                         disable=None, leave=False) as bar:
+            if f.peek().removeprefix(BOM_UTF8).lstrip()[:1] == b"[":
+                yield from ((f"{stem}-{k:06d}", x) for k, x in enumerate(json.loads(f.read().decode("utf-8-sig"))))
+                return
+            for number, line in enumerate(f, 1):                         # bytes end at \n; text would, too, at U+2028
+                bar.update(len(line))
+                text = line.decode("utf8" if number > 1 else "utf-8-sig").rstrip("\r\n")         # a byte-order mark is no JSON
+                if text.strip():
+                    try:
+                        found = f"{stem}-{number:06d}", json.loads(text)
+                    except ValueError as error:
+                        found = f"line {number}", BadInput(f"malformed JSON ({error})")
+                    yield found
     except OSError as error:
         raise BadInput(f"--data {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    stem = Path(path).stem
-    if text.lstrip()[:1] == "[":
-        try:
-            yield from ((f"{stem}-{k:06d}", x) for k, x in enumerate(json.loads(text)))
-        except ValueError as error:
-            raise BadInput(f"--data {path}: malformed JSON array ({error})") from None
-        return
-    for number, line in enumerate(text.split("\n"), 1):                 # not splitlines: it cuts strings at U+2028
-        if line.strip():
-            try:
-                yield f"{stem}-{number:06d}", json.loads(line)
-            except ValueError as error:
-                yield f"line {number}", BadInput(f"malformed JSON ({error})")
+    except ValueError as error:
+        raise BadInput(f"--data {path}: malformed JSON array ({error})") from None
 
 
-def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple[list[dict], list[dict]]:
-    """A data file -> (usable records, rejects {"id", "reason"}), every image decoded once, in threads; of several processes
-    that have met each decodes its share.
-
-    A usable record also carries "root" (the folder its image names start from) and "images_sha" (of their bytes).
-    Raises BadInput only where the file as a whole cannot be read.
-    """
-    root = Path(image_root) if image_root else Path(path).resolve().parent
-    found, seen = [], Counter()
-    for where, raw in tqdm(list(raw_objects(path)), desc="reading records", unit="rec", disable=None, leave=False):
+def checked(path: Path, root: Path) -> Iterator[tuple[str, dict | BadInput]]:
+    """(id, record, or why it cannot be used) of everything in a file; images are not looked at yet."""
+    seen = Counter()                                                     # by hash: an int of an id, however long
+    for where, raw in raw_objects(path):
         name = where
         try:
             if isinstance(raw, BadInput):
                 raise raw
             if isinstance(raw, dict):
                 name = identity(raw, where).encode("utf8", "replace").decode()
-            record = convert(raw, where)
-            seen[name] += 1
-            if seen[name] > 1 and "messages" not in raw:                 # LLaVA's own files repeat ids, one per picture
-                name = record["id"] = f"{name}#{seen[name]}"
-                seen[name] += 1
-            if seen[name] > 1:
+            found = convert(raw, where)
+            seen[hash(name)] += 1
+            if seen[hash(name)] > 1 and "messages" not in raw:           # LLaVA's own files repeat ids, one per picture
+                name = found["id"] = f"{name}#{seen[hash(name)]}"
+                seen[hash(name)] += 1
+            if seen[hash(name)] > 1:
                 raise BadInput("a record with this id came before")
-            check(record)
-            whole(json.dumps(record, ensure_ascii=False), "a field")
-            record["root"] = str(root)
-            found.append((name, record))
+            check(found)
+            whole(json.dumps(found, ensure_ascii=False), "a field")
+            found["root"] = str(root)
         except BadInput as problem:
-            found.append((name, problem))
+            found = problem
+        yield name, found
+
+
+def stream(path: str | Path, image_root: str = "", image_size: int = 336) -> Iterator[tuple[str, dict | BadInput]]:
+    """(id, usable record, or why it is none) of everything in a data file, in order, few of them in memory. Every image is
+    decoded once, in threads; of several processes that have met each decodes its share, so all must read to the end.
+
+    A usable record also carries "root" (the folder its image names start from) and "images_sha" (of their bytes).
+    Raises BadInput only where the file as a whole cannot be read.
+    """
+    root = Path(image_root) if image_root else Path(path).resolve().parent
 
     def look(entry) -> tuple[str, str]:                                  # (hash of the images' bytes, "") or ("", what is wrong)
         try:
             return ("", str(entry[1])) if isinstance(entry[1], BadInput) else (check_images(entry[1], root, image_size), "")
         except BadInput as problem:
             return "", str(problem)
-    rank, world = parallel.seat()
+    entries, (rank, world) = checked(path, root), parallel.seat()
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:       # Pillow decodes outside Python's lock
-        mine = found[rank::world]
-        seen = list(tqdm(pool.map(look, mine), total=len(mine), desc="images", unit="rec", disable=None, leave=False))
-    shares, records, rejects = (parallel.gather(seen) if world > 1 else [seen]), [], []
-    for k, (name, record) in enumerate(found):
-        images_sha, problem = shares[k % world][k // world]
-        if problem:
-            rejects.append({"id": name, "reason": problem})
-        else:
-            records.append(record | {"images_sha": images_sha})
-    return records, rejects
+        while some := list(islice(entries, AT_ONCE)):
+            mine = list(pool.map(look, some[rank::world]))
+            shares = parallel.gather(mine) if world > 1 else [mine]
+            for k, (name, record) in enumerate(some):
+                images_sha, problem = shares[k % world][k // world]
+                yield name, BadInput(problem) if problem else record | {"images_sha": images_sha}
 
 
-def report(path, kept: int, rejects: list[dict], out: Path | None, what: str = "records") -> None:
+def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple[list[dict], list[dict]]:
+    """The same in memory: (usable records, rejects {"id", "reason"})."""
+    found = list(stream(path, image_root, image_size))
+    return ([record for _, record in found if not isinstance(record, BadInput)],
+            [{"id": name, "reason": str(problem)} for name, problem in found if isinstance(problem, BadInput)])
+
+
+def report(path, kept: int, rejects: Sequence[dict], out: Path | None, what: str = "records") -> None:
     """Print what was rejected and why, counted; keep the whole list in `out`/rejects.jsonl."""
     print(f"{path}: {kept} {what} usable, {len(rejects)} rejected")
-    for reject in rejects[:5]:
+    for reject in islice(rejects, 5):
         print(f"  {reject['id']}: {reject['reason']}")
     if len(rejects) > 5:
         kinds = Counter(r["reason"].split(":")[0][:60] for r in rejects)

@@ -21,6 +21,8 @@ import json
 import math
 import random
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -36,7 +38,7 @@ import parallel
 import plan
 import records
 import resume
-from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha, update, write_whole
+from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha_of, update, write_whole
 from data import Features, Pack, Pixels, Tokens, Tree, ahead, make_tree, pack_size, read_trees, share, token_logps, trees_digest
 from model import Llava
 
@@ -54,7 +56,7 @@ class Settings:
     steps: int = -1              # optimizer steps; -1: --epochs passes
     epochs: int = 3              # passes over the data (the paper's 3)
     batch: int = 128             # records per optimizer step (the paper's 128)
-    lr: float = 2e-5             # peak learning rate (LLaVA-1.5's for full fine-tuning)
+    lr: float = 0.0              # peak learning rate; 0: 2e-5 for full fine-tuning (LLaVA-1.5's), 4e-4 for adapters (the paper's)
     warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
     clip: float = 1.0            # largest gradient norm (LLaVA's default)
     pack: int = 0                # tokens computed at once, gradients accumulate over packs; 0: 1024 on the CPU, 8192 on a GPU
@@ -63,7 +65,7 @@ class Settings:
     features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
     lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
     alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
-    projector_lr: float = 0.0    # peak learning rate of the projector (the paper: 2e-5 beside 5e-5 for adapters); 0: --lr
+    projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or where that is 0 for adapters, the paper's 2e-5
     merge: bool = False          # adapters: also write model/, with them added to the weights
     checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
     dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
@@ -71,11 +73,11 @@ class Settings:
     resume: bool = False         # go on with the run in --out where it was stopped
 
 
-def shuffled(items: list, seed: int) -> Iterator:
+def shuffled(items: Sequence, seed: int) -> Iterator:
     """Pass over the items again and again, each pass in a seeded order of its own."""
     epoch = 0
     while True:
-        order = list(range(len(items)))
+        order = array("q", range(len(items)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         yield from (items[i] for i in order)
         epoch += 1
@@ -171,24 +173,24 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
         raise BadInput("--batch and --epochs must be at least 1, --lr, --clip and --pack not negative")
     resume.check_folder(out, s.resume)
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
-    s = replace(s, pack=pack_size(s.pack, device))
+    s = lora.rates(replace(s, pack=pack_size(s.pack, device)), full=2e-5, adapters=4e-4)
     folder = checkpoint.resolve(s.ckpt)
     lora.check_flags(s, checkpoint.base_folder(folder) is not None)
     config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
     tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     limit = s.max_length or config.text.max_position_embeddings
-    items, rows = read_trees(s, tokens, pixels, out, lambda record: trees_of(tokens, record, limit))
-    trees = [tree for row in rows for tree in row]
+    items, trees = read_trees(s, tokens, pixels, out, lambda record: trees_of(tokens, record, limit))
     model, batch = checkpoint.load(folder, device, dtype), min(s.batch, len(trees))
     pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
     steps = s.steps if s.steps >= 0 else s.epochs * len(trees) // batch
     if parallel.rank() == 0:
         write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
-    print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}, {device} {dtype}")
-    weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha(*(r["images_sha"] for r in items))
+    print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}"
+          + f", projector {s.projector_lr}" * (s.projector_lr > 0 and config.vision is not None) + f", {device} {dtype}")
+    weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha_of(r["images_sha"] for r in items)
     about = resume.about(asdict(s), weights=weights, data=[trees_digest(trees).hexdigest()[:16], pictures],
                          processes=parallel.world())
-    del items, rows
+    del items                                                            # what is no part of a tree is not needed any more
     if s.lora:
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     else:

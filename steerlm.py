@@ -69,7 +69,8 @@ def check_words(tokens: Tokens, form: dict) -> None:
 
 def run(s: Settings) -> None:
     form, folder = steer_form(s), checkpoint.resolve(s.ckpt)
-    check_words(Tokens(folder, checkpoint.read_config(folder)[0]), form)
+    if not s.dry_run:
+        check_words(Tokens(folder, checkpoint.read_config(folder)[0]), form)
 
     def trees_of(tokens: Tokens, record: dict, limit: int) -> list[Tree]:
         tokens.steer = None                                              # a model that was steered before is asked anew

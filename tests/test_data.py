@@ -265,7 +265,7 @@ def test_packs_keep_the_order_and_the_budget():
         trees = [Tree(str(k), [1] * rng.randint(1, 30), [[5] * rng.randint(1, 9) for _ in range(rng.randint(1, 4))])
                  for k in range(rng.randint(0, 25))]
         budget = rng.choice((1, 20, 64, 1000))
-        packs = split(trees, budget)
+        packs = list(split(trees, budget))
         assert [t for pack in packs for t in pack] == trees and all(packs)
         for pack in packs:
             assert len(pack) == 1 or sum(t.tokens for t in pack) <= budget

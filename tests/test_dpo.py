@@ -94,7 +94,7 @@ def loaded(ckpt, data, seed=0, **changes):
     items, _ = records.read(data)
     trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in items]
     reference = dpo.reference_logps(model, trees, pixels, 8192)
-    return model, dpo.make_pairs(items, trees, reference, 2, seed), pixels
+    return model, list(dpo.make_pairs(items, trees, reference, 2, seed)), pixels
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_pairs_carry_their_own_reference(ckpt, data):
     assert [p.tree.id for p in pairs] == ["r0", "r1", "r2", "r4", "r5"]
     with torch.no_grad():
         for p in pairs:
-            torch.testing.assert_close(answer_logps(model, pixels.pack([p.tree])), p.reference, atol=1e-4, rtol=0)
+            torch.testing.assert_close(answer_logps(model, pixels.pack([p.tree])), torch.tensor(p.reference), atol=1e-4, rtol=0)
     tokens = Tokens(ckpt, model.config)
     assert [tokens.decode(a) for a in pairs[1].tree.answers] == ["17 plus 25 is 42.", "41"], "chosen first"
 
@@ -381,7 +381,7 @@ def test_a_reference_with_other_ids_is_refused(ckpt, data, tmp_path):
 
 
 def test_a_record_that_the_model_gives_no_finite_log_prob_is_named(ckpt, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "reference_logps", lambda m, trees, *_: [[float("nan")] * len(t.answers) for t in trees])
+    monkeypatch.setattr(dpo, "answer_logps", lambda m, pack: torch.full((pack.answers,), float("nan")))
     with pytest.raises(BadInput, match="record r0: its reference log-prob is"):
         align(ckpt, data, tmp_path / "out", steps=0)
     assert not (tmp_path / "out" / "reference.jsonl").exists()
@@ -469,7 +469,7 @@ def test_gradients_are_those_of_the_mean_of_the_pairs_own_losses(monkeypatch, ck
 
 def test_every_step_starts_from_no_gradient(ckpt, data, tmp_path):
     """With nothing learned and all pairs in the batch, every step has the same gradient; left-overs would add up."""
-    align(ckpt, data, tmp_path / "out", steps=3, batch=5, lr=0.0)
+    align(ckpt, data, tmp_path / "out", steps=3, batch=5, lr=1e-30)
     norms = [r["grad_norm"] for r in rows_of(tmp_path / "out" / "metrics.jsonl")]
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
     model, trees, pixels = sft_trees(ckpt, conversations(tmp_path / "talk"))
@@ -514,8 +514,8 @@ def test_the_columns_of_the_first_step_are_those_of_its_pairs(ckpt, data, tmp_pa
     [row] = rows_of(tmp_path / "out" / "metrics.jsonl")
     _, pairs, _ = loaded(ckpt, data)
     mean = lambda xs: sum(xs) / len(pairs)
-    assert row["logp_chosen"] == pytest.approx(mean([p.reference[0].item() for p in pairs]), rel=1e-5)
-    assert row["logp_rejected"] == pytest.approx(mean([p.reference[1].item() for p in pairs]), rel=1e-5)
+    assert row["logp_chosen"] == pytest.approx(mean([p.reference[0] for p in pairs]), rel=1e-5)
+    assert row["logp_rejected"] == pytest.approx(mean([p.reference[1] for p in pairs]), rel=1e-5)
     assert row["length_chosen"] == pytest.approx(mean([len(p.tree.answers[0]) for p in pairs]))
     assert row["length_rejected"] == pytest.approx(mean([len(p.tree.answers[1]) for p in pairs]))
 
@@ -763,7 +763,7 @@ def test_averages_are_sums_over_the_answers_tokens_for_policy_and_reference_alik
     model = checkpoint.load(ckpt)
     tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
     items, _ = records.read(data)
-    pairs = [dpo.Pair(make_tree(tokens, r, [a["text"] for a in r["answers"][:2]]), torch.tensor([-7.0, -11.0])) for r in items]
+    pairs = [dpo.Pair(make_tree(tokens, r, [a["text"] for a in r["answers"][:2]]), (-7.0, -11.0)) for r in items]
     lengths = torch.tensor([[len(a) for a in p.tree.answers] for p in pairs]).T
     pack = pixels.pack([p.tree for p in pairs])
     for sums, means in zip(dpo.pair_logps(model, pairs, pack, False), dpo.pair_logps(model, pairs, pack, True)):

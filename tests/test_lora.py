@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import dpo
 import lora
+import rejection
 import sft
+import steerlm
 from common import BadInput
 from conftest import hf_checkpoint, tiny_checkpoint, tiny_model
 from data import Pixels, Tokens, answer_logps, make_tree
@@ -109,6 +111,19 @@ def test_the_contract_holds_and_the_run_learns(run):
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["loss"] < rows[0]["loss"] - 0.05
 
 
+@pytest.mark.parametrize("script, rank, lr, projector_lr", [(dpo, 0, 5e-7, 0), (dpo, 4, 5e-5, 2e-5), (sft, 0, 2e-5, 0), (sft, 4, 4e-4, 2e-5),
+                                                            (rejection, 4, 4e-4, 2e-5), (steerlm, 4, 4e-4, 2e-5)])
+def test_a_rate_that_is_not_given_is_that_for_what_is_trained(ckpt, data, tmp_path, capsys, script, rank, lr, projector_lr):
+    """And the first step of Adam moves the projector by it."""
+    out = tmp_path / "out"
+    script.run(script.Settings(**flags(ckpt, data, out, steps=1) | {"lora": rank, "alpha": 0, "lr": 0.0, "merge": rank > 0}))
+    used = json.loads((out / "config.json").read_text())["settings"]
+    assert (used["lr"], used["projector_lr"]) == (lr, projector_lr) and rows_of(out / "metrics.jsonl")[0]["lr"] == lr
+    assert f"lr {lr}{f', projector {projector_lr}' * (rank > 0)}, cpu" in capsys.readouterr().out
+    before, after = (dict(checkpoint.load(x).named_parameters())["multi_modal_projector.linear_1.weight"] for x in (ckpt, out / "model"))
+    assert (after - before).abs().max().item() == pytest.approx(projector_lr or lr, rel=0.02)
+
+
 def test_the_projector_trains_at_its_own_rate(ckpt, data, tmp_path, monkeypatch):
     """The first step of Adam is the rate, whatever the gradient: it can be read off the weights."""
     before = dict(checkpoint.load(ckpt).named_parameters())
@@ -136,7 +151,7 @@ def test_after_50_steps_the_reference_of_every_pair_is_still_that_of_the_start(c
     fresh = checkpoint.load(ckpt)
     tokens, pixels = Tokens(ckpt, fresh.config), Pixels(fresh.config)
     trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in records.read(data)[0]]
-    assert dpo.reference_logps(fresh, trees, pixels, 1024) == cached
+    assert list(dpo.reference_logps(fresh, trees, pixels, 1024)) == cached
     assert max(abs(a - b) for x, y in zip(dpo.reference_logps(model, trees, pixels, 1024), cached) for a, b in zip(x, y)) > 1
     (out / "adapter").rename(out / "done")
     dpo.align(dpo.Settings(**flags(ckpt, data, out, steps=0)), out)          # neither refused as stale, nor computed again

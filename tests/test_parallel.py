@@ -175,7 +175,7 @@ def test_every_tree_is_computed_once_in_packs_that_fit_and_all_have_as_many(monk
             counted = [t for k in range(len(parts[0])) for part in parts for t in part[k][0] * part[k][1]]
             assert [t.id for t in counted] == [t.id for t in trees]
             assert all(sum(t.tokens for t in pack) <= budget or len(pack) == 1 for part in parts for pack, _ in part)
-            assert len(parts[0]) <= -(-len(split(trees, budget)) // world), "sharing costs no further round"
+            assert len(parts[0]) <= -(-len(list(split(trees, budget))) // world), "sharing costs no further round"
 
 
 def test_packs_are_of_nearly_equal_size(monkeypatch):

@@ -16,7 +16,9 @@ import common
 import dpo
 import lora
 import plan
+import rejection
 import sft
+import steerlm
 from common import BadInput
 from conftest import tiny_checkpoint, tiny_model
 from data import Tree, answer_logps, make_pack, split
@@ -51,7 +53,7 @@ def measured(folder, trees, budget, rank, again, dtype, steps=2):
     torch.set_num_threads(1)
     model = checkpoint.load(folder, dtype=dtype)
     config, weights = model.config, sum(p.nbytes for p in model.parameters())
-    packs = [make_pack(part, torch.zeros(len(part), 3, config.vision.image_size, config.vision.image_size)) for part in split(trees, budget)[:2]]
+    packs = [make_pack(part, torch.zeros(len(part), 3, config.vision.image_size, config.vision.image_size)) for part in list(split(trees, budget))[:2]]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         if rank:
             lora.attach(model, rank, 2 * rank, 0)
@@ -238,7 +240,7 @@ def test_other_errors_keep_their_names(ckpt, data):
 # ---- without weights --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
-@pytest.mark.parametrize("script", [dpo, sft])
+@pytest.mark.parametrize("script", [dpo, sft, rejection, steerlm])
 def test_a_dry_run_needs_config_json_alone(tmp_path, capsys, size, script):
     config = bench.config_of(size)
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(config, torch.float16)))
