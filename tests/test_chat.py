@@ -11,7 +11,7 @@ from PIL import Image
 import chat
 import checkpoint
 import steerlm
-from annotate import sample
+from annotate import sample_batch
 from common import BadInput
 from conftest import tiny_checkpoint
 from data import Pixels, Tokens
@@ -38,7 +38,7 @@ def greedy(messages, images, root):
     folder = checkpoint.resolve("toy")
     model = checkpoint.load(folder)
     record = {"id": "x", "messages": messages, "images": images, "root": root, "answers": []}
-    return sample(model, Tokens(folder, model.config), Pixels(model.config), [record], n=1, temperature=0.0)[0][0]["text"]
+    return sample_batch(model, Tokens(folder, model.config), Pixels(model.config), [record], n=1, temperature=0.0)[0][0]["text"]
 
 
 def test_two_turns_about_a_picture_are_what_the_benchmarks_would_read(talk, picture):
