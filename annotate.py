@@ -39,7 +39,7 @@ import pairs
 import parallel
 import records
 import tasks
-from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
+from common import BadInput, Journal, describe_run, device_and_dtype, journal_rows, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, make_tree
 from model import Llava, generate
 from rubric import exact_reply, question, rubric, shown_order
@@ -152,11 +152,7 @@ def check_room(longest: int, limit: int) -> None:
 
 def read_answers(out: Path) -> dict[str, list]:
     """What all processes have sampled so far, this run or an earlier one, by key."""
-    journals = [Journal(path, write=False) for path in sorted(out.glob("answers-*.jsonl"))]
-    found = {key: journal[key]["answers"] for journal in journals for key in journal.at}
-    for journal in journals:
-        journal.close()
-    return found
+    return {row["key"]: row["answers"] for path in sorted(out.glob("answers-*.jsonl")) for _, row in journal_rows(path)}
 
 
 # ---- what it takes --------------------------------------------------------------------------------------------
@@ -168,10 +164,7 @@ def plan(s: Settings, items: list[dict]) -> str:
     """What judging these records would take, before a cent is spent, and what the judge would read."""
     answered = [r if r["answers"] else r | {"answers": [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n} for r in items]
     journal = Path(s.out) / "journal.jsonl"
-    state = {}
-    if journal.exists():
-        with closing(judge.Replies(journal, write=False)) as replies:
-            state = replies.state
+    state = {row["key"]: row["state"] for _, row in journal_rows(journal) if row["final"]} if journal.exists() else {}
     done = lambda q: q.key in state and not (s.retry_failed and state[q.key] != "ok")
     asked = [(q, len(r["answers"])) for r, q in ((r, ask(r, s)) for r in answered) if not done(q)]
     sent, back = sum(q.tokens for q, _ in asked), sum(n * COMMENT + ANSWER * s.golden for _, n in asked)

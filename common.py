@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Threads that spin while they wait for each other crawl as soon as anything else runs on the machine; let them sleep.
@@ -175,41 +175,47 @@ def read_jsonl(path: Path) -> list[dict]:
         return [json.loads(line) for line in f if line.strip()]
 
 
+def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(where it ends, row) of every row in a journal; a last line that a kill has torn is left out. Raises BadInput."""
+    end = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row, end = json.loads(line), end + len(line)
+                row["key"]
+            except (ValueError, KeyError, TypeError):
+                raise BadInput(f"{path}: line {number} is damaged; remove that line and run again") from None
+            yield end, row
+
+
 class Journal:
     """A file of JSON lines that survives kill -9: a row is on the disk before `append` returns, a torn last line is cut off
     when the file is opened again, one process writes at a time. Rows have a "key"; `journal[key]` is the last row of that
     key, read back from the disk, so that memory holds only where each row stands. Any thread may append.
     """
 
-    def __init__(self, path: Path, write: bool = True):
-        """write=False only looks, while another process may be writing."""
-        self.path, self.at, self.size = Path(path), {}, 0
-        self.lock, self.disk, self.written, self.safe = threading.Lock(), threading.Lock(), 0, 0
-        if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND if write else os.O_RDONLY, 0o644)
+    def __init__(self, path: Path):
+        self.path, self.at, self.size, self.lock = Path(path), {}, 0, threading.Lock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            if write:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BadInput(f"{self.path} is being written by another process; wait for it, or choose another --out") from None
-        with open(self.path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.endswith(b"\n"):                             # torn by a kill
-                    break
-                try:
-                    row = json.loads(line)
-                    if self.seen(row):
-                        self.at[row["key"]] = self.size
-                except (ValueError, KeyError, TypeError):
-                    raise BadInput(f"{self.path}: line {number} is damaged; remove that line and run again") from None
-                self.size += len(line)
-        if write:
-            os.ftruncate(self.fd, self.size)
+        for end, row in journal_rows(self.path):
+            self.note(row, end)
+        os.ftruncate(self.fd, self.size)
+
+    def note(self, row: dict, end: int) -> None:
+        if self.seen(row):
+            self.at[row["key"]] = self.size
+        self.size = end
 
     def seen(self, row: dict) -> bool:
         """Called once for every row, found or appended: does it stand for its key from now on?"""
-        return bool(row["key"])
+        return True
 
     def append(self, row: dict) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -220,16 +226,8 @@ class Journal:
             except OSError:
                 os.ftruncate(self.fd, self.size)                         # no half line for the next one to grow onto
                 raise
-            if self.seen(row):
-                self.at[row["key"]] = self.size
-            self.size += len(line)
-            self.written += 1
-            mine = self.written
-        with self.disk:                                                  # one flush serves all who wait for it
-            if self.safe < mine:
-                upto = self.written
-                os.fsync(self.fd)
-                self.safe = upto
+            self.note(row, self.size + len(line))
+        os.fsync(self.fd)                                                # side by side: file systems join what waits for the disk
 
     def __contains__(self, key: str) -> bool:
         return key in self.at

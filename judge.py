@@ -126,9 +126,9 @@ class Limits:
 class Replies(Journal):
     """The journal of a judge: what is settled and how, what was replied to questions not yet settled, what it all cost."""
 
-    def __init__(self, path: Path, write: bool = True):
+    def __init__(self, path: Path):
         self.state, self.before, self.used = {}, {}, Counter()
-        super().__init__(path, write)
+        super().__init__(path)
 
     def seen(self, row: dict) -> bool:
         self.used.update(row["usage"])
