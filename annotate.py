@@ -221,19 +221,13 @@ def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
 
 def with_scores(record: dict, q: Question, replies: judge.Replies, s: Settings) -> dict:
     """The record with what its final reply says, read afresh from the raw text: a better parser needs no new call."""
-    row, places = replies[q.key], shown_order(record, s.seed)
-    state, reason, found = row["state"], row["reason"], None
-    if state in ("ok", "unparseable"):
-        try:
-            found, state = q.check(row["text"]), "ok"
-        except ValueError as problem:
-            state, reason = "unparseable", reason or str(problem)
+    (reply, found), places = replies.final(q), shown_order(record, s.seed)
     answers = [{key: value for key, value in a.items() if key not in ("scores", "comment")} for a in record["answers"]]
     for k, (scores, comment) in zip(places, found["shown"] if found else []):
         answers[k] |= {"scores": scores, "comment": comment}
-    about = {"model": s.judge, "version": row["version"], "prompt_sha": sha(rubric(s.golden)), "state": state, "order": places,
-             "usage": row["usage"]}
-    return (record | {"answers": answers, "judge": about | ({} if found else {"reason": reason})}
+    about = {"model": s.judge, "version": reply.version, "prompt_sha": sha(rubric(s.golden)), "state": reply.state,
+             "order": places, "usage": reply.usage}
+    return (record | {"answers": answers, "judge": about | ({} if found else {"reason": reply.reason})}
             | ({"golden": found["golden"]} if found and found["golden"] else {}))
 
 

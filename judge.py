@@ -28,14 +28,13 @@ Previous: wire.py.  Next: rubric.py (what the judge is asked).
 import json
 import math
 import os
-import queue
 import random
 import re
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -139,6 +138,12 @@ class Replies(Journal):
             self.before.setdefault(row["key"], []).append(row["state"])
         return row["final"]
 
+    def final(self, q: Question) -> tuple[Reply, object]:
+        """(how a settled question ended, what its check makes of the text today)."""
+        row = self[q.key]
+        reply = Reply(row["state"], row["text"], row["reason"], version=row["version"], usage=row["usage"])
+        return reply, reply.read(q.check)
+
     def keep(self, q: Question, reply: Reply, final: bool = True) -> None:
         self.append({"key": q.key, "id": q.id, "state": reply.state, "final": final, "reason": reply.reason,
                      "version": reply.version, "usage": reply.usage, "time": round(time.time(), 3), "text": reply.text})
@@ -173,50 +178,32 @@ class Judge:
 
     def ask(self, questions: Iterable[Question], total: int = 0, retry_failed: bool = False) -> None:
         """Settle every question. Raises BadInput where going on is pointless; what was replied is in the journal."""
-        pool, finished, busy, said = ThreadPoolExecutor(self.workers), queue.SimpleQueue(), 0, Counter()
+        turn, rest, said = threading.Lock(), iter(questions), Counter()
         bar = tqdm(total=total or None, desc="judging", unit="rec", disable=None, leave=False)
 
-        def collect(least: int) -> None:
-            nonlocal busy
-            while busy > least:
-                said[finished.get().result()] += 1                       # raises what the worker raised
-                busy -= 1
-                bar.set_postfix(said, refresh=False)
-                bar.update()
-
-        try:
-            for q in questions:
+        def work() -> None:
+            while not self.stop.is_set():
+                with turn:
+                    q = next(rest, None)
+                if q is None:
+                    return
                 state = self.replies.state.get(q.key)
-                if state is None or retry_failed and state != "ok" and not self.reads_now(q):
-                    pool.submit(self.settle, q).add_done_callback(finished.put)
-                    busy += 1
-                    collect(2 * self.workers)
-                else:
+                if state is None or retry_failed and state != "ok" and self.replies.final(q)[0].state != "ok":
+                    state = self.settle(q)
+                with turn:
+                    said[state] += 1
+                    bar.set_postfix(said, refresh=False)
                     bar.update()
-            collect(0)
-        except BaseException as problem:
-            self.stop.set()
-            bar.close()
-            if isinstance(problem, KeyboardInterrupt):
-                print(f"stopping; the calls in flight are waited for and kept (up to {self.timeout:g} s; Ctrl-C again: not)")
-            raise
-        finally:
-            try:
-                pool.shutdown(wait=True, cancel_futures=True)
-            except KeyboardInterrupt:
-                os._exit(130)                                            # every line of the journal is on disk
-            bar.close()
 
-    def reads_now(self, q: Question) -> bool:
-        """Can the raw reply that was once unparseable be used after all?"""
-        row = self.replies[q.key]
-        if row["state"] != "unparseable":
-            return False
-        try:
-            q.check(row["text"])
-        except ValueError:
-            return False
-        return True
+        with bar, ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for worker in as_completed([pool.submit(work) for _ in range(self.workers)]):
+                    worker.result()                                      # raises what it raised
+            except BaseException as problem:
+                self.stop.set()
+                if isinstance(problem, KeyboardInterrupt):
+                    tqdm.write(f"stopping; the calls in flight are waited for and kept (up to {self.timeout:g} s)")
+                raise
 
     def settle(self, q: Question) -> str:
         """Ask until the question has its final state, which is returned."""
@@ -237,11 +224,7 @@ class Judge:
                                    "back, run the same command with --retry_failed 1") from None
                 return "failed"
             self.dead = 0
-            if reply.state == "ok":
-                try:
-                    q.check(reply.text)
-                except ValueError as problem:
-                    reply.state, reply.reason = "unparseable", str(problem)
+            reply.read(q.check)
             bad = sum(state != "truncated" for state in before)
             final = (reply.state == "ok" or reply.state == "blocked" and not reply.again
                      or ("truncated" in before if reply.state == "truncated" else bad + 1 >= ASKS))

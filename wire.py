@@ -55,6 +55,18 @@ class Reply:
     version: str = ""               # the model that the server says it used
     usage: dict = field(default_factory=dict)
 
+    def read(self, check: Callable[[str], object]) -> object:
+        """What `check` makes of the text, or None: it decides between ok and unparseable, also for replies of long ago, so that
+        a better parser needs no new call."""
+        if not self.text or self.state not in ("ok", "unparseable"):
+            return None
+        try:
+            found = check(self.text)
+            self.state, self.reason = "ok", ""
+            return found
+        except ValueError as problem:
+            self.state, self.reason = "unparseable", str(problem)
+
 
 def jpeg(path: Path, side: int = SIDE) -> str:
     """An image file, as base64 of a fresh JPEG: upright, RGB, at most `side` on a side, no EXIF."""
