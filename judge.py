@@ -43,7 +43,7 @@ import urllib3
 from tqdm import tqdm
 
 from common import BadInput, Journal
-from wire import PROTOCOLS, Question, Reply, delay_of, error_of, is_error, jpeg, rejected
+from wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, rejected
 
 STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
 ASKS = 3                 # replies to one question before it counts as unparseable
@@ -236,13 +236,12 @@ class Judge:
     def read(self, data) -> Reply:
         try:
             reply = self.wire.reply(data)
-            used = {name: int(n or 0) for name, n in reply.usage.items()}
+            reply.usage = {name: int(n or 0) for name, n in reply.usage.items()}
             if not isinstance(reply.text, str):
                 raise TypeError(f"text is {reply.text!r}")
         except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
-            return Reply("unparseable", "", self.scrub(f"a reply of unknown shape ({type(problem).__name__}: {problem})")[:500])
-        reply.usage, reply.version = used, self.scrub(reply.version)
-        reply.text, reply.reason = self.scrub(reply.text), self.scrub(reply.reason)
+            reply = Reply("unparseable", "", f"a reply of unknown shape ({type(problem).__name__}: {problem})")
+        reply.text, reply.reason, reply.version = map(self.scrub, (reply.text, reply.reason, reply.version))
         return reply
 
     def post(self, q: Question, images: list[str], budget: int) -> Reply:
@@ -254,7 +253,7 @@ class Judge:
             call = self.limits.enter(q.tokens, self.stop)
             try:
                 status, headers, data = self.send(url, body)
-                reply = self.read(data) if status == 200 and not is_error(data) else None
+                reply = self.read(data) if status == 200 and isinstance(data, dict) and not data.get("error") else None
             except NETWORK as problem:
                 status, headers, data = 0, {}, f"{type(problem).__name__}: {problem}"
             finally:
@@ -262,8 +261,6 @@ class Judge:
             if reply:
                 return reply
             error = error_of(data)
-            if status == 200 and "code" in error:                        # an error in the clothes of a reply
-                status = error["code"] if error["code"] in range(400, 600) else 500
             what = self.scrub(f"{f'HTTP {status}' if status else 'no reply'}: {error.get('message') or error}")[:500]
             if status == 400 and (names := rejected(self.wire.optional, error) - without):
                 if names - self.without:
@@ -286,26 +283,25 @@ class Judge:
             elif self.stop.wait(wait):
                 raise Stopped
 
-    def send(self, url: str, body: bytes | None) -> tuple[int, dict, object]:
-        """One HTTP call -> status, headers, JSON (or the text, where it is none). A body None is a GET."""
+    def send(self, url: str, body: bytes) -> tuple[int, dict, object]:
+        """One HTTP call -> status, headers, JSON out of the list that it may stand in (or the text, where it is none)."""
         if not hasattr(self.local, "session"):
-            session = self.local.session = requests.Session()
-            session.trust_env = False                                    # or .netrc would replace our header; once, by hand:
-            session.proxies = requests.utils.get_environ_proxies(self.base)
-            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+            self.local.session = requests.Session()
+            self.local.session.auth = lambda request: request            # or .netrc would replace our header
         headers = self.wire.headers(self.key) | {"Content-Type": "application/json"}
         until = time.monotonic() + self.timeout
-        with self.local.session.request("GET" if body is None else "POST", url, data=body, headers=headers, stream=True,
-                                        timeout=(min(20, self.timeout), self.timeout), allow_redirects=False) as r:
+        with self.local.session.post(url, data=body, headers=headers, stream=True, allow_redirects=False,
+                                     timeout=(min(20, self.timeout), self.timeout)) as r:
             content = bytearray()
             while chunk := r.raw.read1(1 << 16, decode_content=True):    # what is there: a reply may come in drips
                 content += chunk
                 if time.monotonic() > until or len(content) > 1 << 24:
                     raise requests.Timeout(f"the reply took longer than {self.timeout:g} s, or is endless")
             try:
-                return r.status_code, r.headers, json.loads(content)
+                data = json.loads(content)
             except (ValueError, RecursionError):
-                return r.status_code, r.headers, self.scrub(content.decode("utf8", "replace"))[:300]
+                data = content.decode("utf8", "replace")
+            return r.status_code, r.headers, data[0] if data and isinstance(data, list) else data
 
     def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
         said = json.dumps(error)
@@ -314,18 +310,9 @@ class Judge:
         if status in (401, 403) or status == 400 and re.search("API_KEY_INVALID|API key not valid|FAILED_PRECONDITION", said):
             raise BadInput(f"the server refuses the key or the account ({what}); check {' or '.join(self.wire.keys)}; {KEPT}")
         if status == 404 or status == 400 and "model_not_found" in said:
-            raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); {self.offers()}{KEPT}")
+            raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); {self.base}/models lists those that are; {KEPT}")
         if 300 <= status < 400:
             raise BadInput(f"{self.base} answers with a redirect ({what}); give the final address as --judge_url")
-
-    def offers(self) -> str:
-        """The models a server says it has, as half a sentence; nothing where it does not say."""
-        try:
-            data = self.send(f"{self.base}/models", None)[2]
-            rows = data.get("models") or data.get("data")
-            return self.scrub(f"it offers {', '.join(str(row.get('name') or row.get('id')) for row in rows[:50])}; ")
-        except (*NETWORK, AttributeError, TypeError):
-            return ""
 
     def scrub(self, text: str) -> str:
         """Without the key, should a server echo it; halves of characters, which no file can hold, become "?"."""
@@ -350,14 +337,10 @@ def base_url(usual: str, url: str) -> str:
     """--judge_url replaces scheme and host, or the whole base where it has a path."""
     if not url:
         return usual
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]*\w[\w.:-]*", parts.hostname or "") and parts.port != 0
-    except ValueError:                                                   # a port or an IPv6 address that is none
-        good = False
-    if not good or "@" in parts.netloc or parts.query or parts.fragment:
+    found = re.fullmatch(r"(https?://[\w.:\[\]-]+)(/[^?#@]*)?", url.rstrip("/"))
+    if not found:
         raise BadInput("--judge_url: say http://host:port or https://host/v1, without a user, password or key in it")
-    return url.rstrip("/") if parts.path.strip("/") else url.rstrip("/") + urlsplit(usual).path
+    return found[1] + (found[2] or urlsplit(usual).path)
 
 
 def find_key(names: tuple, needed: bool) -> str:

@@ -105,8 +105,7 @@ class Gemini:
         return (body | ({"systemInstruction": {"parts": [{"text": q.system}]}} if q.system else {})
                 | ({"store": False} if "store" not in without else {}))
 
-    def reply(data) -> Reply:
-        data = data[0] if isinstance(data, list) else data
+    def reply(data: dict) -> Reply:
         used, candidates = data.get("usageMetadata") or {}, data.get("candidates") or []
         about = {"version": str(data.get("modelVersion", "")), "usage": {
             "prompt": used.get("promptTokenCount", 0), "answer": used.get("candidatesTokenCount", 0),
@@ -147,7 +146,7 @@ class OpenAI:
             body["max_completion_tokens"] = budget
         return {name: value for name, value in body.items() if name not in without}
 
-    def reply(data) -> Reply:
+    def reply(data: dict) -> Reply:
         used, choice = data.get("usage") or {}, data["choices"][0]
         about = {"version": str(data.get("model", "")), "usage": {
             "prompt": used.get("prompt_tokens", 0), "answer": used.get("completion_tokens", 0),
@@ -166,15 +165,8 @@ PROTOCOLS = {"gemini": Gemini, "openai": OpenAI}
 
 # ---- refusals -------------------------------------------------------------------------------------------------
 
-def is_error(data) -> bool:
-    """No reply at all, whatever the status says: HTML, or {"error": ...} where candidates or choices should be."""
-    data = data[0] if isinstance(data, list) and data else data
-    return not isinstance(data, (dict, list)) or isinstance(data, dict) and bool(data.get("error"))
-
-
 def error_of(data) -> dict:
-    """What went wrong, from an error body: {"error": {...}}, that in a list, {"message": ...}, a string, HTML."""
-    data = data[0] if isinstance(data, list) and data else data
+    """What went wrong, from an error body: {"error": {...}}, {"message": ...}, a string, HTML."""
     error = data.get("error", data) if isinstance(data, dict) else data
     return error if isinstance(error, dict) else {"message": re.sub(r"<[^>]*>|\s+", " ", str(error)).strip()}
 
@@ -191,9 +183,6 @@ def delay_of(headers: dict, error: dict) -> float:
     for detail in details if isinstance(details, list) else []:
         if isinstance(detail, dict) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)s", str(detail.get("retryDelay")))):
             return float(found[1])
-    spoken = re.search(r"try again in (?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?", str(error.get("message")))     # OpenAI's way
-    if spoken and any(spoken.groups()):
-        return sum(float(n or 0) * unit for n, unit in zip(spoken.groups(), (3600, 60, 1)))
     after = headers.get("Retry-After", "")
     try:
         seconds = float(after) if re.fullmatch(r"[\d.]+", after) else parsedate_to_datetime(after).timestamp() - time.time()
