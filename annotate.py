@@ -193,7 +193,6 @@ def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
     """Every record judged -> the records with scores, states and what the judge was. The journal decides, not this run."""
     began = time.perf_counter()
     with closing(judge.Replies(out / "journal.jsonl")) as replies:
-        before = Counter(replies.used)
         if s.judge == "oracle":
             for record in tqdm(items, desc="judging", unit="rec", disable=None, leave=False):
                 q = ask(record, s)
@@ -205,10 +204,9 @@ def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
             try:
                 client.ask((ask(r, s) for r in items), len(items), s.retry_failed)
             finally:
-                used, every = replies.used - before, replies.used
-                print(f"used: {client.limits.calls:,} calls in {(time.perf_counter() - began) / 60:.1f} min; tokens: "
-                      f"{used['prompt']:,} sent, {used['answer']:,} back, {used['thoughts']:,} of thought "
-                      f"(in the journal: {every['prompt']:,}, {every['answer']:,}, {every['thoughts']:,})")
+                minutes, tokens = (time.perf_counter() - began) / 60, replies.used
+                print(f"used: {client.limits.calls:,} calls in {minutes:.1f} min; tokens so far: {tokens['prompt']:,} sent, "
+                      f"{tokens['answer']:,} back, {tokens['thoughts']:,} of thought")
         done = [with_scores(record, ask(record, s), replies, s) for record in items]
     states = Counter(r["judge"]["state"] for r in done)
     print("judged: " + ", ".join(f"{states[name]} {name}" for name in judge.STATES if states[name] or name == "ok"))
@@ -233,12 +231,10 @@ def with_scores(record: dict, q: Question, replies: judge.Replies, s: Settings) 
 
 def bring_pictures(record: dict, out: Path) -> None:
     """The record's pictures stand in `out` under their names (hard links where possible), and are read from there."""
-    root, names = Path(record["root"]).resolve(), []
-    for name in record["images"]:
-        source = records.image_path(root, name)
-        name = str(source.relative_to(root)) if Path(name).is_absolute() else name
-        target = records.image_path(out, name)
-        names.append(name)
+    root = Path(record["root"]).resolve()
+    sources = [records.image_path(root, name) for name in record["images"]]
+    record |= {"images": [str(source.relative_to(root)) for source in sources], "root": str(out)}
+    for source, target in zip(sources, (out / name for name in record["images"])):
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -248,7 +244,6 @@ def bring_pictures(record: dict, out: Path) -> None:
                 os.replace(f"{target}.part", target)
         elif not filecmp.cmp(source, target, shallow=False):
             raise BadInput(f"record {record['id']}: {target} is another picture of that name; choose another --out")
-    record |= {"images": names, "root": str(out)}
 
 
 def look(s: Settings, items: list[dict], out: Path) -> None:
@@ -290,8 +285,6 @@ def annotate(s: Settings) -> list[dict]:
                        "--top_p above 0 and at most 1")
     if s.export not in ("", "trl"):
         raise BadInput(f"--export {s.export}: the one format known is trl")
-    if Path(s.board or out / "x").is_dir():
-        raise BadInput(f"--board {s.board} is a folder; name a file in it")
     if s.judge not in ("", "oracle") or s.dry_run:
         judge.door(s.judge, s.judge_url, s.workers, s.timeout, s.budget, s.rpm, s.tpm, s.rpd, s.dry_run)
     device = parallel.start(s.device)                                    # from here on process 0 alone speaks

@@ -238,7 +238,7 @@ class Judge:
             reply = self.wire.reply(data)
             reply.usage = {name: int(n or 0) for name, n in reply.usage.items()}
             if not isinstance(reply.text, str):
-                raise TypeError(f"text is {reply.text!r}")
+                raise TypeError(f"text is {type(reply.text)}")
         except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
             reply = Reply("unparseable", "", f"a reply of unknown shape ({type(problem).__name__}: {problem})")
         reply.text, reply.reason, reply.version = map(self.scrub, (reply.text, reply.reason, reply.version))

@@ -1008,7 +1008,7 @@ def test_a_run_says_what_it_used_and_what_all_runs_did(tmp_path, capsys):
         server.refuse = in_turn((200, reply))
         for every in (12, 24):
             rows = run(data, tmp_path / "out", server, retry_failed=True)
-            assert re.search(rf"used: 12 calls in .* 120 sent, 24 back, 36 of thought \(in the journal: {every}0, {every * 2}, {every * 3}\)", capsys.readouterr().out)
+            assert re.search(rf"used: 12 calls in .*so far: {every}0 sent, {every * 2} back, {every * 3} of thought", capsys.readouterr().out)
     assert rows[0]["judge"]["usage"] == {"prompt": 10, "answer": 2, "thoughts": 3}
 
 
