@@ -36,6 +36,13 @@ class BadInput(ValueError):
     """Something the user gave cannot be used. The message names the file, the record's id and the remedy."""
 
 
+def only(raw: dict, where, remedy: str = "", **known) -> None:
+    """What a config file says under these names, if anything, must be the one value that this code computes. Raises BadInput."""
+    for name, value in known.items():
+        if (raw.get(name) or value) != value:
+            raise BadInput(f"{where}: {name} is {raw[name]!r}, and only {value!r} is known here{remedy}")
+
+
 def main(settings: type, run) -> None:
     """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with 1."""
     try:

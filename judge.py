@@ -310,7 +310,7 @@ class Judge:
         if status in (401, 403) or status == 400 and re.search("API_KEY_INVALID|API key not valid|FAILED_PRECONDITION", said):
             raise BadInput(f"the server refuses the key or the account ({what}); check {' or '.join(self.wire.keys)}; {KEPT}")
         if status == 404 or status == 400 and "model_not_found" in said:
-            raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); {self.base}/models lists those that are; {KEPT}")
+            raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); those at {self.base}/models are; {KEPT}")
         if 300 <= status < 400:
             raise BadInput(f"{self.base} answers with a redirect ({what}); give the final address as --judge_url")
 

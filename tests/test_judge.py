@@ -175,7 +175,7 @@ STOPS = {
     "wrong key": ((400, {"error": {"code": 400, "message": f"API key not valid: {KEY}", "status": "INVALID_ARGUMENT"}}), "GEMINI_API_KEY"),
     "unauthorized": ((401, {"error": {"message": "who are you"}}), "check GEMINI_API_KEY"),
     "region": ((400, {"error": {"message": "User location is not supported", "status": "FAILED_PRECONDITION"}}), "the key or the account"),
-    "no model": ((404, {"error": {"message": "models/x is not found"}}), "v1beta/models lists those that are"),
+    "no model": ((404, {"error": {"message": "models/x is not found"}}), "those at http.*v1beta/models are"),
     "daily quota": ((429, {"error": {"message": "quota", "details": [{"violations": [
         {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]}, {"retryDelay": "7s"}]}}), "the quota is spent"),
     "no quota": ((429, {"error": {"message": "Quota exceeded for metric: x, limit: 0, model: y"}}), "the quota is spent"),
