@@ -129,14 +129,12 @@ def masters(parameters: list) -> list:
 def adamw(named: dict, lr: float, projector_lr: float = 0.0, weight_decay: float = 0.0, **how) -> torch.optim.AdamW:
     """AdamW for tensors by name: the projector may have a peak rate of its own (0: the others'), vectors do not decay. The
     moments are in place before the first step: what a run needs is taken at once, and can be kept."""
-    groups = []
-    for projector in (False, True):
-        for matrix in (False, True):
-            group = [p for name, p in named.items()
-                     if (name.startswith("multi_modal_projector.") and projector_lr > 0) == projector and (p.ndim > 1) == matrix]
-            groups += [{"params": group, "peak": projector_lr if projector else lr,
-                        "weight_decay": weight_decay if matrix else 0.0}] * bool(group)
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True, **how)
+    groups = {}                                                          # (peak rate, decay) -> tensors
+    for name, p in named.items():
+        peak = projector_lr if projector_lr and name.startswith("multi_modal_projector.") else lr
+        groups.setdefault((peak, weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    optimizer = torch.optim.AdamW([{"params": group, "peak": peak, "weight_decay": decay}
+                                   for (peak, decay), group in groups.items()], lr=lr, fused=True, **how)
     for p in named.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
