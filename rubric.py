@@ -90,12 +90,11 @@ def question(record: dict, about: str, seed: int, golden: bool) -> Question:
 def read_scores(text: str, n: int, golden: bool = False) -> dict:
     """A judge's reply -> {"golden": str or None, "shown": [(scores, comment) of A, B, ...]}. Raises ValueError with what is
     wrong with it; code fences, prose or a list around the object are passed over, wrong values never are."""
-    objects, end, decoder = [], 0, json.JSONDecoder()
-    for start in islice((m.start() for m in re.finditer("{", text)), 200):
+    objects = []
+    for brace in islice(re.finditer("{", text), 200):
         try:
-            if start >= end:
-                value, end = decoder.raw_decode(text, start)
-                objects += [value] if "candidates" in value else []
+            found, _ = json.JSONDecoder().raw_decode(text, brace.start())
+            objects += [found] if "candidates" in found else []
         except (ValueError, RecursionError):
             continue
     if len(objects) != 1:
