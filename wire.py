@@ -15,10 +15,8 @@ Previous: toy.py.  Next: judge.py (asking, and surviving it).
 """
 import base64
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -178,14 +176,10 @@ def rejected(optional: tuple, error: dict) -> set[str]:
 
 
 def delay_of(headers: dict, error: dict) -> float:
-    """Seconds that a server asks to wait, from RetryInfo ("26s") or Retry-After (seconds or a date); 0 where it does not."""
+    """Seconds that a server asks to wait, in RetryInfo ("26s") or Retry-After (a number); 0 where it does not."""
     details = error.get("details")
     for detail in details if isinstance(details, list) else []:
         if isinstance(detail, dict) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)s", str(detail.get("retryDelay")))):
             return float(found[1])
     after = headers.get("Retry-After", "")
-    try:
-        seconds = float(after) if re.fullmatch(r"[\d.]+", after) else parsedate_to_datetime(after).timestamp() - time.time()
-        return max(0.0, seconds)
-    except (TypeError, ValueError):
-        return 0.0
+    return float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0
