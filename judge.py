@@ -12,16 +12,15 @@ The trick. Every question ends in exactly one of five states, and only the first
     failed        no reply: the network, the server's errors, a request that the server calls invalid
 
 Each reply, good or bad, is a line on disk (journal.jsonl, raw text included) before anything else is asked about the same
-question. Kill the program at any moment: the same command goes on from there, nothing is asked or paid for twice but the
-calls in flight, and a better parser can read the old replies again.
+question. Kill the program at any moment: the same command goes on from there, nothing is paid for twice but the calls in
+flight, and a better parser can read the old replies again.
 
-Traffic. Limits per minute and day are kept on this side (`Limits`). What is worth another try (408, 409, 429, 5xx, a broken
-connection, a reply that is no JSON) waits min(60, 2^k) seconds times a random number ("full jitter"), plus whatever delay
-the server asked for; a 429 makes every worker wait. What is not (a wrong key, an unknown model, an empty daily quota) stops
-the run with the remedy. An optional field that a server rejects is left out from then on, and that is said.
+Traffic. Limits per minute and day are kept on this side. What is worth another try (429, 5xx, a broken connection, a reply
+that is no JSON) waits min(60, 2^k) seconds times a random number ("full jitter") and whatever the server asked for; a 429
+makes every worker wait. What is not (a wrong key, an unknown model, an empty quota) stops the run with the remedy.
 
-The key travels in a header only. Redirects are not followed and .netrc is not read, so that it cannot end up elsewhere,
-and whatever a server sends back is searched for it before it is printed or stored.
+The key travels in a header only, redirects are not followed, .netrc is not read, and whatever a server sends back is searched
+for the key before it is printed or stored.
 
 Previous: wire.py.  Next: rubric.py (what the judge is asked).
 """
@@ -97,8 +96,7 @@ class Limits:
                     self.busy.append((time.time(), tokens))
                     self.note(*self.busy[-1])
                     return self.busy[-1]
-                soonest = max(self.until, self.done[0][0] + self.minute if self.done and now >= self.until else 0)
-                self.turn.wait(min(max(soonest - now, 0.01), 0.5))
+                self.turn.wait(0.1)
             raise Stopped
 
     def note(self, sent: float, tokens: int, *replied: float) -> None:

@@ -118,12 +118,6 @@ class Block(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-
-
 class ViT(nn.Module):
     """CLIP's vision tower. All its weights are kept, so that a checkpoint goes out as it came in; only those
     up to the feature layer are ever used (`post_layernorm` belongs to CLIP's own pooled output)."""
@@ -133,7 +127,7 @@ class ViT(nn.Module):
         self.config = c
         self.embeddings = Embeddings(c)
         self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)    # sic: the checkpoints' spelling
-        self.encoder = Encoder(c)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
