@@ -18,7 +18,6 @@ answers and scores, and the pictures beside it (hard links where possible), so t
 
 Previous: pairs.py.  Next: rejection.py (the first rival).
 """
-import datetime
 import filecmp
 import json
 import math
@@ -32,15 +31,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
-import torch
 from tqdm import tqdm
 
 import checkpoint
 import judge
 import pairs
+import parallel
 import records
 import tasks
-from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
+from common import BadInput, Journal, describe_run, device_and_dtype, journal_rows, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, make_tree
 from model import Llava, generate
 from rubric import exact_reply, question, rubric, shown_order
@@ -111,22 +110,11 @@ def sample_batch(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict]
     return [[{"text": tokens.decode(a.ids), "finish": a.finish} for a in row] for row in answers]
 
 
-def sample(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], *, batch: int = 16, desc: str = "sampling",
-           **how) -> list[list[dict]]:
-    """sample_batch over any number of records, `batch` at a time."""
-    with tqdm(total=len(items), desc=desc, unit="rec", disable=None, leave=False) as bar:
-        out = []
-        for start in range(0, len(items), batch):
-            out += sample_batch(model, tokens, pixels, items[start:start + batch], **how)
-            bar.update(len(out) - bar.n)
-    return out
-
-
-def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: int) -> list[dict]:
-    """Give every record without answers its n; returns the rejects. Process `rank` of `world` does every world-th batch."""
+def fill_answers(s: Settings, items: list[dict], out: Path, device: str) -> list[dict]:
+    """Give every record without answers its n; returns the rejects. Of N processes each does every N-th batch."""
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
-    tokens, pixels, keys, rejects = Tokens(folder, config), Pixels(config, s.crop), {}, {}
+    tokens, pixels, keys, rejects = Tokens(folder, config), Pixels(config, s.crop), {}, []
     how = {"n": s.n, "temperature": s.temperature, "top_p": s.top_p, "max_new": s.max_new, "seed": s.seed}
     about = sha(checkpoint.stamp(folder), str(how), str(s.crop), s.dtype)
     for record in (r for r in items if not r["answers"]):
@@ -134,32 +122,26 @@ def fill_answers(s: Settings, items: list[dict], out: Path, rank: int, world: in
             check_room(len(make_tree(tokens, record, []).prompt) + s.max_new, config.text.max_position_embeddings)
             keys[record["id"]] = sha(about, record["id"], json.dumps(record["messages"]), record["images_sha"])
         except BadInput as problem:
-            rejects[record["id"]] = str(problem)
-    items[:] = [r for r in items if r["id"] not in rejects]
+            rejects.append({"id": record["id"], "reason": str(problem)})
+    items[:] = [r for r in items if r["answers"] or r["id"] in keys]
     todo, have = [r for r in items if r["id"] in keys], read_answers(out)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    if rank == 0 and todo:
+    if todo:
         print(f"sampling: {s.n} answers to each of {len(todo)} records at temperature {s.temperature}; "
               f"{sum(key in have for key in keys.values())} were answered before")
-    parts = [todo[at:at + s.batch] for at in range(0, len(todo), s.batch)][rank::world]
+    parts = [todo[at:at + s.batch] for at in range(0, len(todo), s.batch)][parallel.rank()::parallel.world()]
     missing = [part for part in parts if not all(keys[r["id"]] in have for r in part)]   # whole ones: rounding stays the same
     if missing:
-        own = s.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if own else s.device
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
-        with closing(Journal(out / f"answers-{rank}.jsonl")) as journal:
-            for part in tqdm(missing, desc="sampling", unit="batch", disable=True if rank else None, leave=False):
-                rows = zip(part, sample_batch(model, tokens, pixels, part, **how))
-                for record, answers in ((r, a) for r, a in rows if keys[r["id"]] not in have):
-                    journal.append({"key": keys[record["id"]], "id": record["id"], "answers": answers})
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        with closing(Journal(out / f"answers-{parallel.rank()}.jsonl")) as journal:
+            for part in tqdm(missing, desc="sampling", unit="batch", disable=parallel.rank() > 0 or None, leave=False):
+                for record, answers in zip(part, sample_batch(model, tokens, pixels, part, **how)):
+                    if keys[record["id"]] not in have:
+                        journal.append({"key": keys[record["id"]], "id": record["id"], "answers": answers})
+    parallel.gather(None)                                                # everybody's answers are on the disk
     have = read_answers(out)
     for record in todo:
         record["answers"] = have.get(keys[record["id"]], [])
-    return [{"id": name, "reason": reason} for name, reason in rejects.items()]
+    return rejects
 
 
 def check_room(longest: int, limit: int) -> None:
@@ -170,11 +152,7 @@ def check_room(longest: int, limit: int) -> None:
 
 def read_answers(out: Path) -> dict[str, list]:
     """What all processes have sampled so far, this run or an earlier one, by key."""
-    journals = [Journal(path, write=False) for path in sorted(out.glob("answers-*.jsonl"))]
-    found = {key: journal[key]["answers"] for journal in journals for key in journal.at}
-    for journal in journals:
-        journal.close()
-    return found
+    return {row["key"]: row["answers"] for path in sorted(out.glob("answers-*.jsonl")) for _, row in journal_rows(path)}
 
 
 # ---- what it takes --------------------------------------------------------------------------------------------
@@ -186,10 +164,7 @@ def plan(s: Settings, items: list[dict]) -> str:
     """What judging these records would take, before a cent is spent, and what the judge would read."""
     answered = [r if r["answers"] else r | {"answers": [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n} for r in items]
     journal = Path(s.out) / "journal.jsonl"
-    state = {}
-    if journal.exists():
-        with closing(judge.Replies(journal, write=False)) as replies:
-            state = replies.state
+    state = {row["key"]: row["state"] for _, row in journal_rows(journal) if row["final"]} if journal.exists() else {}
     done = lambda q: q.key in state and not (s.retry_failed and state[q.key] != "ok")
     asked = [(q, len(r["answers"])) for r, q in ((r, ask(r, s)) for r in answered) if not done(q)]
     sent, back = sum(q.tokens for q, _ in asked), sum(n * COMMENT + ANSWER * s.golden for _, n in asked)
@@ -218,7 +193,6 @@ def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
     """Every record judged -> the records with scores, states and what the judge was. The journal decides, not this run."""
     began = time.perf_counter()
     with closing(judge.Replies(out / "journal.jsonl")) as replies:
-        before = Counter(replies.used)
         if s.judge == "oracle":
             for record in tqdm(items, desc="judging", unit="rec", disable=None, leave=False):
                 q = ask(record, s)
@@ -230,10 +204,9 @@ def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
             try:
                 client.ask((ask(r, s) for r in items), len(items), s.retry_failed)
             finally:
-                used, every = replies.used - before, replies.used
-                print(f"used: {client.limits.calls:,} calls in {(time.perf_counter() - began) / 60:.1f} min; tokens: "
-                      f"{used['prompt']:,} sent, {used['answer']:,} back, {used['thoughts']:,} of thought "
-                      f"(in the journal: {every['prompt']:,}, {every['answer']:,}, {every['thoughts']:,})")
+                minutes, tokens = (time.perf_counter() - began) / 60, replies.used
+                print(f"used: {client.limits.calls:,} calls in {minutes:.1f} min; tokens so far: {tokens['prompt']:,} sent, "
+                      f"{tokens['answer']:,} back, {tokens['thoughts']:,} of thought")
         done = [with_scores(record, ask(record, s), replies, s) for record in items]
     states = Counter(r["judge"]["state"] for r in done)
     print("judged: " + ", ".join(f"{states[name]} {name}" for name in judge.STATES if states[name] or name == "ok"))
@@ -246,30 +219,22 @@ def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
 
 def with_scores(record: dict, q: Question, replies: judge.Replies, s: Settings) -> dict:
     """The record with what its final reply says, read afresh from the raw text: a better parser needs no new call."""
-    row, places = replies[q.key], shown_order(record, s.seed)
-    state, reason, found = row["state"], row["reason"], None
-    if state in ("ok", "unparseable"):
-        try:
-            found, state = q.check(row["text"]), "ok"
-        except ValueError as problem:
-            state, reason = "unparseable", reason or str(problem)
+    (reply, found), places = replies.final(q), shown_order(record, s.seed)
     answers = [{key: value for key, value in a.items() if key not in ("scores", "comment")} for a in record["answers"]]
     for k, (scores, comment) in zip(places, found["shown"] if found else []):
         answers[k] |= {"scores": scores, "comment": comment}
-    about = {"model": s.judge, "version": row["version"], "prompt_sha": sha(rubric(s.golden)), "state": state, "order": places,
-             "usage": row["usage"]}
-    return (record | {"answers": answers, "judge": about | ({} if found else {"reason": reason})}
+    about = {"model": s.judge, "version": reply.version, "prompt_sha": sha(rubric(s.golden)), "state": reply.state,
+             "order": places, "usage": reply.usage}
+    return (record | {"answers": answers, "judge": about | ({} if found else {"reason": reply.reason})}
             | ({"golden": found["golden"]} if found and found["golden"] else {}))
 
 
 def bring_pictures(record: dict, out: Path) -> None:
     """The record's pictures stand in `out` under their names (hard links where possible), and are read from there."""
-    root, names = Path(record["root"]).resolve(), []
-    for name in record["images"]:
-        source = records.image_path(root, name)
-        name = str(source.relative_to(root)) if Path(name).is_absolute() else name
-        target = records.image_path(out, name)
-        names.append(name)
+    root = Path(record["root"]).resolve()
+    sources = [records.image_path(root, name) for name in record["images"]]
+    record |= {"images": [str(source.relative_to(root)) for source in sources], "root": str(out)}
+    for source, target in zip(sources, (out / name for name in record["images"])):
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -279,12 +244,10 @@ def bring_pictures(record: dict, out: Path) -> None:
                 os.replace(f"{target}.part", target)
         elif not filecmp.cmp(source, target, shallow=False):
             raise BadInput(f"record {record['id']}: {target} is another picture of that name; choose another --out")
-    record |= {"images": names, "root": str(out)}
 
 
 def look(s: Settings, items: list[dict], out: Path) -> None:
-    """Numbers, board and export, where asked for; and what to run next."""
-    found = [(r, pair) for r in items if (pair := pairs.choose_pair(r, s.gap, s.seed))]
+    """Numbers, board and export, where asked for."""
     if s.pairs:
         numbers = pairs.statistics(items, s.gap, s.seed)
         write_whole(out / "pairs.json", json.dumps(describe_run(s, pairs=numbers)) + "\n")
@@ -294,18 +257,14 @@ def look(s: Settings, items: list[dict], out: Path) -> None:
         write_whole(Path(s.board), pairs.board(items, out, s.gap, s.seed, title))
         print(f"board: {s.board}, to be opened in a browser")
     if s.export:
+        found = [(r, pair) for r in items if (pair := pairs.choose_pair(r, s.gap, s.seed))]
         write_jsonl(out / "trl.jsonl", (pairs.to_trl(r, pair) for r, pair in found))
         print(f"export: {out / 'trl.jsonl'}, {len(found)} pairs")
-    if found:
-        print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl"
-              + " --batch 16 --lr 1e-4" * isinstance(s, Story))
-    elif not s.judge:
-        print(f"next: python annotate.py --data {out}/records.jsonl --out {out} --judge gemini:MODEL --dry_run")
 
 
 def miniature(s: Story) -> Story:
     """Draw the pictures and write the questions; the rest is as with any other data."""
-    if "WORLD_SIZE" in os.environ:
+    if parallel.world() > 1:
         raise BadInput("the miniature needs one process; with torchrun, give --data")
     items = tasks.draw(tasks.preference_prompts(s.prompts, s.seed), Path(s.out))
     path = Path(s.out) / "prompts.jsonl"
@@ -315,36 +274,33 @@ def miniature(s: Story) -> Story:
 
 def annotate(s: Settings) -> list[dict]:
     """--data -> records with answers and scores, in memory and in --out; nothing in the processes that only sample."""
-    rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(s.out)
+    out = Path(s.out)
     if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1 or not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1:
         raise BadInput("--n must lie from 1 to 26, --max_new, --batch and --gap be at least 1, --temperature not negative, "
                        "--top_p above 0 and at most 1")
     if s.export not in ("", "trl"):
         raise BadInput(f"--export {s.export}: the one format known is trl")
-    if Path(s.board or out / "x").is_dir():
-        raise BadInput(f"--board {s.board} is a folder; name a file in it")
     if s.judge not in ("", "oracle") or s.dry_run:
         judge.door(s.judge, s.judge_url, s.workers, s.timeout, s.budget, s.rpm, s.tpm, s.rpd, s.dry_run)
+    device = parallel.start(s.device)                                    # from here on process 0 alone speaks
     items, rejects = records.read(s.data, s.image_root)
     if rejects and Path(s.data).resolve() == (out / "records.jsonl").resolve():
         raise BadInput(f"{s.data} would lose {len(rejects)} records, the first being {rejects[0]['id']}: {rejects[0]['reason']}; "
                        "mend it, or choose another --out")
-    if rank == 0:
-        records.report(s.data, len(items), rejects, None if s.dry_run else out)
+    records.report(s.data, len(items), rejects, None if s.dry_run or parallel.rank() else out)
     if s.dry_run:
         print(plan(s, items))
         return []
-    if rank == 0:
+    if parallel.rank() == 0:
         for record in items:
             bring_pictures(record, out)
         write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
     if any(not r["answers"] for r in items):
         if not s.ckpt:
             raise BadInput(f"{s.data} has records without answers; say with --ckpt which model gives them")
-        long = fill_answers(s, items, out, rank, world)
-        if long and rank == 0:
-            records.report(s.data, len(items), rejects + long, out)
-    if rank:
+        if long := fill_answers(s, items, out, device):
+            records.report(s.data, len(items), rejects + long, None if parallel.rank() else out)
+    if parallel.rank():
         return []
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")

@@ -7,8 +7,9 @@ benchmarks get their tokens from (data.make_tree), so what you see here is what 
     python chat.py --ckpt toy --vs runs/dpo/model                before and after, side by side
     python chat.py --ckpt llava-1.5-7b-hf --image photo.jpg --temperature 0.7
 
-    /image PATH    attach a picture to the next question (again for more)      /draw      a picture of the miniature's world
-    /target 4 4 4 4 0    the scores to ask a SteerLM model for                 /reset     begin anew          /quit
+    /image PATH    attach a picture to the next question (again for more)
+    /draw          a picture of the miniature's world, and a question about it
+    /reset         begin anew                                                  /quit
 
 Previous: reproduce.py.  Next: bench.py (how fast).
 """
@@ -50,13 +51,11 @@ class Speaker:
         self.name, self.s, self.messages, self.images = name, s, [], []
         self.model = checkpoint.load(folder, *device_and_dtype(s.device, s.dtype))
         self.tokens, self.pixels = Tokens(folder, self.model.config), Pixels(self.model.config)
-
-    def aim(self, target: str) -> None:
-        if target and not self.tokens.steer:
-            raise BadInput(f"{self.name} was not trained to be asked for scores; steerlm.py does that")
+        if s.target and not self.tokens.steer:
+            raise BadInput(f"{name} was not trained to be asked for scores; steerlm.py does that")
         if self.tokens.steer:
-            self.tokens.steer["target"] |= target_scores(target) if target else {}
-            print(f"{self.name}: every question asks for {', '.join(f'{k} {v}' for k, v in self.tokens.steer['target'].items())}")
+            self.tokens.steer["target"] |= target_scores(s.target) if s.target else {}
+            print(f"{name}: every question asks for {', '.join(f'{k} {v}' for k, v in self.tokens.steer['target'].items())}")
 
     def say(self, question: str, images: list[str]) -> None:
         """Print the answer as it comes, and remember both. Raises BadInput; then nothing is remembered."""
@@ -98,9 +97,7 @@ def run(s: Settings) -> None:
     speakers = [Speaker(name, s) for name in (s.ckpt, s.vs) if name]
     size = max(speaker.pixels.size for speaker in speakers)
     images, drawn = [attach(s.image, size)] if s.image else [], 0
-    for speaker in speakers:
-        speaker.aim(s.target)
-    print("a question and return; /image PATH, /draw, /target 4 4 4 4 0, /reset, /quit")
+    print("a question and return; /image PATH, /draw, /reset, /quit")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -120,16 +117,12 @@ def run(s: Settings) -> None:
                     path, drawn = Path(record["root"]) / record["images"][0], drawn + 1
                     images.append(attach(str(path), size))
                     print(f"{path}: {tasks.written(tasks.scene_of(record))[8:]}\ntry: {record['truth']['turns'][0]['question']}")
-                case "/target":
-                    target_scores(rest)
-                    for speaker in speakers:
-                        speaker.aim(rest)
                 case "/reset":
                     images = []
                     for speaker in speakers:
                         speaker.messages, speaker.images = [], []
                 case _ if word.startswith("/"):
-                    raise BadInput(f"{word}: choose /image, /draw, /target, /reset or /quit")
+                    raise BadInput(f"{word}: choose /image, /draw, /reset or /quit")
                 case _:
                     asked, images = images, []
                     for speaker in speakers:

@@ -26,7 +26,7 @@ import re
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from safetensors import safe_open
@@ -35,11 +35,12 @@ from torch import Tensor
 
 import lora
 import parallel
-from common import HERE, BadInput, sha, write_whole
+from common import HERE, BadInput, only, sha, write_whole
 from model import Config, Llava, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
 
 SHARD_BYTES = 5 << 30
+EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
                    "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
                    "steer.json")                           # what a SteerLM model was trained to be asked for
@@ -81,30 +82,29 @@ def hub_name(key: str, text_only: bool) -> str:
 
 # ---- config.json ----------------------------------------------------------------------------------------------
 
-def text_config(raw: dict) -> TextConfig:
+def text_config(raw: dict, where="config.json") -> TextConfig:
+    only(raw, where, hidden_act="silu", attention_bias=False, mlp_bias=False)
     c = {k: raw[k] for k in TextConfig.__dataclass_fields__ if raw.get(k) is not None}
     heads, hidden = c.get("num_attention_heads", 32), c.get("hidden_size", 4096)
     c.setdefault("num_key_value_heads", heads)
     c.setdefault("head_dim", hidden // heads)
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise BadInput(f"config.json: {key} is true; this Llama has no biases")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise BadInput(f"config.json: hidden_act {raw['hidden_act']!r}; a Llama uses silu")
     # transformers 5 says rope_parameters, earlier versions rope_theta and rope_scaling ("type" before "rope_type")
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise BadInput(f"config.json: rope_type {rope['rope_type']!r}; known: default, linear, llama3")
+        raise BadInput(f"{where}: rope_type {rope['rope_type']!r}; known: default, linear, llama3")
     return TextConfig(**c, rope=rope)
 
 
-def vision_config(raw: dict, feature_layer: int) -> VisionConfig:
+def vision_config(raw: dict, feature_layer: int, where) -> VisionConfig:
+    only(raw, where, model_type="clip_vision_model")
+    if not isinstance(feature_layer, int):
+        raise BadInput(f"{where}: vision_feature_layer {feature_layer} is not one layer")
     c = VisionConfig(**{k: raw[k] for k in VisionConfig.__dataclass_fields__ if raw.get(k) is not None},
                      feature_layer=feature_layer)
     if c.hidden_act not in ACTIVATIONS:
-        raise BadInput(f"config.json: vision hidden_act {c.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
+        raise BadInput(f"{where}: vision hidden_act {c.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
     return c
 
 
@@ -112,47 +112,30 @@ def read_config(folder: Path) -> tuple[Config, Path | None]:
     """config.json -> (Config, the second folder that holds the vision tower or None). An adapter has its base model's."""
     if base := base_folder(folder):
         return read_config(base)
-    raw = read_json(folder / "config.json")
+    where = folder / "config.json"
+    raw = read_json(where)
     if "text_config" in raw:                                                     # llava-hf
-        if raw.get("vision_feature_select_strategy", "default") != "default":
-            raise BadInput(f"{folder}/config.json: vision_feature_select_strategy must be 'default' (no class token)")
-        layer = raw.get("vision_feature_layer", -2)
-        if not isinstance(layer, int):
-            raise BadInput(f"{folder}/config.json: vision_feature_layer {layer} is not one layer")
-        for part, known in ((raw, "llava"), (raw["text_config"], "llama"), (raw["vision_config"], "clip_vision_model")):
-            if part.get("model_type", known) != known:
-                raise BadInput(f"{folder}/config.json: model_type {part['model_type']!r}; this code computes {known}")
-        if raw.get("projector_hidden_act", "gelu") != "gelu":
-            raise BadInput(f"{folder}/config.json: projector_hidden_act {raw['projector_hidden_act']!r}; LLaVA-1.5 has gelu")
-        text = text_config(raw["text_config"])
+        only(raw, where, model_type="llava", vision_feature_select_strategy="default", projector_hidden_act="gelu")
+        only(raw["text_config"], where, model_type="llama")
+        text = text_config(raw["text_config"], where)
         text.tie_word_embeddings = bool(raw.get("tie_word_embeddings") or text.tie_word_embeddings)
-        image_token = raw.get("image_token_index", raw.get("image_token_id", 32000))
-        return Config(text, vision_config(raw["vision_config"], layer), image_token), None
+        vision = vision_config(raw["vision_config"], raw.get("vision_feature_layer", -2), where)
+        return Config(text, vision, raw.get("image_token_index", raw.get("image_token_id", 32000))), None
     if "mm_vision_tower" in raw:                                                 # original LLaVA
-        if raw.get("mm_projector_type") != "mlp2x_gelu":
-            raise BadInput(f"{folder}/config.json: mm_projector_type {raw.get('mm_projector_type')!r}; "
-                           "LLaVA-1.5 has mlp2x_gelu")
-        if raw.get("mm_vision_select_feature", "patch") != "patch" or raw.get("mm_use_im_start_end"):
-            raise BadInput(f"{folder}/config.json: LLaVA-1.5 has mm_vision_select_feature 'patch' and mm_use_im_start_end "
-                           f"false, not {raw.get('mm_vision_select_feature')!r} and {raw.get('mm_use_im_start_end')}")
-        tower = find_tower(folder, raw["mm_vision_tower"])
-        tower_raw = read_json(tower / "config.json")
-        vision = vision_config(tower_raw.get("vision_config", tower_raw), raw.get("mm_vision_select_layer", -2))
-        text = text_config(raw)
-        return Config(text, vision, image_token=text.vocab_size), tower
+        only({"mm_projector_type": "linear"} | raw, where, mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch",
+             mm_use_im_start_end=False)
+        name = raw["mm_vision_tower"]
+        tower = first_folder([folder / "vision_tower", folder.parent / Path(name).name, folder / name, Path(name)],
+                             f"{folder} is an original LLaVA checkpoint; its vision tower {name}",
+                             "put the CLIP folder in one of them")
+        clip = read_json(tower / "config.json")
+        vision = vision_config(clip.get("vision_config", clip), raw.get("mm_vision_select_layer", -2), tower / "config.json")
+        text = text_config(raw, where)
+        image_token, text.vocab_size = text.vocab_size, text.vocab_size + 2      # <image> and <pad>, as llava-hf has them
+        return Config(text, vision, image_token), tower
     if raw.get("model_type") in ("llama", "vicuna") or "LlamaForCausalLM" in (raw.get("architectures") or []):
-        return Config(text_config(raw), None, image_token=-1), None
-    raise BadInput(f"{folder}/config.json: model_type {raw.get('model_type')!r} is neither LLaVA nor Llama")
-
-
-def find_tower(folder: Path, name: str) -> Path:
-    """The original layout names its vision tower; it is looked for beside the checkpoint."""
-    places = [folder / "vision_tower", folder.parent / Path(name).name, folder / name, Path(name)]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    raise BadInput(f"{folder} is an original LLaVA checkpoint; its vision tower {name} was looked for in "
-                   + ", ".join(map(str, places)) + ": put the CLIP folder in one of them")
+        return Config(text_config(raw, where), None, image_token=-1), None
+    raise BadInput(f"{where}: model_type {raw.get('model_type')!r} is neither LLaVA nor Llama")
 
 
 def base_folder(folder: Path) -> Path | None:
@@ -160,12 +143,17 @@ def base_folder(folder: Path) -> Path | None:
     if not (folder / "adapter_config.json").is_file():
         return None
     name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
-    places = [Path(name), folder.parent / Path(name).name, folder.parent.parent / Path(name).name]
+    return first_folder([Path(name), folder.parent / Path(name).name, folder.parent.parent / Path(name).name],
+                        f"{folder} is an adapter; its base model {name}",
+                        "put it there, or write its folder into adapter_config.json as base_model_name_or_path")
+
+
+def first_folder(places: list[Path], what: str, remedy: str) -> Path:
+    """The first of these that is a model's folder."""
     for place in places:
         if (place / "config.json").is_file():
             return place
-    raise BadInput(f"{folder} is an adapter; its base model {name} was looked for in " + ", ".join(map(str, places))
-                   + ": put it there, or write its folder into adapter_config.json as base_model_name_or_path")
+    raise BadInput(f"{what} was looked for in {', '.join(map(str, places))}: {remedy}")
 
 
 def read_json(path: Path) -> dict:
@@ -194,8 +182,6 @@ def weight_files(folder: Path) -> list[Path]:
                            ("pytorch_model*.bin", "pytorch_model.bin.index.json")):
         if (folder / index).is_file():
             names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
-            if not names:
-                raise BadInput(f"{folder}/{index} has no weight_map; download it again")
             absent = [n for n in names if not (folder / n).is_file()]
             if absent:
                 raise BadInput(f"{folder}/{index} names files that are missing: {', '.join(absent)}")
@@ -215,23 +201,34 @@ def stamp(folder: Path) -> str:
                *([stamp(base)] if base else []))
 
 
-def tensors(path: Path):
-    """Yield (name, load) pairs; `load()` reads that one tensor."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as f:
-                for key in f.keys():
-                    yield key, lambda key=key: f.get_tensor(key)
-        else:
-            for key, value in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
-                yield key, lambda value=value: value
-    except BadInput:
-        raise
-    except pickle.UnpicklingError:
-        raise BadInput(f"{path}: holds more than tensors, so it is not opened; convert it to safetensors where you "
-                       "trust it") from None
-    except Exception as error:  # a truncated or foreign file raises many types
-        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); download it again") from None
+def tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(name, how to read it, before the next is asked for) of every tensor in a folder's files."""
+    for path in weight_files(folder):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as f:
+                    for key in f.keys():
+                        yield key, lambda: f.get_tensor(key)
+            else:
+                for key, value in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
+                    yield key, lambda: value
+        except pickle.UnpicklingError:
+            raise BadInput(f"{path}: holds more than tensors, so it is not opened; convert it to safetensors where you "
+                           "trust it") from None
+        except Exception as error:  # a truncated or foreign file raises many types
+            raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); download it again") from None
+
+
+def weights(folder: Path, tower: Path | None) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
+    """(a checkpoint's name, ours, how to read it) of every weight. A LLaVA that trained its tower carries it, others do not."""
+    carried = False
+    for key, read in tensors(folder):
+        if not BUFFERS.search(key):
+            yield key, canonical(key), read
+            carried |= canonical(key).startswith("vision_tower.")
+    for key, read in tensors(tower) if tower and not carried else ():
+        if not NOT_TOWER.search(key):
+            yield key, "vision_tower." + key.removeprefix("vision_model."), read
 
 
 def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Llava:
@@ -242,64 +239,41 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     """
     folder = resolve(str(ckpt))
     if base := base_folder(folder):
-        named = ((key, canonical(lora.plain(key)), read) for file in weight_files(folder) for key, read in tensors(file))
+        named = ((key, canonical(lora.plain(key)), read) for key, read in tensors(folder))
         return lora.add_adapter(load(base, device, dtype), read_json(folder / "adapter_config.json"), named, folder)
     config, tower = read_config(folder)
+    tied = config.text.tie_word_embeddings
     with torch.device("meta"):
         model = Llava(config)
-    places = dict(model.named_parameters())
-    loaded, wrong, seen = {}, [], set()
-
-    def take(files: list[Path], rename, ignore: re.Pattern) -> None:
-        for key, read in (pair for file in files for pair in tensors(file)):
-            if ignore.search(key):
-                continue
-            name = rename(key)
-            place = "language_model.embed_tokens.weight" if name == "lm_head.weight" and name not in places else name
-            if place not in places:
-                wrong.append(f"extra      {key}")
-                continue
-            if name in seen:
-                wrong.append(f"twice      {key}: an old file beside the new ones?")
-                continue
-            seen.add(name)
-            value, shape = read(), places[place].shape
-            if value.shape != shape:
-                wrong.append(f"misshapen  {key}: {tuple(value.shape)}, config.json says {tuple(shape)}")
+    places, loaded, wrong = dict(model.named_parameters()), {}, []
+    for key, name, read in weights(folder, tower):
+        place = places.get(EMBEDDING if tied and name == HEAD else name)         # a tied head may be stored all the same
+        if place is None:
+            wrong.append(f"extra      {key}")
+        elif name in loaded:
+            wrong.append(f"twice      {key}: an old file beside the new ones?")
+        else:
+            value = read()
+            if tower and name in (EMBEDDING, HEAD):                  # rows for <image> and <pad>: as improbable as <unk>, id 0
+                value = torch.cat([value, value[:1].expand(2, -1)])
+            if value.shape != place.shape:
+                wrong.append(f"misshapen  {key}: {tuple(value.shape)}, config.json says {tuple(place.shape)}")
             elif not torch.isfinite(value).all():
                 wrong.append(f"not finite {key}: holds NaN or infinity")
-            else:
-                loaded[name] = value.to(device=device, dtype=dtype)
-
-    take(weight_files(folder), canonical, BUFFERS)
-    if tower and not any(name.startswith("vision_tower.") for name in seen):     # a LLaVA that trained its tower carries it
-        take(weight_files(tower), lambda key: "vision_tower." + key.removeprefix("vision_model."), NOT_TOWER)
-    wrong += [f"missing    {name}" for name in places if name not in seen]
-    head = loaded.pop("lm_head.weight", None) if config.text.tie_word_embeddings else None
-    if head is not None and not torch.equal(head, loaded.get("language_model.embed_tokens.weight", head)):
+            loaded[name] = value.to(device=device, dtype=dtype)
+    wrong += [f"missing    {name}" for name in places if name not in loaded]
+    head = loaded.pop(HEAD, None) if tied else None
+    if head is not None and not torch.equal(head, loaded.get(EMBEDDING, head)):
         wrong.append("lm_head.weight differs from embed_tokens.weight, but config.json says tie_word_embeddings")
     if wrong:
         more = f"\n  ... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise BadInput(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(wrong[:20]) + more)
-    if tower and config.text.vocab_size == config.image_token:
-        make_room(config, loaded)
-        with torch.device("meta"):
-            model = Llava(config)
-    model.load_state_dict(loaded, strict=not config.text.tie_word_embeddings, assign=True)
-    if config.text.tie_word_embeddings:
+    model.load_state_dict(loaded, strict=not tied, assign=True)
+    if tied:
         model.lm_head.weight = model.language_model.embed_tokens.weight
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("vision_tower."))
     return model.eval()
-
-
-def make_room(config: Config, loaded: dict[str, Tensor]) -> None:
-    """Original LLaVA has no ids for <image> and <pad>; llava-hf does. Two rows are added, copies of <unk>'s (id 0),
-    so that they are as improbable as <unk> and the other log-probs stay as they were."""
-    for name in ("language_model.embed_tokens.weight", "lm_head.weight"):
-        if name in loaded:
-            loaded[name] = torch.cat([loaded[name], loaded[name][:1].expand(2, -1)])
-    config.text.vocab_size += 2
 
 
 # ---- out ------------------------------------------------------------------------------------------------------
@@ -372,9 +346,9 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
     shards, every process calls it and process 0 writes, one file's tensors at a time."""
     folder, config = Path(folder), model.config
     named = {hub_name(name, config.vision is None): p.detach() for name, p in model.named_parameters()}
-    shards, room = [{}], SHARD_BYTES
+    shards, room = [], 0
     for name, value in named.items():
-        if value.nbytes > room and shards[-1]:
+        if value.nbytes > room:
             shards.append({})
             room = SHARD_BYTES
         shards[-1][name] = value

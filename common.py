@@ -27,8 +27,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 # Threads that spin while they wait for each other crawl as soon as anything else runs on the machine; let them sleep.
-# The OpenMP runtime reads this once, when torch is loaded, so every script imports this file first.
+# OpenMP's runtime and tqdm read these once, when they are loaded, so every script imports this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if os.environ.get("RANK", "0") != "0":                                       # of several processes the first alone draws bars
+    os.environ["TQDM_DISABLE"] = "1"
 
 import torch
 
@@ -38,6 +40,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class BadInput(ValueError):
     """Something the user gave cannot be used. The message names the file, the record's id and the remedy."""
+
+
+def only(raw: dict, where, remedy: str = "", **known) -> None:
+    """What a config file says under these names, if anything, must be the one value that this code computes. Raises BadInput."""
+    for name, value in known.items():
+        if (raw.get(name) or value) != value:
+            raise BadInput(f"{where}: {name} is {raw[name]!r}, and only {value!r} is known here{remedy}")
 
 
 def main(settings: type, run) -> None:
@@ -126,14 +135,12 @@ def masters(parameters: list) -> list:
 def adamw(named: dict, lr: float, projector_lr: float = 0.0, weight_decay: float = 0.0, **how) -> torch.optim.AdamW:
     """AdamW for tensors by name: the projector may have a peak rate of its own (0: the others'), vectors do not decay. The
     moments are in place before the first step: what a run needs is taken at once, and can be kept."""
-    groups = []
-    for projector in (False, True):
-        for matrix in (False, True):
-            group = [p for name, p in named.items()
-                     if (name.startswith("multi_modal_projector.") and projector_lr > 0) == projector and (p.ndim > 1) == matrix]
-            groups += [{"params": group, "peak": projector_lr if projector else lr,
-                        "weight_decay": weight_decay if matrix else 0.0}] * bool(group)
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True, **how)
+    groups = {}                                                          # (peak rate, decay) -> tensors
+    for name, p in named.items():
+        peak = projector_lr if projector_lr and name.startswith("multi_modal_projector.") else lr
+        groups.setdefault((peak, weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    optimizer = torch.optim.AdamW([{"params": group, "peak": peak, "weight_decay": decay}
+                                   for (peak, decay), group in groups.items()], lr=lr, fused=True, **how)
     for p in named.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
@@ -214,41 +221,47 @@ class OnDisk(Sequence):
         return pickle.loads(os.pread(self.fd, self.ends[k + 1] - self.ends[k], self.ends[k]))
 
 
+def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(where it ends, row) of every row in a journal; a last line that a kill has torn is left out. Raises BadInput."""
+    end = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row, end = json.loads(line), end + len(line)
+                row["key"]
+            except (ValueError, KeyError, TypeError):
+                raise BadInput(f"{path}: line {number} is damaged; remove that line and run again") from None
+            yield end, row
+
+
 class Journal:
     """A file of JSON lines that survives kill -9: a row is on the disk before `append` returns, a torn last line is cut off
     when the file is opened again, one process writes at a time. Rows have a "key"; `journal[key]` is the last row of that
     key, read back from the disk, so that memory holds only where each row stands. Any thread may append.
     """
 
-    def __init__(self, path: Path, write: bool = True):
-        """write=False only looks, while another process may be writing."""
-        self.path, self.at, self.size = Path(path), {}, 0
-        self.lock, self.disk, self.written, self.safe = threading.Lock(), threading.Lock(), 0, 0
-        if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND if write else os.O_RDONLY, 0o644)
+    def __init__(self, path: Path):
+        self.path, self.at, self.size, self.lock = Path(path), {}, 0, threading.Lock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            if write:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BadInput(f"{self.path} is being written by another process; wait for it, or choose another --out") from None
-        with open(self.path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.endswith(b"\n"):                             # torn by a kill
-                    break
-                try:
-                    row = json.loads(line)
-                    if self.seen(row):
-                        self.at[row["key"]] = self.size
-                except (ValueError, KeyError, TypeError):
-                    raise BadInput(f"{self.path}: line {number} is damaged; remove that line and run again") from None
-                self.size += len(line)
-        if write:
-            os.ftruncate(self.fd, self.size)
+        for end, row in journal_rows(self.path):
+            self.note(row, end)
+        os.ftruncate(self.fd, self.size)
+
+    def note(self, row: dict, end: int) -> None:
+        if self.seen(row):
+            self.at[row["key"]] = self.size
+        self.size = end
 
     def seen(self, row: dict) -> bool:
         """Called once for every row, found or appended: does it stand for its key from now on?"""
-        return bool(row["key"])
+        return True
 
     def append(self, row: dict) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -259,16 +272,8 @@ class Journal:
             except OSError:
                 os.ftruncate(self.fd, self.size)                         # no half line for the next one to grow onto
                 raise
-            if self.seen(row):
-                self.at[row["key"]] = self.size
-            self.size += len(line)
-            self.written += 1
-            mine = self.written
-        with self.disk:                                                  # one flush serves all who wait for it
-            if self.safe < mine:
-                upto = self.written
-                os.fsync(self.fd)
-                self.safe = upto
+            self.note(row, self.size + len(line))
+        os.fsync(self.fd)                                                # side by side: file systems join what waits for the disk
 
     def __contains__(self, key: str) -> bool:
         return key in self.at

@@ -12,30 +12,28 @@ The trick. Every question ends in exactly one of five states, and only the first
     failed        no reply: the network, the server's errors, a request that the server calls invalid
 
 Each reply, good or bad, is a line on disk (journal.jsonl, raw text included) before anything else is asked about the same
-question. Kill the program at any moment: the same command goes on from there, nothing is asked or paid for twice but the
-calls in flight, and a better parser can read the old replies again.
+question. Kill the program at any moment: the same command goes on from there, nothing is paid for twice but the calls in
+flight, and a better parser can read the old replies again.
 
-Traffic. Limits per minute and day are kept on this side (`Limits`). What is worth another try (408, 409, 429, 5xx, a broken
-connection, a reply that is no JSON) waits min(60, 2^k) seconds times a random number ("full jitter"), plus whatever delay
-the server asked for; a 429 makes every worker wait. What is not (a wrong key, an unknown model, an empty daily quota) stops
-the run with the remedy. An optional field that a server rejects is left out from then on, and that is said.
+Traffic. Limits per minute and day are kept on this side. What is worth another try (429, 5xx, a broken connection, a reply
+that is no JSON) waits min(60, 2^k) seconds times a random number ("full jitter") and whatever the server asked for; a 429
+makes every worker wait. What is not (a wrong key, an unknown model, an empty quota) stops the run with the remedy.
 
-The key travels in a header only. Redirects are not followed and .netrc is not read, so that it cannot end up elsewhere,
-and whatever a server sends back is searched for it before it is printed or stored.
+The key travels in a header only, redirects are not followed, .netrc is not read, and whatever a server sends back is searched
+for the key before it is printed or stored.
 
 Previous: wire.py.  Next: rubric.py (what the judge is asked).
 """
 import json
 import math
 import os
-import queue
 import random
 import re
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -44,7 +42,7 @@ import urllib3
 from tqdm import tqdm
 
 from common import BadInput, Journal
-from wire import PROTOCOLS, Question, Reply, delay_of, error_of, is_error, jpeg, rejected
+from wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, rejected
 
 STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
 ASKS = 3                 # replies to one question before it counts as unparseable
@@ -98,8 +96,7 @@ class Limits:
                     self.busy.append((time.time(), tokens))
                     self.note(*self.busy[-1])
                     return self.busy[-1]
-                soonest = max(self.until, self.done[0][0] + self.minute if self.done and now >= self.until else 0)
-                self.turn.wait(min(max(soonest - now, 0.01), 0.5))
+                self.turn.wait(0.1)
             raise Stopped
 
     def note(self, sent: float, tokens: int, *replied: float) -> None:
@@ -126,9 +123,9 @@ class Limits:
 class Replies(Journal):
     """The journal of a judge: what is settled and how, what was replied to questions not yet settled, what it all cost."""
 
-    def __init__(self, path: Path, write: bool = True):
+    def __init__(self, path: Path):
         self.state, self.before, self.used = {}, {}, Counter()
-        super().__init__(path, write)
+        super().__init__(path)
 
     def seen(self, row: dict) -> bool:
         self.used.update(row["usage"])
@@ -138,6 +135,12 @@ class Replies(Journal):
         else:
             self.before.setdefault(row["key"], []).append(row["state"])
         return row["final"]
+
+    def final(self, q: Question) -> tuple[Reply, object]:
+        """(how a settled question ended, what its check makes of the text today)."""
+        row = self[q.key]
+        reply = Reply(row["state"], row["text"], row["reason"], version=row["version"], usage=row["usage"])
+        return reply, reply.read(q.check)
 
     def keep(self, q: Question, reply: Reply, final: bool = True) -> None:
         self.append({"key": q.key, "id": q.id, "state": reply.state, "final": final, "reason": reply.reason,
@@ -173,50 +176,32 @@ class Judge:
 
     def ask(self, questions: Iterable[Question], total: int = 0, retry_failed: bool = False) -> None:
         """Settle every question. Raises BadInput where going on is pointless; what was replied is in the journal."""
-        pool, finished, busy, said = ThreadPoolExecutor(self.workers), queue.SimpleQueue(), 0, Counter()
+        turn, rest, said = threading.Lock(), iter(questions), Counter()
         bar = tqdm(total=total or None, desc="judging", unit="rec", disable=None, leave=False)
 
-        def collect(least: int) -> None:
-            nonlocal busy
-            while busy > least:
-                said[finished.get().result()] += 1                       # raises what the worker raised
-                busy -= 1
-                bar.set_postfix(said, refresh=False)
-                bar.update()
-
-        try:
-            for q in questions:
+        def work() -> None:
+            while not self.stop.is_set():
+                with turn:
+                    q = next(rest, None)
+                if q is None:
+                    return
                 state = self.replies.state.get(q.key)
-                if state is None or retry_failed and state != "ok" and not self.reads_now(q):
-                    pool.submit(self.settle, q).add_done_callback(finished.put)
-                    busy += 1
-                    collect(2 * self.workers)
-                else:
+                if state is None or retry_failed and state != "ok" and self.replies.final(q)[0].state != "ok":
+                    state = self.settle(q)
+                with turn:
+                    said[state] += 1
+                    bar.set_postfix(said, refresh=False)
                     bar.update()
-            collect(0)
-        except BaseException as problem:
-            self.stop.set()
-            bar.close()
-            if isinstance(problem, KeyboardInterrupt):
-                print(f"stopping; the calls in flight are waited for and kept (up to {self.timeout:g} s; Ctrl-C again: not)")
-            raise
-        finally:
-            try:
-                pool.shutdown(wait=True, cancel_futures=True)
-            except KeyboardInterrupt:
-                os._exit(130)                                            # every line of the journal is on disk
-            bar.close()
 
-    def reads_now(self, q: Question) -> bool:
-        """Can the raw reply that was once unparseable be used after all?"""
-        row = self.replies[q.key]
-        if row["state"] != "unparseable":
-            return False
-        try:
-            q.check(row["text"])
-        except ValueError:
-            return False
-        return True
+        with bar, ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for worker in as_completed([pool.submit(work) for _ in range(self.workers)]):
+                    worker.result()                                      # raises what it raised
+            except BaseException as problem:
+                self.stop.set()
+                if isinstance(problem, KeyboardInterrupt):
+                    tqdm.write(f"stopping; the calls in flight are waited for and kept (up to {self.timeout:g} s)")
+                raise
 
     def settle(self, q: Question) -> str:
         """Ask until the question has its final state, which is returned."""
@@ -237,11 +222,7 @@ class Judge:
                                    "back, run the same command with --retry_failed 1") from None
                 return "failed"
             self.dead = 0
-            if reply.state == "ok":
-                try:
-                    q.check(reply.text)
-                except ValueError as problem:
-                    reply.state, reply.reason = "unparseable", str(problem)
+            reply.read(q.check)
             bad = sum(state != "truncated" for state in before)
             final = (reply.state == "ok" or reply.state == "blocked" and not reply.again
                      or ("truncated" in before if reply.state == "truncated" else bad + 1 >= ASKS))
@@ -253,13 +234,12 @@ class Judge:
     def read(self, data) -> Reply:
         try:
             reply = self.wire.reply(data)
-            used = {name: int(n or 0) for name, n in reply.usage.items()}
+            reply.usage = {name: int(n or 0) for name, n in reply.usage.items()}
             if not isinstance(reply.text, str):
-                raise TypeError(f"text is {reply.text!r}")
+                raise TypeError(f"text is {type(reply.text)}")
         except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
-            return Reply("unparseable", "", self.scrub(f"a reply of unknown shape ({type(problem).__name__}: {problem})")[:500])
-        reply.usage, reply.version = used, self.scrub(reply.version)
-        reply.text, reply.reason = self.scrub(reply.text), self.scrub(reply.reason)
+            reply = Reply("unparseable", "", f"a reply of unknown shape ({type(problem).__name__}: {problem})")
+        reply.text, reply.reason, reply.version = map(self.scrub, (reply.text, reply.reason, reply.version))
         return reply
 
     def post(self, q: Question, images: list[str], budget: int) -> Reply:
@@ -271,7 +251,7 @@ class Judge:
             call = self.limits.enter(q.tokens, self.stop)
             try:
                 status, headers, data = self.send(url, body)
-                reply = self.read(data) if status == 200 and not is_error(data) else None
+                reply = self.read(data) if status == 200 and isinstance(data, dict) and not data.get("error") else None
             except NETWORK as problem:
                 status, headers, data = 0, {}, f"{type(problem).__name__}: {problem}"
             finally:
@@ -279,8 +259,6 @@ class Judge:
             if reply:
                 return reply
             error = error_of(data)
-            if status == 200 and "code" in error:                        # an error in the clothes of a reply
-                status = error["code"] if error["code"] in range(400, 600) else 500
             what = self.scrub(f"{f'HTTP {status}' if status else 'no reply'}: {error.get('message') or error}")[:500]
             if status == 400 and (names := rejected(self.wire.optional, error) - without):
                 if names - self.without:
@@ -303,26 +281,25 @@ class Judge:
             elif self.stop.wait(wait):
                 raise Stopped
 
-    def send(self, url: str, body: bytes | None) -> tuple[int, dict, object]:
-        """One HTTP call -> status, headers, JSON (or the text, where it is none). A body None is a GET."""
+    def send(self, url: str, body: bytes) -> tuple[int, dict, object]:
+        """One HTTP call -> status, headers, JSON out of the list that it may stand in (or the text, where it is none)."""
         if not hasattr(self.local, "session"):
-            session = self.local.session = requests.Session()
-            session.trust_env = False                                    # or .netrc would replace our header; once, by hand:
-            session.proxies = requests.utils.get_environ_proxies(self.base)
-            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+            self.local.session = requests.Session()
+            self.local.session.auth = lambda request: request            # or .netrc would replace our header
         headers = self.wire.headers(self.key) | {"Content-Type": "application/json"}
         until = time.monotonic() + self.timeout
-        with self.local.session.request("GET" if body is None else "POST", url, data=body, headers=headers, stream=True,
-                                        timeout=(min(20, self.timeout), self.timeout), allow_redirects=False) as r:
+        with self.local.session.post(url, data=body, headers=headers, stream=True, allow_redirects=False,
+                                     timeout=(min(20, self.timeout), self.timeout)) as r:
             content = bytearray()
             while chunk := r.raw.read1(1 << 16, decode_content=True):    # what is there: a reply may come in drips
                 content += chunk
                 if time.monotonic() > until or len(content) > 1 << 24:
                     raise requests.Timeout(f"the reply took longer than {self.timeout:g} s, or is endless")
             try:
-                return r.status_code, r.headers, json.loads(content)
+                data = json.loads(content)
             except (ValueError, RecursionError):
-                return r.status_code, r.headers, self.scrub(content.decode("utf8", "replace"))[:300]
+                data = content.decode("utf8", "replace")
+            return r.status_code, r.headers, data[0] if data and isinstance(data, list) else data
 
     def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
         said = json.dumps(error)
@@ -331,18 +308,9 @@ class Judge:
         if status in (401, 403) or status == 400 and re.search("API_KEY_INVALID|API key not valid|FAILED_PRECONDITION", said):
             raise BadInput(f"the server refuses the key or the account ({what}); check {' or '.join(self.wire.keys)}; {KEPT}")
         if status == 404 or status == 400 and "model_not_found" in said:
-            raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); {self.offers()}{KEPT}")
+            raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); those at {self.base}/models are; {KEPT}")
         if 300 <= status < 400:
             raise BadInput(f"{self.base} answers with a redirect ({what}); give the final address as --judge_url")
-
-    def offers(self) -> str:
-        """The models a server says it has, as half a sentence; nothing where it does not say."""
-        try:
-            data = self.send(f"{self.base}/models", None)[2]
-            rows = data.get("models") or data.get("data")
-            return self.scrub(f"it offers {', '.join(str(row.get('name') or row.get('id')) for row in rows[:50])}; ")
-        except (*NETWORK, AttributeError, TypeError):
-            return ""
 
     def scrub(self, text: str) -> str:
         """Without the key, should a server echo it; halves of characters, which no file can hold, become "?"."""
@@ -367,14 +335,10 @@ def base_url(usual: str, url: str) -> str:
     """--judge_url replaces scheme and host, or the whole base where it has a path."""
     if not url:
         return usual
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]*\w[\w.:-]*", parts.hostname or "") and parts.port != 0
-    except ValueError:                                                   # a port or an IPv6 address that is none
-        good = False
-    if not good or "@" in parts.netloc or parts.query or parts.fragment:
+    found = re.fullmatch(r"(https?://[\w.:\[\]-]+)(/[^?#@]*)?", url.rstrip("/"))
+    if not found:
         raise BadInput("--judge_url: say http://host:port or https://host/v1, without a user, password or key in it")
-    return url.rstrip("/") if parts.path.strip("/") else url.rstrip("/") + urlsplit(usual).path
+    return found[1] + (found[2] or urlsplit(usual).path)
 
 
 def find_key(names: tuple, needed: bool) -> str:

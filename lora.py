@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import BadInput
+from common import BadInput, only
 from model import Linear
 
 PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, beside adapters
@@ -120,29 +120,28 @@ def plain(key: str) -> str:
 def add_adapter(model: nn.Module, config: dict, named: Iterable[tuple[str, str, Callable]], where) -> nn.Module:
     """W += scale B A for every pair of an adapter; the weights that it holds whole (its projector) take their places. `named` are
     (PEFT's name, our name, how to read it). Raises BadInput listing what does not fit."""
-    scale = scale_of(config, where)
-    places, halves, wrong = dict(model.named_parameters()), {}, []
+    scale, places, found, wrong = scale_of(config, where), dict(model.named_parameters()), {}, []
     for key, ours, read in named:
         name, _, half = ours.partition(".lora_")
         name, value = name + ".weight" * bool(half), read()
         if name not in places or half not in ("", "A.weight", "B.weight"):
             wrong.append(f"extra      {key}")
-            continue
-        shape, whole = places[name].shape, not half
-        if not torch.isfinite(value).all():
+        elif not torch.isfinite(value).all():
             wrong.append(f"not finite {key}: holds NaN or infinity")
-        elif value.shape == shape if whole else value.ndim == 2 and value.shape[half[0] == "A"] == shape[half[0] == "A"]:
-            halves.setdefault(name, {})[half[:1]] = value
         else:
-            wrong.append(f"misshapen  {key}: {tuple(value.shape)}, for a weight of {tuple(shape)}")
-    for name, found in () if wrong else halves.items():
-        if "" in found:                                                          # first: PEFT may store what it corrects, too
-            places[name].copy_(found.pop(""))
-        if set(found) == {"A", "B"} and len(found["A"]) == found["B"].shape[1]:
-            add(places[name], found["A"], found["B"], scale)
-        elif found:
-            wrong.append(f"misshapen  {name}: an adapter of {', '.join(f'{k} {tuple(x.shape)}' for k, x in found.items())}")
-    if wrong or not halves:
+            found.setdefault(name, {})[half[:1]] = value
+    for name, parts in found.items():
+        weight, shapes = places[name], {half: tuple(x.shape) for half, x in parts.items()}
+        rank = shapes.get("A", ())[:1]
+        right = {"": tuple(weight.shape), "A": (*rank, weight.shape[-1]), "B": (weight.shape[0], *rank)}
+        if ("A" in parts) != ("B" in parts) or any(shape != right[half] for half, shape in shapes.items()):
+            wrong.append(f"misshapen  {name}: {shapes}, for a weight of {right['']}")
+            continue
+        if "" in parts:                                                          # first: PEFT may store what it corrects, too
+            weight.copy_(parts[""])
+        if "A" in parts:
+            add(weight, parts["A"], parts["B"], scale)
+    if wrong or not found:
         raise BadInput(f"{where}: the adapter does not fit its base model:\n  " + "\n  ".join(wrong[:20] or ["it is empty"]))
     return model
 
@@ -167,10 +166,8 @@ def rates(s, full: float, adapters: float):
 
 def scale_of(config: dict, where) -> float:
     """adapter_config.json -> what B A is multiplied with. Raises BadInput for what would be computed otherwise."""
-    for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False),
-                       ("rank_pattern", {}), ("alpha_pattern", {})):
-        if (config.get(key) or plain) != plain:
-            raise BadInput(f"{where}: {key} is {config[key]!r}; only plain LoRA is known, merge it with PEFT first")
+    only(config, where, "; merge it with PEFT first", peft_type="LORA", use_dora=False, bias="none", fan_in_fan_out=False,
+         rank_pattern={}, alpha_pattern={})
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not rank or alpha is None:
         raise BadInput(f"{where}: has no r or no lora_alpha")

@@ -55,7 +55,6 @@ def start(device: str) -> str:
         dist.init_process_group(kind, timeout=datetime.timedelta(hours=12))      # one reads data while others wait
     if rank():
         sys.stdout = open(os.devnull, "w")
-        os.environ["TQDM_DISABLE"] = "1"
     return device
 
 

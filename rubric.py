@@ -87,22 +87,14 @@ def question(record: dict, about: str, seed: int, golden: bool) -> Question:
                     images, schema(len(places), golden), lambda reply: read_scores(reply, len(places), golden))
 
 
-def unique(pairs: list[tuple]) -> dict:
-    """A JSON object that says nothing twice."""
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("a name twice in one object")
-    return dict(pairs)
-
-
 def read_scores(text: str, n: int, golden: bool = False) -> dict:
     """A judge's reply -> {"golden": str or None, "shown": [(scores, comment) of A, B, ...]}. Raises ValueError with what is
     wrong with it; code fences, prose or a list around the object are passed over, wrong values never are."""
-    objects, end, decoder = [], 0, json.JSONDecoder(object_pairs_hook=unique)
-    for start in islice((m.start() for m in re.finditer("{", text)), 200):
+    objects = []
+    for brace in islice(re.finditer("{", text), 200):
         try:
-            if start >= end:
-                value, end = decoder.raw_decode(text, start)
-                objects += [value] if "candidates" in value else []
+            found, _ = json.JSONDecoder().raw_decode(text, brace.start())
+            objects += [found] if "candidates" in found else []
         except (ValueError, RecursionError):
             continue
     if len(objects) != 1:

@@ -18,7 +18,6 @@ transformers' image processor; transparency is shown on white, EXIF turns are ma
 
 Previous: kernels/__init__.py.  Next: model.py (a Llama that reads these vectors).
 """
-import threading
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -34,9 +33,8 @@ from kernels import Mask, attention
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 100_000_000  # a decompression bomb is refused before a byte of it is decoded,
+MAX_PIXELS = 89_000_000   # a decompression bomb is refused before a byte of it is decoded (by Pillow from 179 million on),
 MAX_SIDE = 20_000         # and so is a thin strip that would fill the memory once it is padded to a square
-OPENING = threading.Lock()  # Pillow's own limit is a global
 
 
 @dataclass
@@ -120,12 +118,6 @@ class Block(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-
-
 class ViT(nn.Module):
     """CLIP's vision tower. All its weights are kept, so that a checkpoint goes out as it came in; only those
     up to the feature layer are ever used (`post_layernorm` belongs to CLIP's own pooled output)."""
@@ -135,7 +127,7 @@ class ViT(nn.Module):
         self.config = c
         self.embeddings = Embeddings(c)
         self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)    # sic: the checkpoints' spelling
-        self.encoder = Encoder(c)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -178,10 +170,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.float64)
         top = 1.0 if image.mode == "F" and grey.max() <= 1 else 65535.0 if grey.max() > 255 or image.mode != "F" else 255.0
         image = Image.fromarray((grey / top * 255).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -199,23 +189,16 @@ def load_image(path: Path, small: int = 0) -> Image.Image:
 
 def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
     try:
-        with OPENING:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None      # our own check says which file and what to do
-            try:
-                image = Image.open(BytesIO(data))
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        image = Image.open(BytesIO(data))
         w, h = image.size
-        if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
-            raise BadInput(f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side "
-                           "that are allowed; shrink it first")
-        if small:
-            image.draft("RGB", (small, small))
-        image.load()
-        return to_rgb(image)
-    except BadInput:
-        raise
+        if w * h <= MAX_PIXELS and max(w, h) <= MAX_SIDE:
+            if small:
+                image.draft("RGB", (small, small))
+            image.load()
+            return to_rgb(image)
     except UnidentifiedImageError:
         raise BadInput(f"image {name}: is not an image file that Pillow knows; replace or remove it") from None
     except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
         raise BadInput(f"image {name}: cannot be decoded ({error}); replace or remove it") from None
+    raise BadInput(f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side that are "
+                   "allowed; shrink it first")

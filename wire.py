@@ -15,10 +15,8 @@ Previous: toy.py.  Next: judge.py (asking, and surviving it).
 """
 import base64
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -54,6 +52,18 @@ class Reply:
     again: bool = False             # blocked, but such a block comes and goes
     version: str = ""               # the model that the server says it used
     usage: dict = field(default_factory=dict)
+
+    def read(self, check: Callable[[str], object]) -> object:
+        """What `check` makes of the text, or None: it decides between ok and unparseable, also for replies of long ago, so that
+        a better parser needs no new call."""
+        if not self.text or self.state not in ("ok", "unparseable"):
+            return None
+        try:
+            found = check(self.text)
+            self.state, self.reason = "ok", ""
+            return found
+        except ValueError as problem:
+            self.state, self.reason = "unparseable", str(problem)
 
 
 def jpeg(path: Path, side: int = SIDE) -> str:
@@ -93,8 +103,7 @@ class Gemini:
         return (body | ({"systemInstruction": {"parts": [{"text": q.system}]}} if q.system else {})
                 | ({"store": False} if "store" not in without else {}))
 
-    def reply(data) -> Reply:
-        data = data[0] if isinstance(data, list) else data
+    def reply(data: dict) -> Reply:
         used, candidates = data.get("usageMetadata") or {}, data.get("candidates") or []
         about = {"version": str(data.get("modelVersion", "")), "usage": {
             "prompt": used.get("promptTokenCount", 0), "answer": used.get("candidatesTokenCount", 0),
@@ -135,7 +144,7 @@ class OpenAI:
             body["max_completion_tokens"] = budget
         return {name: value for name, value in body.items() if name not in without}
 
-    def reply(data) -> Reply:
+    def reply(data: dict) -> Reply:
         used, choice = data.get("usage") or {}, data["choices"][0]
         about = {"version": str(data.get("model", "")), "usage": {
             "prompt": used.get("prompt_tokens", 0), "answer": used.get("completion_tokens", 0),
@@ -154,15 +163,8 @@ PROTOCOLS = {"gemini": Gemini, "openai": OpenAI}
 
 # ---- refusals -------------------------------------------------------------------------------------------------
 
-def is_error(data) -> bool:
-    """No reply at all, whatever the status says: HTML, or {"error": ...} where candidates or choices should be."""
-    data = data[0] if isinstance(data, list) and data else data
-    return not isinstance(data, (dict, list)) or isinstance(data, dict) and bool(data.get("error"))
-
-
 def error_of(data) -> dict:
-    """What went wrong, from an error body: {"error": {...}}, that in a list, {"message": ...}, a string, HTML."""
-    data = data[0] if isinstance(data, list) and data else data
+    """What went wrong, from an error body: {"error": {...}}, {"message": ...}, a string, HTML."""
     error = data.get("error", data) if isinstance(data, dict) else data
     return error if isinstance(error, dict) else {"message": re.sub(r"<[^>]*>|\s+", " ", str(error)).strip()}
 
@@ -174,17 +176,10 @@ def rejected(optional: tuple, error: dict) -> set[str]:
 
 
 def delay_of(headers: dict, error: dict) -> float:
-    """Seconds that a server asks to wait, from RetryInfo ("26s") or Retry-After (seconds or a date); 0 where it does not."""
+    """Seconds that a server asks to wait, in RetryInfo ("26s") or Retry-After (a number); 0 where it does not."""
     details = error.get("details")
     for detail in details if isinstance(details, list) else []:
         if isinstance(detail, dict) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)s", str(detail.get("retryDelay")))):
             return float(found[1])
-    spoken = re.search(r"try again in (?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?", str(error.get("message")))     # OpenAI's way
-    if spoken and any(spoken.groups()):
-        return sum(float(n or 0) * unit for n, unit in zip(spoken.groups(), (3600, 60, 1)))
     after = headers.get("Retry-After", "")
-    try:
-        seconds = float(after) if re.fullmatch(r"[\d.]+", after) else parsedate_to_datetime(after).timestamp() - time.time()
-        return max(0.0, seconds)
-    except (TypeError, ValueError):
-        return 0.0
+    return float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0

@@ -78,8 +78,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/stats":
             with server.lock:
                 self.send(200, {"arrivals": server.arrivals, "asked": server.asked, "complaints": server.complaints})
-        elif self.path.endswith("/models"):
-            self.send(200, {"models": [{"name": "models/other-model"}], "data": [{"id": "other-model"}]})
         else:
             self.send(404, {"error": {"code": 404, "message": "not found"}})
 

@@ -11,7 +11,7 @@ from PIL import Image
 import chat
 import checkpoint
 import steerlm
-from annotate import sample
+from annotate import sample_batch
 from common import BadInput
 from conftest import tiny_checkpoint
 from data import Pixels, Tokens
@@ -38,7 +38,7 @@ def greedy(messages, images, root):
     folder = checkpoint.resolve("toy")
     model = checkpoint.load(folder)
     record = {"id": "x", "messages": messages, "images": images, "root": root, "answers": []}
-    return sample(model, Tokens(folder, model.config), Pixels(model.config), [record], n=1, temperature=0.0)[0][0]["text"]
+    return sample_batch(model, Tokens(folder, model.config), Pixels(model.config), [record], n=1, temperature=0.0)[0][0]["text"]
 
 
 def test_two_turns_about_a_picture_are_what_the_benchmarks_would_read(talk, picture):
@@ -82,11 +82,11 @@ def test_reset_forgets_both_sides_and_the_pictures(talk, picture):
 def test_what_cannot_be_used_is_said_and_the_conversation_goes_on(talk, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    out = talk(["/image nowhere.png", f"/image {broken}", "/dance", "/target 9", "<image> what color ?", "a </s> b", "what is two plus two ?"])
-    for said, expected in zip(out, ("nowhere.png: No such file", "broken.png", "/dance: choose", "--target 9: five numbers",
+    out = talk(["/image nowhere.png", f"/image {broken}", "/dance", "<image> what color ?", "a </s> b", "what is two plus two ?"])
+    for said, expected in zip(out, ("nowhere.png: No such file", "broken.png", "/dance: choose",
                                     "1 <image> markers but 0 images", "</s>")):
         assert expected in said
-    assert len(out) == 7 and "four" in out[-1]
+    assert len(out) == 6 and "four" in out[-1]
 
 
 def test_a_long_conversation_ends_with_a_remedy(talk):
@@ -121,12 +121,10 @@ def test_a_steered_checkpoint_says_what_it_asks_for_and_asks_for_it(talk, tmp_pa
                                                grades="one two three four five"))
     model = checkpoint.load(checkpoint.resolve("toy/vicuna"))
     folder = checkpoint.save(model, tmp_path / "steered", checkpoint.resolve("toy/vicuna"), False, {"steer.json": form})
-    out = talk(["/target 0 0 0 0 0"], ckpt=str(folder), target="4 4 4 4 0")
-    assert "verbosity 0" in out[0] and "helpfulness 4" in out[0] and "helpfulness 0" in out[1]
-    speaker = chat.Speaker(str(folder), chat.Settings())
-    before = speaker.tokens.steer["target"]["verbosity"]
-    speaker.aim("4 4 4 4 0")
-    assert before == 4 and speaker.tokens.steer["target"]["verbosity"] == 0
+    out, = talk([], ckpt=str(folder), target="4 4 4 4 0")
+    assert "verbosity 0" in out and "helpfulness 4" in out
+    asked = [chat.Speaker(str(folder), chat.Settings(target=target)).tokens.steer["target"]["verbosity"] for target in ("", "4 4 4 4 0")]
+    assert asked == [4, 0]
     with pytest.raises(BadInput, match="five numbers"):
         chat.run(chat.Settings(target="4", ckpt=str(folder)))
     with pytest.raises(BadInput, match="toy was not trained"):

@@ -201,7 +201,7 @@ def test_further_training_starts_from_the_merged_model(run, data, tmp_path):
     (lambda t, c: t.update({k: v[:-1] for k, v in t.items() if k.endswith("0.mlp.up_proj.lora_A.weight")}), "misshapen"),
     (lambda t, c: t.update({k: v * torch.nan for k, v in t.items() if k.endswith("0.mlp.up_proj.lora_A.weight")}), "not finite"),
     (lambda t, c: t.update({"base_model.model.model.language_model.layers.0.mlp.up_proj.lora_magnitude_vector": torch.ones(1)}), "extra"),
-    (lambda t, c: c.update(use_dora=True), "use_dora is True; only plain LoRA"), (lambda t, c: c.update(bias="all"), "bias is 'all'"),
+    (lambda t, c: c.update(use_dora=True), "use_dora is True, and only False is known here; merge it with PEFT first"), (lambda t, c: c.update(bias="all"), "bias is 'all'"),
     (lambda t, c: c.update(rank_pattern={"q_proj": 8}), "rank_pattern"), (lambda t, c: c.pop("r"), "has no r"),
     (lambda t, c: t.clear(), "it is empty"),
     (lambda t, c: c.update(base_model_name_or_path="somebody/gone"), "its base model somebody/gone was looked for in")])
