@@ -7,15 +7,13 @@ that peak memory is its own. Medians, warm-up rounds dropped.
               (activation checkpointing) and without it, the fastest it accepts (it refuses cached references and padding-free
               packs for images). Vision frozen for all.
     sample    4 answers to each image question against transformers.generate
-    kernels   attention over packed trees against a dense mask (forward against FlexAttention, too, which needs a C++ compiler and
-              has no backward on CPUs), and answer log-probs against all logits
+    kernels   attention over packed trees against a dense mask (FlexAttention: forward, where there is a compiler), log-probs
+              against all logits
     growth    what a step costs as answers get longer, more, and the model larger
 
     pip install transformers==5.23.0 trl==1.16.0
-    python bench.py                                    all of it, on two threads; rows are added to results/bench.jsonl
-    python bench.py --what dpo --rounds 5
-
-On a GPU it uses the shapes of LLaVA-1.5-7B (--size 7b) or 13B, with random weights.
+    python bench.py                        all of it, on two threads; rows are added to results/bench.jsonl
+    python bench.py --what dpo --size 7b   on a GPU: the shapes of LLaVA-1.5-7B, random weights
 Previous: chat.py.
 """
 import json
@@ -312,14 +310,15 @@ def bench_kernels(s: Settings, folder: Path) -> list[dict]:
     mask, T = pack.mask, len(pack.ids)
     q, k, v = (torch.randn(T, H, D, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     hidden, weight = (torch.randn(x, config.hidden_size, device=device, dtype=dtype, requires_grad=True) for x in (T, V))
-    dense = dense_mask(pack.mask)
+    dense = dense_mask(mask)
     both = lambda out, inputs: torch.autograd.grad(out.float().sum(), inputs)
-    sdpa = lambda: F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=dense)
+    batch = [x.transpose(0, 1)[None] for x in (q, k, v)]                 # (1, H, T, D)
+    sdpa = lambda: F.scaled_dot_product_attention(*batch, attn_mask=dense)
     seen = lambda b, h, i, j: (mask.lo[i] <= j) & (j < mask.hi[i]) | (mask.own[i] <= j) & (j <= i)
     blocks, flex = create_block_mask(seen, None, None, T, T, device), torch.compile(flex_attention)
-    still = [x.detach().transpose(0, 1)[None] for x in (q, k, v)]
     compiler = torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")
-    forward = {"attention forward, FlexAttention": lambda: flex(*still, block_mask=blocks)} if compiler else {}
+    still = lambda: flex(*(x.detach() for x in batch), block_mask=blocks)
+    forward = {"attention forward, FlexAttention": still} if compiler else {}
     formula = lambda: (hidden @ weight.T).float().log_softmax(-1)[pack.rows].gather(1, pack.targets[:, None])
     rows = in_turn({
         "attention, remedy": lambda: both(kernels.attention(q, k, v, pack.mask), (q, k, v)),
@@ -332,9 +331,9 @@ def bench_kernels(s: Settings, folder: Path) -> list[dict]:
         "log-probs, all logits of all rows": lambda: both(formula(), (hidden, weight))}, s.warmup, s.rounds)
     work = {"attention": attention_work(pack.mask, H * D), "attention forward": attention_work(pack.mask, H * D) * 2 // 7,
             "log-probs": 6 * len(pack.rows) * V * config.hidden_size}
-    rate = matmul_rate(device, dtype)
+    rate, speed = matmul_rate(device, dtype), {name: 1000 * work[name.split(",")[0]] / row["ms"] for name, row in rows.items()}
     return [{"bench": "kernels", "name": name, "tokens": T, "scored": len(pack.rows), "heads": H, "head_dim": D, "vocabulary": V,
-             "dtype": str(dtype), "of_matmul_rate": 1000 * work[name.split(",")[0]] / row["ms"] / rate, **row}
+             "dtype": str(dtype), "gflop_per_s": speed[name] / 1e9, "of_matmul_rate": speed[name] / rate, **row}
             for name, row in rows.items()]
 
 
@@ -368,7 +367,7 @@ def table(rows: list[dict]) -> str:
         base = first.setdefault(kind, row)["ms"]
         more = [f"{row[key]:,.{digits}f} {unit}" for key, digits, unit in (
             ("pairs_per_s", 2, "pairs/s"), ("tokens_per_s", 0, "tokens/s"), ("tokens", 0, "tokens"),
-            ("peak_mib", 0, "MiB peak"), ("of_matmul_rate", 2, "of the matmul rate")) if key in row]
+            ("gflop_per_s", 0, "GFLOP/s"), ("peak_mib", 0, "MiB peak"), ("of_matmul_rate", 2, "of the matmul rate")) if key in row]
         out.append(f"{row['bench']:8} {row['name']:42}{row['ms']:10,.1f} ms  x{row['ms'] / base:5.2f}   {'  '.join(more)}")
     return "\n".join(out)
 
@@ -387,12 +386,7 @@ def run(s: Settings) -> None:
         rows = [row for row in kept if row["bench"] != what] + [about | row for row in rows]
         write_jsonl(s.out, rows)
     if {"dpo", "growth"} <= {row["bench"] for row in rows}:
-        picture = Path(s.out).parent / "figures" / "speed.png"
-        picture.parent.mkdir(exist_ok=True)
-        figure = figures.speed(rows)
-        figure.tight_layout()
-        figure.savefig(picture, dpi=150)
-        print(f"rows: {s.out}   figure: {picture}")
+        print(f"rows: {s.out}   figure: {figures.save(figures.speed(rows), Path(s.out).parent / 'figures' / 'speed.png')}")
 
 
 def hardware() -> str:

@@ -140,6 +140,14 @@ def board(folder: Path, runs: dict[str, str], n: int = 6):
     return figure
 
 
+def save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
 def speed(rows: list[dict]):
     """What bench.py measured: a step's time and memory against the opponent's, and how a step's time grows."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
@@ -172,9 +180,7 @@ def run(s: Settings) -> None:
     runs = {"LLaVA-mini": "llava-mini", "SFT": "sft--full-answers", "DPO": "dpo"}
     drawn["board"] = board(folder, {name: run for name, run in runs.items() if (folder / run).exists()})
     for name, figure in drawn.items():
-        figure.tight_layout()
-        figure.savefig(out / f"{name}.png", dpi=150)
-        plt.close(figure)
+        save(figure, out / f"{name}.png")
     print(f"figures: {', '.join(f'{out}/{name}.png' for name in drawn)}")
 
 

@@ -46,7 +46,7 @@ def test_a_bench_adds_its_rows_in_the_place_of_its_older_ones(tmp_path, capsys, 
     (tmp_path / "bench.jsonl").write_text(json.dumps({"bench": "kernels", "name": "old"}) + "\n" + json.dumps({"bench": "dpo", "name": "kept"}) + "\n")
     bench.run(bench.Settings(what="kernels", out=str(out), rounds=1, warmup=0, pairs=1, threads=torch.get_num_threads()))
     rows = read_jsonl(out)
-    assert rows[0]["name"] == "kept" and len(rows) == 7 and all(row["ms"] > 0 and row["hardware"] for row in rows[1:])
+    assert rows[0]["name"] == "kept" and len(rows) >= 8 and all(row["ms"] > 0 and row["hardware"] for row in rows[1:])
     said = capsys.readouterr().out
     assert all(f"{row['name']:42}{row['ms']:10,.1f} ms" in said for row in rows[1:])
 
