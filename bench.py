@@ -366,8 +366,8 @@ def table(rows: list[dict]) -> str:
         kind = row["bench"], row["name"].split(",")[0] if row["bench"] == "kernels" else ""
         base = first.setdefault(kind, row)["ms"]
         more = [f"{row[key]:,.{digits}f} {unit}" for key, digits, unit in (
-            ("pairs_per_s", 2, "pairs/s"), ("tokens_per_s", 0, "tokens/s"), ("tokens", 0, "tokens"),
-            ("gflop_per_s", 0, "GFLOP/s"), ("peak_mib", 0, "MiB peak"), ("of_matmul_rate", 2, "of the matmul rate")) if key in row]
+            ("pairs_per_s", 2, "pairs/s"), ("tokens_per_s", 0, "tokens/s"), ("tokens", 0, "tokens"), ("peak_mib", 0, "MiB peak"),
+            ("gflop_per_s", 0, "GFLOP/s"), ("of_matmul_rate", 2, "of the matmul rate")) if key in row]
         out.append(f"{row['bench']:8} {row['name']:42}{row['ms']:10,.1f} ms  x{row['ms'] / base:5.2f}   {'  '.join(more)}")
     return "\n".join(out)
 

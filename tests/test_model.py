@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from conftest import hf_model, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from checkpoint import canonical
@@ -445,3 +446,25 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(u):
     logits[:, [0, -1]] = -20.0
     token = sample_token(logits, 1.0, 0.9, torch.full((300,), u, dtype=torch.float64))
     assert ((token > 0) & (token < 39)).all()
+
+
+def test_the_last_block_computes_what_is_read_and_the_numbers_are_the_same():
+    model = tiny_model(VOCAB, IMG)
+    ids, positions, mask = pack([(text(12, 0), [text(4, 1), text(3, 2)]), (text(9, 3), [text(5, 4)])])
+    read = torch.tensor([11, 12, 14, 27, 30])
+    parameters = [p for name, p in model.named_parameters() if "vision" not in name and "projector" not in name and "lm_head" not in name]
+    results = []
+    for again in (False, True):
+        model.language_model.checkpointing = again
+        for hidden in (lambda: model(ids, positions, mask)[read], lambda: model(ids, positions, mask, read=read)):
+            with FlopCounterMode(display=False) as work:
+                out = hidden()
+                grads = torch.autograd.grad(out.square().sum(), parameters)
+            results.append((work.get_total_flops(), out, *grads))
+    for flops, *numbers in results[1:]:
+        for a, b in zip(numbers, results[0][1:], strict=True):
+            close(a, b, 1e-5)
+    c, unread = model.config.text, len(ids) - len(read)
+    spared = 2 * unread * c.hidden_size * (c.num_attention_heads * c.head_dim + 3 * c.intermediate_size)
+    assert results[0][0] - results[1][0] == 3 * spared, "forward, and both sides of backward"
+    assert results[2][0] - results[3][0] > 3 * spared, "and most of forward once more"
