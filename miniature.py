@@ -21,9 +21,9 @@ import common  # first: it tells OpenMP how to wait
 import checkpoint
 import oracle
 import tasks
-from harness import Item, answer, mean, shown
+from harness import Item, answer, mean, shown, steer
 from common import BadInput
-from data import Pixels, Tokens, target_scores
+from data import Pixels, Tokens
 from model import Llava
 from records import quality
 
@@ -38,7 +38,7 @@ def ask(model: Llava, tokens: Tokens, items: list[dict], desc: str) -> list[list
     Raises BadInput where one could not be answered: all of them are ours."""
     asked = [Item(r["id"], [m["content"] for m in r["messages"] if m["role"] == "user"], r, r["images"], r["root"],
                   max_new=MAX_NEW) for r in items]
-    said, failed = answer(asked, model, tokens, Pixels(model.config), batch=64, desc=desc)
+    said, failed = answer(asked, lambda: model, tokens, Pixels(model.config), batch=64, desc=desc)
     if failed:
         raise BadInput("; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:3]))
     return [[a["text"] for a in said[r["id"]]] for r in items]
@@ -99,7 +99,5 @@ def score_checkpoint(folder: Path, name: str, pictures: Path, device, dtype, spl
                      target: str = "") -> tuple[dict, list]:
     model = checkpoint.load(folder, device, dtype)
     tokens = Tokens(folder, model.config)
-    if tokens.steer:
-        tokens.steer["target"] |= target_scores(target) if target else {}
-        print(f"{name}: every question asks for {', '.join(f'{name} {k}' for name, k in tokens.steer['target'].items())}")
+    steer(tokens, name, target)
     return measure(model, tokens, pictures, name, split)
