@@ -101,6 +101,13 @@ def shown(e: dict, form: str) -> str:
     return f"{e['mean']:{form}}" + ("" if e["ci"] is None else f" ±{e['ci']:{form}}".replace("± ", "±"))
 
 
+def aligned(rows: dict[str, list[str]], head: list[str], width: int = 13, names: int = 0) -> str:
+    """A table: names on the left, `names` wide or as wide as the longest, cells on the right."""
+    names = names or max(map(len, rows))
+    return "\n".join(f"{name:<{names}}" + "".join(f" {cell:>{width - 1}}" for cell in cells)
+                     for name, cells in {"": head, **rows}.items())
+
+
 # ---- answering ------------------------------------------------------------------------------------------------
 
 class Memory(dict):

@@ -21,7 +21,7 @@ import common  # first: it tells OpenMP how to wait
 import checkpoint
 import oracle
 import tasks
-from harness import Item, answer, mean, shown, steer
+from harness import Item, aligned, answer, mean, shown, steer
 from common import BadInput
 from data import Pixels, Tokens
 from model import Llava
@@ -87,12 +87,8 @@ COLUMNS = {"text": "5.2f", "core": "5.3f", "terse": "5.2f", "words": "5.1f", "ex
 
 def table(rows: dict[str, dict]) -> str:
     """Aligned: one row per model, "mean ±95 % interval" per column, "-" where a text-only model has no score."""
-    width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{c:>13}" for c in COLUMNS)]
-    for name, scores in rows.items():
-        cells = [shown(scores[c], f) if c in scores else "-" for c, f in COLUMNS.items()]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
-    return "\n".join(lines)
+    cells = lambda scores: [shown(scores[column], form) if column in scores else "-" for column, form in COLUMNS.items()]
+    return aligned({name: cells(scores) for name, scores in rows.items()}, list(COLUMNS))
 
 
 def score_checkpoint(folder: Path, name: str, pictures: Path, device, dtype, split: str = "test",

@@ -488,7 +488,7 @@ def test_a_judgment_file_with_several_models_scores_each(tmp_path, capsys):
     ({"bench": "mt_bank"}, "choose among mt_bench"), ({"bench": "pope,mmbench", "answers": "x"}, "with --answers or --judgments, one"),
     ({"bench": "pope", "judgments": "x"}, "needs no judge; give --answers"), ({"bench": "pope"}, "say with --data_dir"),
     ({"bench": "mm_vet", "judgments": "x"}, "give --data_dir with its question file"), ({"coverage": 2.0}, "--coverage from 0 to 1"),
-    ({"batch": 0}, "--batch at least 1"), ({"bench": "mt_bench", "judge": "oracle"}, "say gemini:MODEL"), ({"compare": ("nowhere",)}, "holds neither"),
+    ({"batch": 0}, "--batch at least 1"), ({"bench": "mt_bench", "judge": "oracle"}, "say gemini:MODEL"), ({"compare": ("nowhere",)}, "holds no results.json"),
     ({"bench": "alpaca_eval", "judgments": "nowhere.json"}, "nowhere.json: cannot be read")])
 def test_the_door(flags, why, tmp_path):
     with pytest.raises(BadInput, match=why):
@@ -560,10 +560,3 @@ def test_compare_shows_the_papers_layout_and_draws(settings, vicuna, tmp_path, c
     code(*argv)
     said = capsys.readouterr().out
     assert "judged by different judges: mt_bench; " in said and "! not everything" in said and re.search(r"^b .*\d!", said, re.M)
-
-
-def test_the_miniature_is_compared_too(tmp_path, capsys):
-    scores = {"toy": {"text": {"mean": 7.5, "ci": 0.3, "n": 165}}}
-    write(tmp_path / "mini/scores.json", {"scores": scores})
-    assert code("--compare", tmp_path / "mini", "--out", tmp_path / "c") == (0, "")
-    assert "7.50 ±0.30" in capsys.readouterr().out and not list((tmp_path / "c").glob("*.png"))
