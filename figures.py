@@ -7,18 +7,13 @@
     board.png         the first questions of a seeded draw, answered before and after: unpicked
     speed.png         what bench.py measured (drawn by bench.py)
 
-Everything is read from files; nothing is computed here but means. reproduce.py, which writes them, draws at its end; this
-command draws again.
-
-    python figures.py --rows results/reproduce.jsonl --runs runs/reproduce/seed-10 --out results/figures
+Nothing is computed here but means. reproduce.py draws at its end, and again with `python reproduce.py --only tables`.
 
 Previous: story.py.  Next: reproduce.py (what there is to draw).
 """
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
-import common  # first: it tells OpenMP how to wait
 import matplotlib
 import numpy as np
 
@@ -26,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import miniature
-from common import BadInput, main, read_jsonl
+from common import read_jsonl
 from pairs import statistics
 from records import ATTRIBUTES
 from tasks import items
@@ -36,14 +31,6 @@ COLORS = {"Vicuna-mini": "#777777", "LLaVA-mini": "#333333", "SFT, short answers
           "Rejection sampling": "#2a9d8f", "SteerLM, not asked for scores": "#8e44ad", "DPO": "#d62728"}
 PLACE = {"LLaVA-mini": (10, -5, "left"), "SteerLM, not asked for scores": (-8, -4, "right"),
          "SFT, short answers": (0, -16, "center"), "DPO": (0, -16, "center")}     # where names stand that others would cover
-
-
-@dataclass
-class Settings:
-    """Draw the figures of reproduce.py."""
-    rows: str = "runs/reproduce/rows.jsonl"    # what reproduce.py measured
-    runs: str = "runs/reproduce/seed-10"       # one seed's folder: metrics, records and answers
-    out: str = "runs/reproduce/figures"        # pictures go here
 
 
 def values(rows: list[dict], name: str, column: str) -> np.ndarray:
@@ -160,23 +147,17 @@ def speed(rows: list[dict]):
     return figure
 
 
-def run(s: Settings) -> None:
-    rows, folder, out = read_jsonl(Path(s.rows)), Path(s.runs), Path(s.out)
-    if not rows:
-        raise BadInput(f"--rows {s.rows}: holds no rows; run reproduce.py first")
+def draw(rows: list[dict], folder: Path, out: Path) -> None:
+    """All of them, into `out`: from the rows of all seeds, and the folder of one."""
     out.mkdir(parents=True, exist_ok=True)
     drawn = {"forgetting": forgetting(rows), "curves": curves(rows),
              "attributes": attributes(statistics(read_jsonl(folder / "data" / "records.jsonl")))}
-    if (folder / "dpo").exists():                                        # reproduce.py --methods may have left it out
-        drawn["dynamics"] = dynamics(read_jsonl(folder / "dpo" / "metrics.jsonl"))
-    runs = {"LLaVA-mini": "llava-mini", "SFT": "sft--full-answers", "DPO": "dpo"}
+    if (folder / "DPO").exists():                                        # reproduce.py --methods may have left it out
+        drawn["dynamics"] = dynamics(read_jsonl(folder / "DPO" / "metrics.jsonl"))
+    runs = {"LLaVA-mini": "LLaVA-mini", "SFT": "SFT-full-answers", "DPO": "DPO"}
     drawn["board"] = board(folder, {name: run for name, run in runs.items() if (folder / run).exists()})
     for name, figure in drawn.items():
         figure.tight_layout()
         figure.savefig(out / f"{name}.png", dpi=150)
         plt.close(figure)
     print(f"figures: {', '.join(f'{out}/{name}.png' for name in drawn)}")
-
-
-if __name__ == "__main__":
-    main(Settings, run)
