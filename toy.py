@@ -227,7 +227,7 @@ def visual_trees(tokens: Tokens, seed: str, kinds) -> Iterator[Tree]:
     while True:
         scene, look = world.random_scene(rng), rng.randrange(2**31)
         asked, brief = kinds(rng)
-        record = tasks.visual_conversation(rng, scene, "picture", asked, brief)
+        record = tasks.conversation("visual", [world.ask(rng, scene, kind) for kind in asked], brief, scene, "picture")
         tree = make_tree(tokens, record | {"root": ""}, [record["golden"]], history=True)
         tree.images = [(scene, look)]                                        # drawn in memory, no file
         yield tree
