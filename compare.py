@@ -130,8 +130,9 @@ def run(folders: list, out: Path) -> None:
         if not (folder / "results.json").is_file():
             raise BadInput(f"--compare {folder}: holds no results.json; evaluate.py writes one")
         models[folder.name if folder.name not in models else str(folder)] = load(folder / "results.json")["results"]
-    write_whole(out / "table.txt", table(models) + "\n")
-    print(table(models))
+    text = table(models)
+    write_whole(out / "table.txt", text + "\n")
+    print(text)
     drawn = {name: figure for name, figure in (("radar", radar(models)), ("bars", bars(models))) if figure}
     for name, figure in drawn.items():
         figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight")

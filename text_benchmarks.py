@@ -9,11 +9,10 @@ Each is a class of plain functions, never an object; evaluate.py looks them up b
     judge_rows(...)                         the judgments, in the benchmark's own format
     score(items, answers, rows)             {"scores", "ok", "total", ...} from such rows, ours or anybody's
 
-MT-Bench (arXiv:2306.05685, FastChat's llm_judge): 80 questions of two turns in 8 categories, each turn graded 1 to 10. The
-official figure is the mean over all rows whose grade could be read. Its parser takes the first [[number]] or, failing that,
-[number], whatever the number is, "[1]" of a citation included, and a row judged twice counts twice; `strict` takes a grade from
-1 to 10 and each turn once. 13 of the 30 reference answers that the judge is given for reasoning, mathematics and coding
-are wrong (FastChat pull request 3158); `sound` leaves out those 13 questions.
+MT-Bench (arXiv:2306.05685, FastChat's llm_judge): 80 questions of two turns in 8 categories, each turn graded 1 to 10; the mean
+over all rows whose grade could be read. The official parser takes the first [[number]] or, failing that, [number], "[1]" of a
+citation included, and a row judged twice counts twice; `strict` takes a grade from 1 to 10 and each turn once. 13 of the 30
+reference answers that the judge is given are wrong (FastChat pull request 3158); `sound` leaves out those questions.
 
 AlpacaEval 1 (github.com/tatsu-lab/alpaca_eval): 805 instructions; the judge ranks the answer against text-davinci-003's, in an
 order drawn per instruction. win = 100 mean(p - 1), p = 2 where the model won. The official parser wants a bare Python list;
@@ -22,8 +21,7 @@ length, as arXiv:2404.04475 does (less its term for an instruction's difficulty,
 
     P(model wins) = sigmoid(t + f tanh((len - len_reference) / sd)),   reported: 100 sigmoid(t)
 
-Other than the official tools, the judge is asked at temperature 0 wherever it can be asked for one, replies may be long (a judge
-that thinks says nothing in three tokens), and sampling at temperature 0.7 has a seed per question and turn.
+Other than officially, the judge is asked at temperature 0 where it can be, and its replies may be long.
 
 Previous: miniature.py.  Next: vision_benchmarks.py (four with pictures).
 """

@@ -1,28 +1,25 @@
 """Four benchmarks with pictures: MM-Vet, LLaVA-Bench in the wild, POPE, MMBench.
 
-The same functions per class as in text_benchmarks.py. Two need a judge and two do not; all four have a scorer that is known
-to go wrong somewhere, so what the official tool would say stands first and a repaired figure beside it.
+The same functions per class as in text_benchmarks.py. What the official tool would say stands first, a repaired figure beside it.
 
 MM-Vet (arXiv:2308.02490): 218 questions, each needing some of six abilities; a judge that sees the right answer, not the picture,
-gives 0.0 to 1.0. The official tool re-asks, and after the fifth reply that is no number writes 0.0; `parsed` reads
-the replies again and leaves out what is no number from 0 to 1. Its prompt is not in a file of its own: save it (the string
-`prompt` of mm-vet_evaluator) as mm_vet/prompt.txt; without that file another wording is used, and named in the result.
+gives 0.0 to 1.0. The official tool re-asks, and after the fifth reply that is no number writes 0.0; `parsed` leaves such
+replies out. Its prompt stands in its code only (the string `prompt` of mm-vet_evaluator): save it as mm_vet/prompt.txt, or
+another wording is used, and named in the result.
 
 LLaVA-Bench (arXiv:2304.08485): 60 questions about 24 pictures; a judge that reads a caption grades GPT-4's answer and the
-model's from 1 to 10; the figure is 100 mean(model) / mean(reference). The system message stands in the official code only:
-save it as system.txt beside rule.json, or ours is used, and named. The official parser splits at single spaces, so that
-"8, 9" is no pair of numbers, and what it cannot read becomes [-1, -1] and is averaged in: were nothing readable, the
-score would be 100. `parsed` reads any two numbers from 1 to 10 and leaves out the rest.
+model's from 1 to 10; the figure is 100 mean(model) / mean(reference). The system message stands in the official code only: save
+it as system.txt beside rule.json, or ours is used, and named. The official parser splits at single spaces, so that "8, 9" is no
+pair of numbers, and averages in [-1, -1] for what it cannot read; `parsed` reads any two numbers from 1 to 10, and no others.
 
 POPE (arXiv:2305.10355): is there such a thing in the picture? Half of the answers are no, the negatives harder in each of three
-splits; the mean F1 of "yes". The official parser says no where the first sentence has the word No, not or no, and yes
-otherwise: to "", "NO", "nope" and "I cannot tell" as well, and no to "Yes, there is no doubt". `words` knows yes, no and
-neither. The official tool pairs answers with labels by their order, which is wrong for one of the two label files in
-circulation; here they are joined on picture and question.
+splits; the mean F1 of "yes". To the official parser an answer is no where its first sentence has the word No, not or no, and
+yes otherwise, "", "NO" and "I cannot tell" included; `words` knows yes, no and neither. The official tool pairs answers with
+labels by their order, which is wrong for one of the two label files in circulation; here picture and question decide.
 
 MMBench (arXiv:2307.06281): one letter out of up to four; a question counts only if it is answered rightly in every rotation of
-its options, which the file has as rows index + k 1,000,000. Letters are found as in VLMEvalKit, by rule; what shows no letter is
-wrong, never guessed (its other mode draws one at random, or asks a language model). `vanilla` counts the unrotated rows.
+its options, rows index + k 1,000,000. Letters are found as in VLMEvalKit, by rule; what shows none is wrong, never guessed.
+`vanilla` counts the unrotated rows.
 
 Previous: text_benchmarks.py.  Next: compare.py (results side by side).
 """
@@ -297,11 +294,9 @@ class MMBench:
         return {letter: row[letter] for letter in takewhile(lambda letter: not absent(row.get(letter)), "ABCD")}
 
     def answer_rows(items: list[Item], answers: dict, model: str) -> list[dict]:
-        rows = llava_rows(items, answers, model)
-        options = {i.row["question_id"]: i.row["options"] for i in items}
-        return [r | {"round_id": 0, "prompt": r["prompt"] + "\n" + MMBench.SUFFIX,
-                     "options": list(options[r["question_id"]].values()), "option_char": list(options[r["question_id"]])}
-                for r in rows]
+        return [r | {"round_id": 0, "prompt": r["prompt"] + "\n" + MMBench.SUFFIX, "options": list(i.row["options"].values()),
+                     "option_char": list(i.row["options"])}
+                for r, (i, _) in zip(llava_rows(items, answers, model), complete(items, answers))]
 
     read_answers = llava_answers
 
@@ -320,14 +315,13 @@ class MMBench:
 
     def score(items: list[Item], answers: dict, rows=None) -> dict:
         chosen = {i.id: MMBench.letter(text, i.row["options"]) for i, (text,) in complete(items, answers)}
-        groups = defaultdict(list)
+        right = {i.row["question_id"]: chosen[i.id] == i.row["answer"] for i in items if i.id in chosen}
+        rotations = defaultdict(list)
         for item in items:
-            groups[item.row["question_id"] % MMBench.MILLION].append(item)
-        right = lambda item: chosen[item.id] == item.row["answer"]
-        whole = [group for group in groups.values() if all(i.id in chosen for i in group)]
-        plain = [i for i in items if i.row["question_id"] < MMBench.MILLION and i.id in chosen]
-        return {"scores": {"circular": mean([float(all(map(right, group))) for group in whole]),
-                           "vanilla": mean([float(right(i)) for i in plain])},
+            rotations[item.row["question_id"] % MMBench.MILLION].append(item.row["question_id"])
+        whole = [numbers for numbers in rotations.values() if all(number in right for number in numbers)]
+        return {"scores": {"circular": mean([float(all(right[number] for number in numbers)) for numbers in whole]),
+                           "vanilla": mean([float(right[number]) for number in rotations if number in right])},
                 "ok": len(chosen), "total": len(items), "unknown": sum(letter is None for letter in chosen.values())}
 
 
