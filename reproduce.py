@@ -70,8 +70,7 @@ class Settings:
 
 STEER = {"form": "\nanswer with {helpfulness} , {correctness} , {coherence} , {complexity} , {verbosity} .",
          "grades": "no one two three four"}                # in words that the miniature knows
-RATES = (5e-5, 1e-4, 2e-4)
-LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5}     # best judged of RATES each, by the search (LOG.md)
+LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5}     # best judged of SEARCH each (LOG.md)
 NARROWER = "DPO of a narrower model"                       # on the wider one's answers; its models are built for it
 RUNS = {                                                   # name: method, what is changed
     "SFT, short answers": ("sft", {"records": "short"}),
@@ -87,6 +86,7 @@ RUNS = {                                                   # name: method, what 
     NARROWER: ("dpo", {}),
 }
 MAIN = list(RUNS)[:5]
+SEARCH = {f"{name}, lr {lr:g}": (RUNS[name][0], RUNS[name][1] | {"lr": lr}) for name in MAIN for lr in (5e-5, 1e-4, 2e-4)}
 STEERED = {"": {"helpfulness": 4}, ", verbosity 0": {"verbosity": 0}, ", not asked for scores": None}   # how SteerLM is measured
 METHODS = {"sft": sft, "rejection": rejection, "steerlm": steerlm, "dpo": dpo}
 
@@ -103,17 +103,16 @@ def change(items: list[dict], how: str, seed: int) -> list[dict]:
     return [r | {"pair": pair[::-1]} if pair and picked(r) else r for r, pair in pairs]
 
 
-def train(out: Path, name: str, ckpt: Path, records: Path, seed: int, lr: float) -> None:
+def train(out: Path, how: tuple[str, dict], ckpt: Path, records: Path, seed: int) -> None:
     """One run of RUNS: `out`/model and what its script leaves there."""
-    method, changes = RUNS[name]
-    changes = dict(changes)
-    if how := changes.pop("records", ""):
-        rows = change(read_jsonl(records), how, seed)
+    method, changes = how[0], dict(how[1])
+    if wanted := changes.pop("records", ""):
+        rows = change(read_jsonl(records), wanted, seed)
         records = records.with_name(f"records-{out.name}.jsonl")             # beside the pictures
         write_jsonl(records, rows)
     METHODS[method].run(METHODS[method].Settings(
         ckpt=str(ckpt), data=str(records), out=str(out), seed=seed, batch=16, resume=True,
-        **{"lr": lr or LR[method]} | changes | (STEER if method == "steerlm" else {})))
+        **{"lr": LR[method]} | changes | (STEER if method == "steerlm" else {})))
 
 
 def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict[str, dict], list[dict]]:
@@ -149,13 +148,13 @@ def sample(folder: Path, ckpt: Path, seed: int) -> None:
     annotate.annotate(annotate.miniature(annotate.Story(out=str(folder), ckpt=str(ckpt), seed=seed)))
 
 
-def row(folder: Path, name: str, ckpt: Path, seed: int, split: str, lr: float) -> None:
-    """Train what RUNS says of `name`, or take `ckpt` as it is; measure it, and write down what came out."""
-    began, data, model, steps = time.perf_counter(), folder.parent / "data", ckpt, 0
-    if name in RUNS:
+def outcome(folder: Path, name: str, how: tuple[str, dict] | None, ckpt: Path, seed: int, split: str) -> None:
+    """Train as RUNS says, or take `ckpt` as it is; measure it, and write down what came out."""
+    began, data, model, steps, lr = time.perf_counter(), folder.parent / "data", ckpt, 0, 0.0
+    if how:
         model = folder / "model"
         if not model.exists():
-            train(folder, name, ckpt, data / "records.jsonl", seed, lr)
+            train(folder, how, ckpt, data / "records.jsonl", seed)
         config = json.loads((folder / "config.json").read_text())
         steps, lr = config["steps"], config["settings"]["lr"]
     scores, answers = measure(model, name, data, split)
@@ -226,34 +225,32 @@ def report(rows: list[dict]) -> str:
 # ---- the script -------------------------------------------------------------------------------------------------
 
 def run(s: Settings) -> None:
-    names = MAIN if s.search else [n.strip() for n in s.methods.split(";") if n.strip()] or list(RUNS)
+    names = [n.strip() for n in s.methods.split(";") if n.strip()] or list(RUNS)
     unknown = [n for n in names if n not in RUNS]
     if unknown or s.seeds < 1 or s.workers < 1 or s.only not in ("", "build", "annotate", "train", "tables"):
         raise BadInput(f"--methods {s.methods}: choose among {'; '.join(RUNS)}" if unknown else
                        "--seeds and --workers must be at least 1, --only build, annotate, train or tables")
     out, shipped, split = Path(s.out), checkpoint.resolve("toy"), "dev" if s.search else "test"
+    runs = SEARCH if s.search else {name: RUNS[name] for name in names}
     jobs = {"build": [], "annotate": [], "train": []}
     for seed in [0] if s.search else range(s.first, s.first + s.seeds):
         folder = out / f"{'search' if s.search else 'seed'}-{seed}"
         ckpt = folder / "toy" if s.from_scratch else shipped
-        starts = {"Vicuna-mini": ckpt / "vicuna", "LLaVA-mini": ckpt} | {name: ckpt for name in names if name != NARROWER}
-        if NARROWER in names and s.from_scratch and seed == s.first:         # one seed has a second size
+        starts = {"Vicuna-mini": ckpt / "vicuna", "LLaVA-mini": ckpt} | {name: ckpt for name in runs if name != NARROWER}
+        if NARROWER in runs and s.from_scratch and seed == s.first:          # one seed has a second size
             starts |= {"LLaVA-mini, narrower": folder / "narrow", NARROWER: folder / "narrow"}
         built = dict.fromkeys(start for start in starts.values() if start.name != "vicuna")
         jobs["build"] += [Job(start / "config.json", build, (start, seed)) for start in built]     # the shipped one stands
         jobs["annotate"].append(Job(folder / "data" / "records.jsonl", sample, (folder / "data", ckpt, seed)))
         for name, start in starts.items():
-            for lr in RATES if s.search and name in RUNS else (0.0,):
-                own = folder / slug(f"{name} {lr}" if lr else name)
-                jobs["train"].append(Job(own / "row.jsonl", row, (own, name, start, seed, split, lr)))
+            own = folder / slug(name)
+            jobs["train"].append(Job(own / "row.jsonl", outcome, (own, name, runs.get(name), start, seed, split)))
     for stage, listed in jobs.items():
         if s.only in ("", stage):
             work(listed, s.workers, stage)
     if s.only not in ("", "tables"):
         return
     rows = [row for job in jobs["train"] if job.file.exists() for row in read_jsonl(job.file)]
-    if s.search:
-        rows = [row | {"name": f"{row['name']}, lr {row['lr']:g}" if row["lr"] else row["name"]} for row in rows]
     write_jsonl(out / ("search.jsonl" if s.search else "rows.jsonl"), rows)
     text = table(rows, list(dict.fromkeys(row["name"] for row in rows))) if s.search else report(rows)
     write_whole(out / ("search.txt" if s.search else "tables.txt"), text + "\n")
