@@ -63,7 +63,6 @@ class Settings:
     batch: int = 16                # questions answered at once
     max_new: int = 0               # longest answer in tokens; 0: the benchmark's own
     seed: int = 0                  # of sampling (MT-Bench) and of --picture
-    limit: int = 0                 # only the first so many questions of each benchmark; 0: all
     forget: bool = False           # second turns without the model's first answer
     picture: str = ""              # before text questions: a folder to draw pictures from, or the word literal; empty: none
     crop: bool = False             # centre-crop images instead of padding them to a square
@@ -128,7 +127,6 @@ def questions_of(s: Settings, name: str, out: Path) -> list[Item]:
     items = from_files(s, name, BENCHES[name].items)
     if name == "mmbench" and not s.answers:
         MMBench.unpack(items, out / name / "images")
-    items = items[:s.limit or None]
     for item in items:
         item.max_new = s.max_new or item.max_new
     if s.picture and not BENCHES[name].vision:
@@ -193,7 +191,6 @@ def table(results: list[dict]) -> str:
         notes += [f"{len(r['unanswered'])} not answered ({next(iter(r['unanswered'].values()))})"] if r.get("unanswered") else []
         notes += [f"{r['unknown']} answers fit no option"] if r.get("unknown") else []
         notes += [f"judge's prompt: {r['prompt']}"] if r.get("prompt") else []
-        notes += [f"only the first {r['limit']} questions"] if r.get("limit") else []
         lines += [f"{r['bench']}: {'; '.join(notes)}"] if notes else []
     return "\n".join(lines)
 
@@ -211,7 +208,7 @@ def evaluate(s: Settings, names: list[str], label: str, ckpt: str, out: Path) ->
             raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
     results = []
     for name, said in answers.items():
-        bench, rows, about = BENCHES[name], None, {"unanswered": failed[name], "limit": s.limit}
+        bench, rows, about = BENCHES[name], None, {"unanswered": failed[name]}
         if bench.judged and s.judge:
             prompts = from_files(s, name, bench.prompts, items[name], said)
             replies, judged = ask_judge(s, name, prompts)
@@ -256,8 +253,8 @@ def run_miniature(s: Settings) -> None:
 
 def run(s: Settings) -> None:
     names, ckpts = s.bench.split(","), s.ckpt.split(",")
-    if s.split not in ("dev", "test") or min(s.batch, s.workers) < 1 or min(s.max_new, s.limit) < 0 or not 0 <= s.coverage <= 1:
-        raise BadInput("--split is dev or test, --batch at least 1, --max_new and --limit not negative, --coverage from 0 to 1")
+    if s.split not in ("dev", "test") or min(s.batch, s.workers) < 1 or s.max_new < 0 or not 0 <= s.coverage <= 1:
+        raise BadInput("--split is dev or test, --batch at least 1, --max_new not negative, --coverage from 0 to 1")
     if s.target:
         target_scores(s.target)                                          # at the door, not after the first checkpoint
     if s.compare:

@@ -141,18 +141,17 @@ def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None 
             "truth": truth}
 
 
-def text_conversation(rng: random.Random, split: str = "train", brief: float = .2, reading: float = .6,
-                      more: int = 5, most: int = 4) -> dict:
-    """A text-only training conversation: two tasks, or a written scene and `more` questions about it.
+def text_conversation(rng: random.Random, most: int = 4) -> dict:
+    """A text-only training conversation: two tasks, or a written scene of at most `most` things and more questions about it.
 
     Every fifth is answered briefly all through: people do that, and it gives the language model the
     terse mode that short visual answers will later make louder."""
-    terse = rng.random() < brief
-    if rng.random() < reading:
-        turns, scene = text_task(rng, rng.choice(("scene", "read")), split, most)
-        turns += [ask(rng, scene, rng.choice(LOOKUPS + ("choice",) + ("exist",) * 2 + ("each",) * 5)) for _ in range(more)]
+    terse = rng.random() < .2
+    if rng.random() < .6:
+        turns, scene = text_task(rng, rng.choice(("scene", "read")), "train", most)
+        turns += [ask(rng, scene, rng.choice(LOOKUPS + ("choice",) + ("exist",) * 2 + ("each",) * 5)) for _ in range(5)]
         return conversation("text", turns, terse, scene)
-    turns = [t for _ in range(2) for t in text_task(rng, rng.choice(KNOWLEDGE), split)[0]]
+    turns = [t for _ in range(2) for t in text_task(rng, rng.choice(KNOWLEDGE), "train")[0]]
     return conversation("text", turns, terse)
 
 
