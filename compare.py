@@ -9,35 +9,41 @@ number with one of the other. How long the answers are stands beside what was ju
 Previous: vision_benchmarks.py.  Next: evaluate.py (the harness).
 """
 import math
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
 
-import miniature
-from harness import load, shown
+from harness import aligned, load, shown
 from common import BadInput, write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLUMNS = {   # title, format, the end of its scale
-    "mm_vet": ("MM-Vet", "5.1f", 100), "llava_bench": ("LLaVA-Bench", "5.1f", 120), "pope": ("POPE", "5.3f", 1),
-    "mmbench": ("MMBench", "5.1f", 100), "mt_bench": ("MT-Bench", "5.2f", 10), "alpaca_eval": ("AlpacaEval", "5.1f", 100)}
-SCALE = {"mmbench": 100}             # the paper prints it in %
-PAPER = {   # Table 4 of arXiv:2402.10884, 13B: MT-Bench (1 to 10), AlpacaEval (%), MM-Vet, LLaVA-Bench, POPE (F1), MMBench (%)
-    "Vicuna-1.5": (6.57, 81.4), "LLaVA-1.5": (5.99, 79.3, 36.3, 73.1, 0.859, 67.4),
-    "LLaVA-RLHF": (6.18, 81.0, 37.2, 76.8, 0.869, 60.1), "Standard SFT": (5.01, 50.2, 36.5, 63.7, 0.850, 65.4),
-    "Rejection sampling": (6.22, 74.9, 38.0, 70.6, 0.883, 67.6), "SteerLM": (5.70, 68.8, 35.2, 67.0, 0.878, 65.1),
-    "DPO": (6.73, 86.4, 41.2, 79.1, 0.870, 66.8)}
-ORDER = ("mt_bench", "alpaca_eval", "mm_vet", "llava_bench", "pope", "mmbench")          # of the figures in PAPER
+COLUMNS = {   # title, format, the end of its scale, and what our figure is multiplied with to be on it
+    "mm_vet": ("MM-Vet", "5.1f", 100, 1), "llava_bench": ("LLaVA-Bench", "5.1f", 120, 1), "pope": ("POPE", "5.3f", 1, 1),
+    "mmbench": ("MMBench", "5.1f", 100, 100), "mt_bench": ("MT-Bench", "5.2f", 10, 1),
+    "alpaca_eval": ("AlpacaEval", "5.1f", 100, 1)}
+PAPER = {     # Table 4 of arXiv:2402.10884, 13B, in the order of COLUMNS
+    "Vicuna-1.5": (None, None, None, None, 6.57, 81.4), "LLaVA-1.5": (36.3, 73.1, 0.859, 67.4, 5.99, 79.3),
+    "LLaVA-RLHF": (37.2, 76.8, 0.869, 60.1, 6.18, 81.0), "Standard SFT": (36.5, 63.7, 0.850, 65.4, 5.01, 50.2),
+    "Rejection sampling": (38.0, 70.6, 0.883, 67.6, 6.22, 74.9), "SteerLM": (35.2, 67.0, 0.878, 65.1, 5.70, 68.8),
+    "DPO": (41.2, 79.1, 0.870, 66.8, 6.73, 86.4)}
+
+
+def paper(benches: list[str], width: int, names: int = 0) -> str:
+    """The paper's rows, of these benchmarks."""
+    rows = {name: dict(zip(COLUMNS, values)) for name, values in PAPER.items()}
+    return aligned({name: ["-" if row[bench] is None else f"{row[bench]:{COLUMNS[bench][1]}}" for bench in benches]
+                    for name, row in rows.items()}, [COLUMNS[bench][0] for bench in benches], width, names)
 
 
 def headline(result: dict) -> dict | None:
     """The official figure, on the scale of the paper's table."""
     if not result["scores"]:
         return None
-    first, k = next(iter(result["scores"].values())), SCALE.get(result["bench"], 1)
-    return {key: value and value * k if key != "n" else value for key, value in first.items()}
+    first, factor = next(iter(result["scores"].values())), COLUMNS[result["bench"]][3]
+    return first | {key: first[key] and first[key] * factor for key in ("mean", "ci")}
 
 
 def judged_by(result: dict) -> str:
@@ -47,33 +53,33 @@ def judged_by(result: dict) -> str:
     return result["judge"] + (f" ({', '.join(result['versions'])})" if result["versions"] else "")
 
 
+def cell(result: dict | None) -> str:
+    """The official figure ± 95 %, "!" where less than all was scored, the mean length of answers where they were judged."""
+    figure = headline(result) if result else None
+    if not figure:
+        return "-"
+    length = f" ({result['length']:.0f})" if result.get("judge") and result["length"] else ""
+    return shown(figure, COLUMNS[result["bench"]][1]) + "!" * (result["coverage"] < 1) + length
+
+
 def table(models: dict[str, list[dict]]) -> str:
-    """Official figures ± 95 %, and the mean length of judged answers; "!" where less than all was scored."""
-    width, cells = max(map(len, [*models, *PAPER])), {name: {r["bench"]: r for r in results} for name, results in models.items()}
-    have = {bench for row in cells.values() for bench in row}
-    columns = {bench: about for bench, about in COLUMNS.items() if bench in have}
-    lines = [" " * width + "".join(f"{title:>20}" for title, *_ in columns.values()) + "   judge"]
-    for name, row in cells.items():
-        line, judges = f"{name:<{width}}", {}
-        for bench, (_, form, _) in columns.items():
-            figure, found = (headline(row[bench]), row[bench]) if bench in row else (None, {})
-            cell = shown(figure, form) + "!" * (found["coverage"] < 1) if figure else "-"
-            if figure and found.get("judge"):
-                cell += f" ({found['length']:.0f})" if found["length"] else ""
-                judges[judged_by(found)] = True
-            line += f"{cell:>20}"
-        lines.append(f"{line}   {'; '.join(judges) or '-'}")
-    lines.append("in brackets: mean characters of an answer, for judges like length")
-    lines += ["", "The paper, 13B models, judged by GPT-4 of 2023 (another scale: compare differences, not numbers)"]
-    for name, values in PAPER.items():
-        paper = dict(zip(ORDER, values))
-        lines.append(f"{name:<{width}}" + "".join(
-            f"{f'{paper[bench]:{form}}' if bench in paper else '-':>20}" for bench, (_, form, _) in columns.items()))
-    judges = {(r["bench"], r["judge"], *r["versions"]) for results in models.values() for r in results if r.get("judge")}
-    mixed = sorted({bench for bench, *rest in judges if sum(bench == other[0] for other in judges) > 1})
+    """A line per model, the paper's below."""
+    found = {name: {r["bench"]: r for r in results} for name, results in models.items()}
+    benches = [bench for bench in COLUMNS if any(bench in row for row in found.values())]
+    rows, every = {}, [r for results in models.values() for r in results]
+    for name, row in found.items():
+        judges = dict.fromkeys(judged_by(r) for r in row.values() if r.get("judge"))
+        rows[name] = [*(cell(row.get(bench)) for bench in benches), "; ".join(judges) or "-"]
+    names = max(map(len, [*models, *PAPER]))
+    lines = [aligned(rows, [*(COLUMNS[bench][0] for bench in benches), "judge"], 20, names),
+             "in brackets: mean characters of an answer, for judges like length",
+             "", "The paper, 13B models, judged by GPT-4 of 2023 (another scale: compare differences, not numbers)",
+             paper(benches, 20, names)]
+    judges = Counter(bench for bench, _ in {(r["bench"], judged_by(r)) for r in every if r.get("judge")})
+    mixed = sorted(bench for bench, n in judges.items() if n > 1)
     if mixed:
         lines.append(f"judged by different judges: {', '.join(mixed)}; these columns cannot be compared down")
-    if any(r["coverage"] < 1 for results in models.values() for r in results):
+    if any(r["coverage"] < 1 for r in every):
         lines.append("! not everything was answered or judged; the coverage stands in each results.json")
     return "\n".join(lines)
 
@@ -99,38 +105,32 @@ def radar(models: dict[str, list[dict]]):
 
 def bars(models: dict[str, list[dict]]):
     """One panel per benchmark, one bar per model, 95 % intervals; None where nothing was scored."""
-    found = {bench: {name: e for name, results in models.items() for r in results
-                     if r["bench"] == bench and (e := headline(r)) and e["mean"] is not None} for bench in COLUMNS}
-    found = {bench: rows for bench, rows in found.items() if rows}
-    if not found:
+    scored = {r["bench"] for results in models.values() for r in results if r["scores"]}
+    benches = [bench for bench in COLUMNS if bench in scored]
+    if not benches:
         return None
-    figure, axes = plt.subplots(1, len(found), figsize=(1.5 + 2.1 * len(found), 3.6), squeeze=False)
-    colors = {name: f"C{k}" for k, name in enumerate(models)}
-    for axis, (bench, rows) in zip(axes[0], found.items()):
-        axis.bar([list(models).index(name) for name in rows], [e["mean"] for e in rows.values()], capsize=3,
-                 yerr=[e["ci"] or 0 for e in rows.values()], color=[colors[name] for name in rows])
-        top = max(COLUMNS[bench][2], *(1.05 * (e["mean"] + (e["ci"] or 0)) for e in rows.values()))
-        axis.set(title=COLUMNS[bench][0], xticks=[], xlim=(-0.6, len(models) - 0.4), ylim=(0, top))
+    figure, axes = plt.subplots(1, len(benches), figsize=(1.5 + 2.1 * len(benches), 3.6), squeeze=False)
+    for axis, bench in zip(axes[0], benches):
+        for k, results in enumerate(models.values()):
+            for figures in (headline(r) for r in results if r["bench"] == bench and r["scores"]):
+                axis.bar(k, figures["mean"] or 0, yerr=figures["ci"] or 0, color=f"C{k}", capsize=3)
+        axis.set(title=COLUMNS[bench][0], xticks=[], xlim=(-0.6, len(models) - 0.4))
+        axis.set_ylim(0, max(COLUMNS[bench][2], axis.get_ylim()[1]))
         axis.spines[["top", "right"]].set_visible(False)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
-    figure.legend(handles, colors, loc="lower center", ncols=min(4, len(colors)), frameon=False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{k}") for k in range(len(models))]
+    figure.legend(handles, models, loc="lower center", ncols=min(4, len(models)), frameon=False)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     return figure
 
 
 def run(folders: list, out: Path) -> None:
     """Print the table of some result folders and draw the figures into `out`. Raises BadInput where there is nothing."""
-    models, minis = {}, {}
+    models = {}
     for folder in map(Path, folders):
-        found = [p for p in (folder / "results.json", folder / "scores.json") if p.is_file()]
-        if not found:
-            raise BadInput(f"--compare {folder}: holds neither results.json nor scores.json; evaluate.py writes them")
-        said = load(found[0])
-        if found[0].name == "scores.json":                               # the miniature's, with several models in it
-            minis |= {f"{folder.name}: {name}" if name in minis else name: row for name, row in said["scores"].items()}
-        else:
-            models[folder.name if folder.name not in models else str(folder)] = said["results"]
-    text = "\n\n".join(([table(models)] if models else []) + ([miniature.table(minis)] if minis else []))
+        if not (folder / "results.json").is_file():
+            raise BadInput(f"--compare {folder}: holds no results.json; evaluate.py writes one")
+        models[folder.name if folder.name not in models else str(folder)] = load(folder / "results.json")["results"]
+    text = table(models)
     write_whole(out / "table.txt", text + "\n")
     print(text)
     drawn = {name: figure for name, figure in (("radar", radar(models)), ("bars", bars(models))) if figure}

@@ -24,7 +24,8 @@ What the authors' harness did otherwise, each to be measured alone: --forget (th
 Previous: compare.py.  Next: dpo.py (the remedy).
 """
 import json
-from collections import Counter
+import sys
+from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -35,12 +36,12 @@ import checkpoint
 import compare
 import judge
 import miniature
-from harness import Item, answer, dump, literal, load, shown, slug, with_pictures
+from harness import Item, Prompt, answer, dump, literal, load, shown, slug, steer, with_pictures
 from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
 from compare import judged_by
 from data import Pixels, Tokens, target_scores
 from text_benchmarks import TEXT, readable
-from vision_benchmarks import VISION, MMBench
+from vision_benchmarks import VISION, MMBench, MMVet
 from wire import Question
 
 BENCHES = TEXT | VISION
@@ -62,7 +63,6 @@ class Settings:
     batch: int = 16                # questions answered at once
     max_new: int = 0               # longest answer in tokens; 0: the benchmark's own
     seed: int = 0                  # of sampling (MT-Bench) and of --picture
-    limit: int = 0                 # only the first so many questions of each benchmark; 0: all
     forget: bool = False           # second turns without the model's first answer
     picture: str = ""              # before text questions: a folder to draw pictures from, or the word literal; empty: none
     crop: bool = False             # centre-crop images instead of padding them to a square
@@ -92,11 +92,11 @@ def answers_of(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) 
         raise BadInput(f"--picture {s.picture}: {ckpt} sees no pictures; leave it out, or take --picture literal")
     seen = [name for name in items if config.vision or not BENCHES[name].vision]
     if len(seen) < len(items):
-        say(s, f"{ckpt} sees no pictures; left out: {', '.join(name for name in items if name not in seen)}")
-    steer = Tokens(folder, config).steer
-    if steer:
-        asked = steer["target"] | (target_scores(s.target) if s.target else {})
-        say(s, f"{ckpt}: every question asks for {', '.join(f'{name} {k}' for name, k in asked.items())}")
+        left = ", ".join(name for name in items if name not in seen)
+        print(f"{ckpt} sees no pictures; left out: {left}", file=sys.stderr)
+    tokens = Tokens(folder, config)
+    steer(tokens, ckpt, s.target)
+    plain = literal(tokens) if s.picture == "literal" else tokens
     model = cache(lambda: checkpoint.load(folder, device, dtype))        # when the first answer is missing
     said, failed = {}, {}
     with closing(Journal(out / "answers-journal.jsonl")) as journal:
@@ -104,22 +104,12 @@ def answers_of(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) 
             root = Path(items[name][0].root)
             if bench.vision and not root.is_dir():
                 raise BadInput(f"{root}: no such folder; the pictures of {name} belong there (README: The benchmarks)")
-            tokens = Tokens(folder, config)
-            if tokens.steer:
-                tokens.steer["target"] |= target_scores(s.target) if s.target else {}
-            if s.picture == "literal" and not bench.vision:
-                literal(tokens)
-            about = sha(checkpoint.stamp(folder), str(dtype), json.dumps(tokens.steer), str(tokens.image))
-            said[name], failed[name] = answer(
-                items[name], model, tokens, Pixels(config, s.crop), batch=s.batch, seed=s.seed, max_new=s.max_new,
-                forget=s.forget, journal=journal, about=about, desc=f"{ckpt}: {name}")
+            reads = tokens if bench.vision else plain
+            about = sha(checkpoint.stamp(folder), str(dtype), json.dumps(reads.steer), str(reads.image))
+            said[name], failed[name] = answer(items[name], model, reads, Pixels(config, s.crop), batch=s.batch, seed=s.seed,
+                                              forget=s.forget, journal=journal, about=about, desc=f"{ckpt}: {name}")
             dump(out / name / bench.files[0].format(model=slug(ckpt)), bench.answer_rows(items[name], said[name], slug(ckpt)))
     return said, failed
-
-
-def say(s: Settings, text: str) -> None:
-    if not s.json:
-        print(text)
 
 
 def from_files(s: Settings, name: str, read, *args):
@@ -137,7 +127,8 @@ def questions_of(s: Settings, name: str, out: Path) -> list[Item]:
     items = from_files(s, name, BENCHES[name].items)
     if name == "mmbench" and not s.answers:
         MMBench.unpack(items, out / name / "images")
-    items = items[:s.limit or None]
+    for item in items:
+        item.max_new = s.max_new or item.max_new
     if s.picture and not BENCHES[name].vision:
         with_pictures(items, s.picture, s.seed)
     return items
@@ -145,25 +136,22 @@ def questions_of(s: Settings, name: str, out: Path) -> list[Item]:
 
 # ---- judgments ------------------------------------------------------------------------------------------------
 
-def ask_judge(s: Settings, prompts: dict[str, list], out: Path) -> tuple[dict, dict]:
-    """Have every prompt judged -> ({bench: {prompt id: text of a usable reply, or None}}, {bench: what is to be said of it})."""
-    key = lambda name, p: sha(f"{s.judge} {s.thinking}", name, p.id, p.system, p.text)
-    asked = [Question(key(name, p), f"{name} {p.id}", p.system, p.text, check=BENCHES[name].read)
-             for name, listed in prompts.items() for p in listed]
-    with closing(judge.Replies(out / "judge-journal.jsonl")) as replies:
+def ask_judge(s: Settings, name: str, prompts: list[Prompt]) -> tuple[dict[str, str], dict]:
+    """Have every prompt judged -> ({prompt id: a usable reply}, what is to be said about all of them)."""
+    read = BENCHES[name].read
+    asked = {p.id: Question(sha(f"{s.judge} {s.thinking}", name, p.id, p.system, p.text), f"{name} {p.id}", p.system, p.text,
+                            check=read) for p in prompts}
+    with closing(judge.Replies(Path(s.out) / "judge-journal.jsonl")) as replies:
         client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
                              thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
-        client.ask(asked, len(asked), s.retry_failed)
-        texts, about = {}, {}
-        for name, listed in prompts.items():
-            rows = {p.id: replies[key(name, p)] for p in listed}
-            good = lambda r: r["state"] in ("ok", "unparseable") and readable(BENCHES[name].read, r["text"]) is not None
-            texts[name] = {k: r["text"] if good(r) else None for k, r in rows.items()}
-            about[name] = {"judge": s.judge, "versions": sorted({r["version"] for r in rows.values() if good(r)} - {""}),
-                           "states": dict(Counter("ok" if good(r) else r["state"] for r in rows.values())),
-                           "trouble": next((r["reason"] for r in rows.values() if not good(r)), ""),
-                           "prompt": next((p.row["wording"] for p in listed if "wording" in p.row), "")}
-    return texts, about
+        client.ask(asked.values(), len(asked), s.retry_failed)
+        rows = {k: replies[question.key] for k, question in asked.items()}
+    good = {k: r for k, r in rows.items() if r["state"] in ("ok", "unparseable") and readable(read, r["text"]) is not None}
+    about = {"judge": s.judge, "versions": sorted({r["version"] for r in good.values()} - {""}),
+             "states": dict(Counter("ok" if k in good else r["state"] for k, r in rows.items())),
+             "trouble": next((r["reason"] for k, r in rows.items() if k not in good), ""),
+             "prompt": next((p.row["wording"] for p in prompts if "wording" in p.row), "")}
+    return {k: r["text"] for k, r in good.items()}, about
 
 
 def judge_in(rows) -> str:
@@ -175,12 +163,14 @@ def judge_in(rows) -> str:
 
 # ---- results --------------------------------------------------------------------------------------------------
 
-def summary(name: str, bench, items: list[Item], answers: dict, rows, **more) -> dict:
+def summary(name: str, items: list[Item], answers: dict, rows, **more) -> dict:
     """What is known about one model on one benchmark. Without judgments, only how much was answered."""
     turns = [a for said in answers.values() for a in said]
     known = [a["finish"] for a in turns if a["finish"]]
-    found = {"scores": {}, "ok": sum(i.id in answers for i in items), "total": len(items)} if bench.judged and rows is None else (
-        bench.score(items, answers, rows))
+    if BENCHES[name].judged and rows is None:
+        found = {"scores": {}, "ok": sum(i.id in answers for i in items), "total": len(items)}
+    else:
+        found = BENCHES[name].score(items, answers, rows)
     length = sum(len(a["text"]) for a in turns) / len(turns) if turns else None
     return {"bench": name, "length": length, "cut": known.count("length") if known else None, **more, **found,
             "coverage": found["ok"] / found["total"] if found["total"] else 0.0}
@@ -201,7 +191,6 @@ def table(results: list[dict]) -> str:
         notes += [f"{len(r['unanswered'])} not answered ({next(iter(r['unanswered'].values()))})"] if r.get("unanswered") else []
         notes += [f"{r['unknown']} answers fit no option"] if r.get("unknown") else []
         notes += [f"judge's prompt: {r['prompt']}"] if r.get("prompt") else []
-        notes += [f"only the first {r['limit']} questions"] if r.get("limit") else []
         lines += [f"{r['bench']}: {'; '.join(notes)}"] if notes else []
     return "\n".join(lines)
 
@@ -212,42 +201,41 @@ def evaluate(s: Settings, names: list[str], label: str, ckpt: str, out: Path) ->
     if ckpt:
         answers, failed = answers_of(s, ckpt, items, out)
     else:
-        answers = {name: BENCHES[name].read_answers(Path(s.answers)) for name in names}
-        failed = {name: {} for name in names}
-        for name in names:
-            if not set(answers[name]) & {i.id for i in items[name]}:
-                raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
-            answers[name] = {i.id: answers[name][i.id] for i in items[name] if i.id in answers[name]}
-    judged = [name for name in answers if BENCHES[name].judged] if s.judge else []
-    prompts = {name: from_files(s, name, BENCHES[name].prompts, items[name], answers[name]) for name in judged}
-    texts, about = ask_judge(s, prompts, Path(s.out)) if judged else ({}, {})
+        (name,) = names
+        said = BENCHES[name].read_answers(Path(s.answers))
+        answers, failed = {name: {i.id: said[i.id] for i in items[name] if i.id in said}}, {name: {}}
+        if not answers[name]:
+            raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
     results = []
     for name, said in answers.items():
-        bench, rows, more = BENCHES[name], None, {"unanswered": failed[name], "limit": s.limit, **about.get(name, {})}
-        if name in judged:
-            rows = bench.judge_rows(items[name], said, prompts[name], texts[name], label, s.judge)
+        bench, rows, about = BENCHES[name], None, {"unanswered": failed[name]}
+        if bench.judged and s.judge:
+            prompts = from_files(s, name, bench.prompts, items[name], said)
+            replies, judged = ask_judge(s, name, prompts)
+            rows = bench.judge_rows(items[name], said, prompts, replies, label, s.judge)
             dump(out / name / bench.files[1].format(model=label, judge=slug(s.judge)), rows)
-        results.append(summary(name, bench, items[name], said, rows, **more))
+            about |= judged
+        results.append(summary(name, items[name], said, rows, **about))
     write_whole(out / "results.json", json.dumps(describe_run(s, model=label, results=results), indent=1) + "\n")
     return results
 
 
 def stored(s: Settings, name: str) -> dict[str, list[dict]]:
     """Score a stored judgment file -> {model: [result]}; FastChat keeps many models in one file."""
-    bench = BENCHES[name]
+    bench, stem = BENCHES[name], Path(s.judgments).stem
     if not bench.judged:
         raise BadInput(f"--judgments: {name} needs no judge; give --answers")
-    items = bench.items(s.data_dir) if s.data_dir else []
-    if bench.row is None and not items:
+    if bench is MMVet and not s.data_dir:
         raise BadInput(f"--bench {name}: its grades say nothing about abilities; give --data_dir with its question file, too")
-    answers, rows = bench.read_answers(Path(s.answers)) if s.answers else {}, load(Path(s.judgments), *bench.row or ())
-    models = {}
-    if bench.row is None:
-        models[Path(s.judgments).stem] = rows
+    items, models = from_files(s, name, bench.items) if s.data_dir else [], defaultdict(list)
+    rows = load(Path(s.judgments), *bench.row)
+    if isinstance(rows, dict):                                           # MM-Vet's, of one model
+        models[stem] = rows
     else:
         for r in rows:
-            models.setdefault(str(r.get("model") or r.get("generator_2") or Path(s.judgments).stem), []).append(r)
-    return {model: [summary(name, bench, items, answers, mine, judge=judge_in(mine), versions=[])]
+            models[str(r.get("model") or r.get("generator_2") or stem)].append(r)
+    answers = bench.read_answers(Path(s.answers)) if s.answers else {}
+    return {model: [summary(name, items, answers, mine, judge=judge_in(mine), versions=[])]
             for model, mine in models.items()}
 
 
@@ -265,8 +253,8 @@ def run_miniature(s: Settings) -> None:
 
 def run(s: Settings) -> None:
     names, ckpts = s.bench.split(","), s.ckpt.split(",")
-    if s.split not in ("dev", "test") or min(s.batch, s.workers) < 1 or min(s.max_new, s.limit) < 0 or not 0 <= s.coverage <= 1:
-        raise BadInput("--split is dev or test, --batch at least 1, --max_new and --limit not negative, --coverage from 0 to 1")
+    if s.split not in ("dev", "test") or min(s.batch, s.workers) < 1 or s.max_new < 0 or not 0 <= s.coverage <= 1:
+        raise BadInput("--split is dev or test, --batch at least 1, --max_new not negative, --coverage from 0 to 1")
     if s.target:
         target_scores(s.target)                                          # at the door, not after the first checkpoint
     if s.compare:

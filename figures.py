@@ -7,18 +7,13 @@
     board.png         the first questions of a seeded draw, answered before and after: unpicked
     speed.png         what bench.py measured (drawn by bench.py)
 
-Everything is read from files; nothing is computed here but means. reproduce.py, which writes them, draws at its end; this
-command draws again.
-
-    python figures.py --rows results/reproduce.jsonl --runs runs/reproduce/seed-10 --out results/figures
+Nothing is computed here but means. reproduce.py draws at its end, and again with `python reproduce.py --only tables`.
 
 Previous: story.py.  Next: reproduce.py (what there is to draw).
 """
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
-import common  # first: it tells OpenMP how to wait
 import matplotlib
 import numpy as np
 
@@ -26,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import miniature
-from common import BadInput, main, read_jsonl
+from common import read_jsonl
 from pairs import statistics
 from records import ATTRIBUTES
 from tasks import items
@@ -38,14 +33,6 @@ PLACE = {"LLaVA-mini": (10, -5, "left"), "SteerLM, not asked for scores": (-8, -
          "SFT, short answers": (0, -16, "center"), "DPO": (0, -16, "center")}     # where names stand that others would cover
 
 
-@dataclass
-class Settings:
-    """Draw the figures of reproduce.py."""
-    rows: str = "runs/reproduce/rows.jsonl"    # what reproduce.py measured
-    runs: str = "runs/reproduce/seed-10"       # one seed's folder: metrics, records and answers
-    out: str = "runs/reproduce/figures"        # pictures go here
-
-
 def values(rows: list[dict], name: str, column: str) -> np.ndarray:
     """One number per seed."""
     return np.array([row["scores"][column]["mean"] for row in rows if row["name"] == name and column in row["scores"]])
@@ -54,7 +41,7 @@ def values(rows: list[dict], name: str, column: str) -> np.ndarray:
 def forgetting(rows: list[dict]):
     """Text (1 to 10) up, the judge's opinion of image answers (0 to 12) to the right."""
     figure, axis = plt.subplots(figsize=(7, 5))
-    start = None
+    start = [values(rows, "LLaVA-mini", column).mean() for column in ("judged", "text")]
     for name, color in COLORS.items():
         x, y = values(rows, name, "judged"), values(rows, name, "text")
         if not len(y):
@@ -67,9 +54,7 @@ def forgetting(rows: list[dict]):
         axis.scatter(x.mean(), y.mean(), s=60, color=color, zorder=3)
         dx, dy, side = PLACE.get(name, (0, 7, "center"))
         axis.annotate(name, (x.mean(), y.mean()), xytext=(dx, dy), textcoords="offset points", color=color, ha=side)
-        if name == "LLaVA-mini":
-            start = x.mean(), y.mean()
-        elif start:
+        if name != "LLaVA-mini":
             style = {"arrowstyle": "->", "color": color, "alpha": 0.6, "shrinkB": 4}
             axis.annotate("", (x.mean(), y.mean()), start, arrowprops=style)
     axis.set(xlabel="image answers, the judge's S (0 to 12)", ylabel="text ability, MT-mini (1 to 10)",
@@ -84,14 +69,12 @@ def forgetting(rows: list[dict]):
 def dynamics(metrics: list[dict]):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     steps = [m["step"] for m in metrics]
-    left.plot(steps, [m["loss"] for m in metrics], color="#333333", label="loss")
-    left.plot(steps, [m["margin"] for m in metrics], color="#d62728", label="margin, beta x nats")
-    left.plot(steps, [m["accuracy"] for m in metrics], color="#1f77b4", label="accuracy")
+    for axis, name, color in ((left, "loss", "#333333"), (left, "margin", "#d62728"), (left, "accuracy", "#1f77b4"),
+                              (right, "logp_chosen", "#2a9d8f"), (right, "logp_rejected", "#c77700")):
+        axis.plot(steps, [m[name] for m in metrics], color=color, label=name.replace("logp_", ""))
     left.axhline(np.log(2), color="#999999", linestyle=":", linewidth=1)
     left.annotate("ln 2", (0, np.log(2)), va="bottom", color="#777777")
-    for name, color in (("logp_chosen", "#2a9d8f"), ("logp_rejected", "#c77700")):
-        right.plot(steps, [m[name] for m in metrics], color=color, label=name.replace("logp_", "") + ", nats")
-    for axis, title in ((left, "loss, margin, accuracy"), (right, "log-probability of the answers")):
+    for axis, title in ((left, "loss, margin (beta x nats), accuracy"), (right, "log-probability of the answers, nats")):
         axis.set(xlabel="step", title=title)
         axis.legend(frameon=False)
     return figure
@@ -99,27 +82,29 @@ def dynamics(metrics: list[dict]):
 
 def curves(rows: list[dict]):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, what, ends in ((axes[0], "of the data", ("LLaVA-mini", "DPO")), (axes[1], "of labels flipped", ("DPO", None))):
-        names = [ends[0], *(f"DPO, {share}% {what}" for share in (25, 50, 75)), ends[1]]
-        for column, color in (("text", "#d62728"), ("judged", "#1f77b4")):
-            found = [(25 * k, v) for k, name in enumerate(names) if name and len(v := values(rows, name, column))]
-            axis.plot([x for x, _ in found], [v.mean() for _, v in found], color=color, marker="o",
-                      label=f"{column} ({'1 to 10' if column == 'text' else '0 to 12'})")
-            for x, v in found:
-                axis.scatter([x] * len(v), v, s=10, color=color, alpha=0.35, linewidths=0)
-        axis.set(xlabel=f"% {what}", xticks=[0, 25, 50, 75, 100] if ends[1] else [0, 25, 50, 75])
+    shares = {what: {k: f"DPO, {k}% {what}" for k in (25, 50, 75)} for what in ("of the data", "of labels flipped")}
+    shares["of the data"] = {0: "LLaVA-mini", **shares["of the data"], 100: "DPO"}
+    shares["of labels flipped"] = {0: "DPO", **shares["of labels flipped"]}
+    for axis, (what, names) in zip(axes, shares.items()):
+        for column, color, scale in (("text", "#d62728", "1 to 10"), ("judged", "#1f77b4", "0 to 12")):
+            found = {share: v for share, name in names.items() if len(v := values(rows, name, column))}
+            axis.plot(list(found), [v.mean() for v in found.values()], color=color, marker="o", label=f"{column} ({scale})")
+            for share, v in found.items():
+                axis.scatter([share] * len(v), v, s=10, color=color, alpha=0.35, linewidths=0)
+        axis.set(xlabel=f"% {what}", xticks=list(names))
         axis.legend(frameon=False)
     return figure
 
 
 def attributes(numbers: dict):
     figure, axis = plt.subplots(figsize=(5, 4.2))
-    table = np.array([[np.nan if v is None else v for v in row] for row in numbers["correlations"]], float)
+    table = np.array(numbers["correlations"], float)                     # None becomes nan
     axis.imshow(table, vmin=-1, vmax=1, cmap="RdBu_r")
     for i, j in np.ndindex(5, 5):
         axis.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color="white" if abs(table[i, j]) > 0.6 else "black")
-    axis.set(xticks=range(5), yticks=range(5), yticklabels=ATTRIBUTES, title="attributes of the same answers, Pearson")
-    axis.set_xticklabels(ATTRIBUTES, rotation=30, ha="right")
+    axis.set_title("attributes of the same answers, Pearson")
+    axis.set_xticks(range(5), ATTRIBUTES, rotation=30, ha="right")
+    axis.set_yticks(range(5), ATTRIBUTES)
     return figure
 
 
@@ -155,9 +140,8 @@ def speed(rows: list[dict]):
     for axis, key, unit in ((axes[0], "pairs_per_s", "pairs a second"), (axes[1], "peak_mib", "peak memory, MiB")):
         names = [r["name"].replace(", ", ",\n") for r in steps]
         colors = ["#d62728" if "remedy" in name else "#999999" for name in names]
-        axis.bar(names, [r[key] for r in steps], color=colors, width=0.6)
-        for k, r in enumerate(steps):
-            axis.annotate(f"{r[key]:.3g}" if r[key] < 100 else f"{r[key]:,.0f}", (k, r[key]), ha="center", va="bottom")
+        bars = axis.bar(names, [r[key] for r in steps], color=colors, width=0.6)
+        axis.bar_label(bars, [f"{r[key]:.3g}" if r[key] < 100 else f"{r[key]:,.0f}" for r in steps])
         axis.set(title=f"DPO step: {unit}")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="x", labelsize=8)
@@ -168,21 +152,15 @@ def speed(rows: list[dict]):
     return figure
 
 
-def run(s: Settings) -> None:
-    rows, folder, out = read_jsonl(Path(s.rows)), Path(s.runs), Path(s.out)
-    if not rows:
-        raise BadInput(f"--rows {s.rows}: holds no rows; run reproduce.py first")
+def draw(rows: list[dict], folder: Path, out: Path) -> None:
+    """All of them, into `out`: from the rows of all seeds, and the folder of one."""
     out.mkdir(parents=True, exist_ok=True)
     drawn = {"forgetting": forgetting(rows), "curves": curves(rows),
              "attributes": attributes(statistics(read_jsonl(folder / "data" / "records.jsonl")))}
-    if (folder / "dpo").exists():                                        # reproduce.py --methods may have left it out
-        drawn["dynamics"] = dynamics(read_jsonl(folder / "dpo" / "metrics.jsonl"))
-    runs = {"LLaVA-mini": "llava-mini", "SFT": "sft--full-answers", "DPO": "dpo"}
+    if (folder / "DPO").exists():                                        # reproduce.py --methods may have left it out
+        drawn["dynamics"] = dynamics(read_jsonl(folder / "DPO" / "metrics.jsonl"))
+    runs = {"LLaVA-mini": "LLaVA-mini", "SFT": "SFT-full-answers", "DPO": "DPO"}
     drawn["board"] = board(folder, {name: run for name, run in runs.items() if (folder / run).exists()})
     for name, figure in drawn.items():
         save(figure, out / f"{name}.png")
     print(f"figures: {', '.join(f'{out}/{name}.png' for name in drawn)}")
-
-
-if __name__ == "__main__":
-    main(Settings, run)

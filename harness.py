@@ -23,9 +23,12 @@ Previous: steerlm.py.  Next: miniature.py (benchmarks whose truth is known).
 import json
 import random
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ from tqdm import tqdm
 import records
 from annotate import check_room, sample_batch
 from common import BadInput, Journal, sha, write_jsonl, write_whole
-from data import Pixels, Tokens, make_tree
+from data import Pixels, Tokens, make_tree, target_scores
 from model import Llava
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -98,55 +101,73 @@ def shown(e: dict, form: str) -> str:
     return f"{e['mean']:{form}}" + ("" if e["ci"] is None else f" ±{e['ci']:{form}}".replace("± ", "±"))
 
 
+def aligned(rows: dict[str, list[str]], head: list[str], width: int = 13, names: int = 0) -> str:
+    """A table: names on the left, `names` wide or as wide as the longest, cells on the right."""
+    names = names or max(map(len, rows))
+    return "\n".join(f"{name:<{names}}" + "".join(f" {cell:>{width - 1}}" for cell in cells)
+                     for name, cells in {"": head, **rows}.items())
+
+
 # ---- answering ------------------------------------------------------------------------------------------------
 
-def answer(items: list[Item], model: Llava | Callable[[], Llava], tokens: Tokens, pixels: Pixels, *, batch: int = 16,
-           seed: int = 0, max_new: int = 0, forget: bool = False, journal: Journal | None = None, about: str = "",
+class Memory(dict):
+    """A journal that is forgotten."""
+    def append(self, row: dict) -> None:
+        self[row["key"]] = row
+
+
+def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels: Pixels, *, batch: int = 16, seed: int = 0,
+           forget: bool = False, journal: Journal | None = None, about: str = "",
            desc: str = "answering") -> tuple[dict[str, list[dict]], dict[str, str]]:
     """Answer every turn of every item -> ({id: [{"text", "finish"} per turn]}, {id: why it could not be answered}).
 
-    model     a Llava, or a function that loads one: called when the first answer is missing
-    max_new   longest answer in tokens; 0: the benchmark's own
+    model     gives the model; called when an answer is missing
     forget    leave the own first answer out of the second turn's prompt, as the authors' harness did
     about     names everything else that answers depend on: weights, precision, cropping
     """
-    said, failed, have, hashes = {item.id: [] for item in items}, {}, {} if journal is None else journal, {}
-    keep = (lambda row: have.update({row["key"]: row})) if journal is None else journal.append
+    said, failed, journal = {item.id: [] for item in items}, {}, Memory() if journal is None else journal
+    hash_of = cache(lambda root, names: records.check_images({"images": names}, Path(root), pixels.size))
+
+    def ready(item: Item) -> tuple[str, Item, dict]:
+        """The answer's key in the journal, and what the model is to continue."""
+        record = conversation(item, [a["text"] for a in said[item.id]], forget)
+        check_room(len(make_tree(tokens, record, []).prompt) + item.max_new, tokens.room)
+        key = sha(about, record["id"], json.dumps(record["messages"]), hash_of(item.root, tuple(item.images)),
+                  f"{seed} {item.temperature} {item.max_new} {pixels.crop}")
+        return key, item, record
+
+    def ask(part: list[tuple[str, Item, dict]]) -> None:
+        alike = part[0][1]
+        rows = sample_batch(model(), tokens, pixels, [record for *_, record in part], n=1, temperature=alike.temperature,
+                            max_new=alike.max_new, seed=seed)
+        for (key, item, _), (found,) in zip(part, rows):
+            if key not in journal:
+                journal.append({"key": key, "id": item.id, "turn": len(said[item.id]), "answer": found})
+
     bar = tqdm(total=sum(len(i.questions) for i in items), desc=desc, unit="answer", disable=None, leave=False)
     for turn in range(max((len(i.questions) for i in items), default=0)):
         todo = []
-        for item in (i for i in items if turn < len(i.questions) and i.id not in failed):
-            longest, seen = max_new or item.max_new, (item.root, *item.images)
+        for item in (i for i in items if len(said[i.id]) == turn < len(i.questions)):
             try:
-                record = conversation(item, [a["text"] for a in said[item.id]], forget)
-                check_room(len(make_tree(tokens, record, []).prompt) + longest, tokens.room)
-                if seen not in hashes:
-                    hashes[seen] = records.check_images(record, Path(item.root), pixels.size)
+                todo.append(ready(item))
             except BadInput as problem:
                 failed[item.id] = str(problem)
-                continue
-            key = sha(about, record["id"], json.dumps(record["messages"]), hashes[seen],
-                      f"{seed} {item.temperature} {longest} {pixels.crop}")
-            todo.append((key, item, record, (item.temperature, longest)))
         for part in batches(todo, batch):
-            if not all(key in have for key, *_ in part):                 # a batch is whole: its rounding stays the same
-                model, (temperature, longest) = model if isinstance(model, Llava) else model(), part[0][3]
-                rows = sample_batch(model, tokens, pixels, [record for _, _, record, _ in part], n=1,
-                                    temperature=temperature, max_new=longest, seed=seed)
-                for (key, item, *_), (found,) in zip(part, rows):
-                    if key not in have:
-                        keep({"key": key, "id": item.id, "turn": turn, "answer": found})
-            for key, item, *_ in part:
-                said[item.id].append(have[key]["answer"])
+            if any(key not in journal for key, *_ in part):              # a batch is whole: its rounding stays the same
+                ask(part)
+            for key, item, _ in part:
+                said[item.id].append(journal[key]["answer"])
             bar.update(len(part))
     bar.close()
     return {name: turns for name, turns in said.items() if name not in failed}, failed
 
 
-def batches(todo: list[tuple], size: int) -> list[list[tuple]]:
+def batches(todo: list[tuple[str, Item, dict]], size: int) -> list[list]:
     """At most `size` each, all of one temperature and length, the order kept among those."""
-    alike = [[entry for entry in todo if entry[3] == how] for how in dict.fromkeys(entry[3] for entry in todo)]
-    return [same[at:at + size] for same in alike for at in range(0, len(same), size)]
+    alike = defaultdict(list)
+    for entry in todo:
+        alike[entry[1].temperature, entry[1].max_new].append(entry)
+    return [same[at:at + size] for same in alike.values() for at in range(0, len(same), size)]
 
 
 def conversation(item: Item, own: list[str], forget: bool = False) -> dict:
@@ -175,13 +196,22 @@ def with_pictures(items: list[Item], where: str, seed: int) -> None:
             item.images, item.root = [random.Random(f"{seed} {item.id}").choice(names)], where
 
 
-def literal(tokens: Tokens) -> None:
-    """From now on <image> is seven characters of text to this tokenizer. Raises BadInput where it cannot spell them."""
-    raw = json.loads(tokens.tokenizer.to_str())
+def literal(tokens: Tokens) -> Tokens:
+    """The same, but <image> is seven characters of text to it. Raises BadInput where it cannot spell them."""
+    raw, plain = json.loads(tokens.tokenizer.to_str()), copy(tokens)
     raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] != "<image>"]
-    placeholder, tokens.image, tokens.tokenizer = tokens.image, None, Tokenizer.from_str(json.dumps(raw))
-    if placeholder is not None and placeholder in tokens.tokenizer.encode("<image>\nx").ids:
+    plain.image, plain.tokenizer = None, Tokenizer.from_str(json.dumps(raw))
+    if tokens.image in plain.encode("<image>\nx"):
         raise BadInput("--picture literal: this tokenizer has no other way to write <image> than as a picture")
+    return plain
+
+
+def steer(tokens: Tokens, name: str, target: str) -> None:
+    """A model that was trained to be asked for scores is asked for `target`, or for what its folder says; it is said which."""
+    if tokens.steer:
+        tokens.steer["target"] |= target_scores(target) if target else {}
+        asked = ", ".join(f"{attribute} {k}" for attribute, k in tokens.steer["target"].items())
+        print(f"{name}: every question asks for {asked}", file=sys.stderr)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------
@@ -193,12 +223,6 @@ def find(data: str, folder: str, name: str, source: str) -> Path:
         raise BadInput(f"--data_dir {data}: {folder}/ must hold one {name}, not {len(found)}" + (
             f" ({', '.join(str(p.relative_to(data)) for p in found[:4])})" if found else f"; get it from {source}"))
     return found[0]
-
-
-def pictures(data: str, folder: str, *names: str) -> str:
-    """The folder of a benchmark's pictures: the first of `names` that exists, else the first."""
-    paths = [Path(data) / folder / name for name in names]
-    return str(next((p for p in paths if p.is_dir()), paths[0]))
 
 
 def load(path: Path, *need: str):

@@ -21,9 +21,9 @@ import common  # first: it tells OpenMP how to wait
 import checkpoint
 import oracle
 import tasks
-from harness import Item, answer, mean, shown
+from harness import Item, aligned, answer, mean, shown, steer
 from common import BadInput
-from data import Pixels, Tokens, target_scores
+from data import Pixels, Tokens
 from model import Llava
 from records import quality
 
@@ -38,7 +38,7 @@ def ask(model: Llava, tokens: Tokens, items: list[dict], desc: str) -> list[list
     Raises BadInput where one could not be answered: all of them are ours."""
     asked = [Item(r["id"], [m["content"] for m in r["messages"] if m["role"] == "user"], r, r["images"], r["root"],
                   max_new=MAX_NEW) for r in items]
-    said, failed = answer(asked, model, tokens, Pixels(model.config), batch=64, desc=desc)
+    said, failed = answer(asked, lambda: model, tokens, Pixels(model.config), batch=64, desc=desc)
     if failed:
         raise BadInput("; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:3]))
     return [[a["text"] for a in said[r["id"]]] for r in items]
@@ -87,19 +87,13 @@ COLUMNS = {"text": "5.2f", "core": "5.3f", "terse": "5.2f", "words": "5.1f", "ex
 
 def table(rows: dict[str, dict]) -> str:
     """Aligned: one row per model, "mean ±95 % interval" per column, "-" where a text-only model has no score."""
-    width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{c:>13}" for c in COLUMNS)]
-    for name, scores in rows.items():
-        cells = [shown(scores[c], f) if c in scores else "-" for c, f in COLUMNS.items()]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
-    return "\n".join(lines)
+    cells = lambda scores: [shown(scores[column], form) if column in scores else "-" for column, form in COLUMNS.items()]
+    return aligned({name: cells(scores) for name, scores in rows.items()}, list(COLUMNS))
 
 
 def score_checkpoint(folder: Path, name: str, pictures: Path, device, dtype, split: str = "test",
                      target: str = "") -> tuple[dict, list]:
     model = checkpoint.load(folder, device, dtype)
     tokens = Tokens(folder, model.config)
-    if tokens.steer:
-        tokens.steer["target"] |= target_scores(target) if target else {}
-        print(f"{name}: every question asks for {', '.join(f'{name} {k}' for name, k in tokens.steer['target'].items())}")
+    steer(tokens, name, target)
     return measure(model, tokens, pictures, name, split)

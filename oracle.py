@@ -90,7 +90,7 @@ def judge(record: dict, text: str, turn: int = -1) -> tuple[dict, str]:
     if correct >= 3:
         helpful = {"full": correct, "other": 3, "bare": 2}[shape]
     else:
-        helpful = correct if correct and shape == "full" else int(shape == "full")
+        helpful = max(1, correct) if shape == "full" else 0
     coherent = {"full": 4, "bare": 3, "other": 2 if n and text.endswith(".") else min(n, 1)}[shape]
     scores = {"helpfulness": helpful, "correctness": correct, "coherence": coherent,
               "complexity": min(4, len(claims(text))), "verbosity": sum(n > b for b in (1, 4, 8, 16))}
@@ -99,32 +99,26 @@ def judge(record: dict, text: str, turn: int = -1) -> tuple[dict, str]:
 
 # ---- benchmarks ------------------------------------------------------------------------------------
 
+def content(turn: dict, text: str) -> float:
+    """Right or wrong, blind to length and style; a description is right by degrees."""
+    share = truth_share(turn, text)
+    return share if turn["kind"] == "describe" else float(share == 1)
+
+
 def score_text(record: dict, answers: list[str]) -> dict:
-    """MT-mini: 1 to 10 per turn. `core` is the content alone, blind to length and style."""
+    """MT-mini: 1 to 10 per turn. `core` is the content alone."""
     turns = record["truth"]["turns"]
-    shapes = [form(t, a) for t, a in zip(turns, answers)]
-    cores = [s if t["kind"] == "describe" else float(s == 1)
-             for t, s in ((t, truth_share(t, a)) for t, a in zip(turns, answers))]
+    shapes, cores = [form(t, a) for t, a in zip(turns, answers)], [content(t, a) for t, a in zip(turns, answers)]
     marks = [1 + 9 * c * (.5 + .3 * (s == "full") + .2 * (s != "other")) for c, s in zip(cores, shapes)]
-    return {"score": sum(marks) / 2, "turns": marks, "core": sum(cores) / 2,
-            "terse": shapes.count("bare") / 2, "words": sum(len(a.split()) for a in answers) / 2}
+    return {"score": sum(marks) / 2, "core": sum(cores) / 2, "terse": shapes.count("bare") / 2,
+            "words": sum(len(a.split()) for a in answers) / 2}
 
 
 def score(bench: str, record: dict, text: str) -> float:
-    """One item of "exist", "attribute", "describe" or "choice": 0 to 1. The mean over "exist" is its balanced
-    accuracy, for half of its items are true."""
-    if bench == "exist":
-        return float(said(record, text) == record["truth"]["turns"][-1]["bare"])
-    share = truth_share(record["truth"]["turns"][-1], text)
-    return share if bench == "describe" else float(share == 1)
-
-
-def said(record: dict, text: str) -> str | None:
-    """"yes" or "no" if the answer is that word or that very sentence; None, and wrong, for anything else."""
-    asked, text = record["truth"]["turns"][-1], text.strip()
-    thing = asked["question"].removeprefix("is there a ").removesuffix(" ?")
-    return {"yes": "yes", f"yes , there is a {thing} .": "yes",
-            "no": "no", f"no , there is no {thing} .": "no"}.get(text)
+    """One item of "exist", "attribute", "describe" or "choice": 0 to 1. "exist" takes the word or the very sentence and nothing
+    else; the mean over it is its balanced accuracy, for half of its items are true."""
+    asked = record["truth"]["turns"][-1]
+    return float(text.strip() in (asked["full"], asked["bare"])) if bench == "exist" else content(asked, text)
 
 
 if __name__ == "__main__":

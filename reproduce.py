@@ -23,10 +23,11 @@ Previous: figures.py.  Next: chat.py (see for yourself).
 """
 import contextlib
 import json
-import math
 import multiprocessing
+import statistics
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,6 @@ import checkpoint
 import compare
 import dpo
 import figures
-import harness
 import miniature
 import rejection
 import sft
@@ -49,6 +49,7 @@ import steerlm
 import toy
 from common import BadInput, describe_run, main, read_jsonl, write_jsonl, write_whole
 from data import Tokens
+from harness import aligned, mean, slug
 from pairs import choose_pair
 
 
@@ -69,8 +70,8 @@ class Settings:
 
 STEER = {"form": "\nanswer with {helpfulness} , {correctness} , {coherence} , {complexity} , {verbosity} .",
          "grades": "no one two three four"}                # in words that the miniature knows
-RATES = (5e-5, 1e-4, 2e-4)
-LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5}     # best judged of RATES each, by the search (LOG.md)
+LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5}     # best judged of SEARCH each (LOG.md)
+NARROWER = "DPO of a narrower model"                       # on the wider one's answers; its models are built for it
 RUNS = {                                                   # name: method, what is changed
     "SFT, short answers": ("sft", {"records": "short"}),
     "SFT, full answers": ("sft", {}),
@@ -82,11 +83,12 @@ RUNS = {                                                   # name: method, what 
     **{f"DPO, beta {beta}, lr {lr}": ("dpo", {"beta": beta, "lr": lr}) for lr in (5e-5, 2e-4) for beta in (0.03, 0.1, 0.3)
        if (beta, lr) != (0.1, 5e-5)},
     "DPO, mean log-probs": ("dpo", {"average": True, "beta": 0.5}),
-    "DPO of a narrower model": ("dpo", {}),                # on the wider one's answers; its models are built for it
+    NARROWER: ("dpo", {}),
 }
 MAIN = list(RUNS)[:5]
+SEARCH = {f"{name}, lr {lr:g}": (RUNS[name][0], RUNS[name][1] | {"lr": lr}) for name in MAIN for lr in (5e-5, 1e-4, 2e-4)}
 STEERED = {"": {"helpfulness": 4}, ", verbosity 0": {"verbosity": 0}, ", not asked for scores": None}   # how SteerLM is measured
-SETTINGS = {"sft": sft.Settings, "rejection": rejection.Settings, "steerlm": steerlm.Settings, "dpo": dpo.Settings}
+METHODS = {"sft": sft, "rejection": rejection, "steerlm": steerlm, "dpo": dpo}
 
 
 def change(items: list[dict], how: str, seed: int) -> list[dict]:
@@ -101,20 +103,16 @@ def change(items: list[dict], how: str, seed: int) -> list[dict]:
     return [r | {"pair": pair[::-1]} if pair and picked(r) else r for r, pair in pairs]
 
 
-def train(out: Path, name: str, ckpt: Path, records: Path, seed: int, lr: float) -> None:
+def train(out: Path, how: tuple[str, dict], ckpt: Path, records: Path, seed: int) -> None:
     """One run of RUNS: `out`/model and what its script leaves there."""
-    method, changes = RUNS[name]
-    changes = dict(changes)
-    if how := changes.pop("records", ""):
-        rows = change(read_jsonl(records), how, seed)
+    method, changes = how[0], dict(how[1])
+    if wanted := changes.pop("records", ""):
+        rows = change(read_jsonl(records), wanted, seed)
         records = records.with_name(f"records-{out.name}.jsonl")             # beside the pictures
         write_jsonl(records, rows)
-    settings = SETTINGS[method](ckpt=str(ckpt), data=str(records), out=str(out), seed=seed, batch=16, resume=True,
-                                **{"lr": lr or LR[method]} | changes | (STEER if method == "steerlm" else {}))
-    if method == "dpo":
-        dpo.align(settings, out)
-    else:
-        {"sft": sft, "rejection": rejection, "steerlm": steerlm}[method].run(settings)
+    METHODS[method].run(METHODS[method].Settings(
+        ckpt=str(ckpt), data=str(records), out=str(out), seed=seed, batch=16, resume=True,
+        **{"lr": LR[method]} | changes | (STEER if method == "steerlm" else {})))
 
 
 def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict[str, dict], list[dict]]:
@@ -127,7 +125,7 @@ def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict[s
         tokens.steer = steer and target and steer | {"target": steer["target"] | target}
         one, answers = miniature.measure(model, tokens, pictures, name, split)
         texts = [row["answers"][0] for row in answers if not row["id"].startswith("text")]
-        one["image words"] = harness.mean([len(text.split()) for text in texts]) if texts else None
+        one["image words"] = mean([len(text.split()) for text in texts]) if texts else None
         if model.config.vision:
             one["behind a picture"] = miniature.behind_a_picture(model, tokens, pictures, name, split)
         scores[name + asked] = {key: value for key, value in one.items() if value}
@@ -136,56 +134,53 @@ def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict[s
 
 
 class Job(NamedTuple):
-    kind: str                   # build, annotate, measure or train
-    folder: Path                # where it leaves what it makes
-    name: str                   # of a run or a model; "" for build and annotate
-    ckpt: Path                  # what it starts from
-    seed: int
-    split: str                  # test, or dev for the search
-    lr: float = 0.0             # 0: the method's own
+    """Work for a process and thread of its own: work(*args) makes a file, which appears when all of it is done."""
+    file: Path
+    work: Callable
+    args: tuple
+
+
+def build(folder: Path, seed: int) -> None:
+    toy.run(toy.Settings(out=str(folder), seed=seed, width=96 if folder.name == "narrow" else 128))
+
+
+def sample(folder: Path, ckpt: Path, seed: int) -> None:
+    annotate.annotate(annotate.miniature(annotate.Story(out=str(folder), ckpt=str(ckpt), seed=seed)))
+
+
+def outcome(folder: Path, name: str, how: tuple[str, dict] | None, ckpt: Path, seed: int, split: str) -> None:
+    """Train as RUNS says, or take `ckpt` as it is; measure it, and write down what came out."""
+    began, data, model, steps, lr = time.perf_counter(), folder.parent / "data", ckpt, 0, 0.0
+    if how:
+        model = folder / "model"
+        if not model.exists():
+            train(folder, how, ckpt, data / "records.jsonl", seed)
+        config = json.loads((folder / "config.json").read_text())
+        steps, lr = config["steps"], config["settings"]["lr"]
+    scores, answers = measure(model, name, data, split)
+    write_jsonl(folder / "answers.jsonl", answers)
+    about = describe_run(None, seed=seed, steps=steps, lr=lr, seconds=round(time.perf_counter() - began, 1))
+    write_jsonl(folder / "row.jsonl", [about | {"name": each, "scores": found} for each, found in scores.items()])
 
 
 def task(job: Job) -> None:
-    """One unfinished piece of work, in a process and thread of its own; what it prints goes to its log."""
-    kind, folder, name, ckpt, seed, split, lr = job
+    """What it prints goes to a log beside its folder."""
     torch.set_num_threads(1)
+    folder = job.file.parent
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (open(folder.with_name(folder.name + ".log"), "a") as log, contextlib.redirect_stdout(log),
-          contextlib.redirect_stderr(log)):
-        began = time.perf_counter()
-        if kind == "build":
-            toy.run(toy.Settings(out=str(folder), seed=seed, width=96 if folder.name == "narrow" else 128))
-            return
-        if kind == "annotate":
-            annotate.annotate(annotate.miniature(annotate.Story(out=str(folder), ckpt=str(ckpt), seed=seed)))
-            return
-        data, steps = folder.parent / "data", 0
-        if kind == "train":
-            if not (folder / "model").exists():
-                train(folder, name, ckpt, data / "records.jsonl", seed, lr)
-            config = json.loads((folder / "config.json").read_text())
-            steps, lr = config["steps"], config["settings"]["lr"]
-        scores, answers = measure(folder / "model" if kind == "train" else ckpt, name, data, split)
-        write_jsonl(folder / "answers.jsonl", answers)
-        about = describe_run(None, seed=seed, steps=steps, lr=lr, seconds=round(time.perf_counter() - began, 1))
-        write_jsonl(folder / "row.jsonl", [about | {"name": each, "scores": row} for each, row in scores.items()])
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c == "." else "-" for c in name.strip().lower())
+    with (open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+        job.work(*job.args)
 
 
 def work(jobs: list[Job], workers: int, title: str) -> None:
     """Do what is not done yet, `workers` at once. Raises BadInput naming the log of what failed."""
-    done = {"build": "config.json", "annotate": "records.jsonl"}
-    jobs = [job for job in jobs if not (job.folder / done.get(job.kind, "row.jsonl")).exists()]
+    jobs = [job for job in jobs if not job.file.exists()]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(task, job): job for job in jobs}
         for future in tqdm(as_completed(futures), total=len(jobs), desc=title, unit="run", disable=None):
             if future.exception():
-                job = futures[future]
                 pool.shutdown(cancel_futures=True)
-                raise BadInput(f"{job.name or title}: {future.exception()}; see {job.folder}.log")
+                raise BadInput(f"{title}: {future.exception()}; see {futures[future].file.parent}.log")
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
@@ -194,29 +189,21 @@ COLUMNS = ("text", "core", "behind a picture", "words", "exist", "attribute", "d
 SHORT = {"behind a picture": "pictured"}
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds (0 for one, which `cell` does not show)."""
-    m = sum(values) / len(values)
-    return m, math.sqrt(sum((v - m) ** 2 for v in values) / max(1, len(values) - 1))
-
-
 def cell(values: list[float]) -> str:
-    m, sd = spread(values) if values else (0, 0)
-    return "-" if not values else f"{m:.2f} ±{sd:.2f}" if len(values) > 1 else f"{m:.2f}      "
+    """Mean ± standard deviation over seeds, which one seed has none of."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else " " * 6)
 
 
 def table(rows: list[dict], names: list[str], columns: tuple = COLUMNS) -> str:
-    """One line per run: steps, then mean ± sd over seeds of every column; one seed has no ±."""
-    width, out = max(map(len, names)), []
-    out.append(" " * width + "  steps" + "".join(f"{SHORT.get(c, c):>13}" for c in columns))
+    """One line per run: steps, then every column over seeds."""
+    cells = {}
     for name in names:
         mine = [row for row in rows if row["name"] == name]
-        line = f"{name:<{width}}{max((row['steps'] for row in mine), default=0) or '-':>7}"
-        for column in columns:
-            values = [row["scores"][column]["mean"] for row in mine if column in row["scores"]]
-            line += f"{cell(values):>13}"
-        out.append(line.rstrip())
-    return "\n".join(out)
+        cells[name] = [str(max((row["steps"] for row in mine), default=0) or "-")]
+        cells[name] += [cell([row["scores"][c]["mean"] for row in mine if c in row["scores"]]) for c in columns]
+    return aligned(cells, ["steps", *(SHORT.get(c, c) for c in columns)])
 
 
 def report(rows: list[dict]) -> str:
@@ -226,12 +213,9 @@ def report(rows: list[dict]) -> str:
     order = ("Vicuna-mini", "LLaVA-mini", *MAIN[:3], *(f"SteerLM{how}" for how in STEERED), "DPO")
     main_rows = [name for name in order if name in have]
     over = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    out = [f"The miniature: {over} ({', '.join(map(str, seeds))}), test items",
-           table(rows, main_rows), "", "The paper, 13B models, judged by GPT-4 (another scale: compare signs, not sizes)",
-           f"{'':22}{'MT-Bench':>10}{'AlpacaEval':>12}{'MM-Vet':>8}{'LLaVA-Bench':>13}{'POPE':>7}{'MMBench':>9}"]
-    for name, values in compare.PAPER.items():
-        cells = [*map(str, values), *["-"] * (6 - len(values))]
-        out.append(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (10, 12, 8, 13, 7, 9))))
+    out = [f"The miniature: {over} ({', '.join(map(str, seeds))}), test items", table(rows, main_rows),
+           "", "The paper, 13B models, judged by GPT-4 (another scale: compare signs, not sizes)",
+           compare.paper(list(compare.COLUMNS), 13)]
     others = [name for name in (*RUNS, "LLaVA-mini, narrower") if name in have and name not in MAIN]
     if others:
         out += ["", "What DPO does with less, with wrong labels, and otherwise set", table(rows, ["DPO", *others])]
@@ -246,37 +230,33 @@ def run(s: Settings) -> None:
     if unknown or s.seeds < 1 or s.workers < 1 or s.only not in ("", "build", "annotate", "train", "tables"):
         raise BadInput(f"--methods {s.methods}: choose among {'; '.join(RUNS)}" if unknown else
                        "--seeds and --workers must be at least 1, --only build, annotate, train or tables")
-    out, shipped = Path(s.out), checkpoint.resolve("toy")
-    seeds = [0] if s.search else range(s.first, s.first + s.seeds)
-    split, stages = "dev" if s.search else "test", [s.only] if s.only else ["build", "annotate", "train", "tables"]
-    builds, samples, runs = [], [], []
-    for seed in seeds:
+    out, shipped, split = Path(s.out), checkpoint.resolve("toy"), "dev" if s.search else "test"
+    runs = SEARCH if s.search else {name: RUNS[name] for name in names}
+    jobs = {"build": [], "annotate": [], "train": []}
+    for seed in [0] if s.search else range(s.first, s.first + s.seeds):
         folder = out / f"{'search' if s.search else 'seed'}-{seed}"
         ckpt = folder / "toy" if s.from_scratch else shipped
-        narrow = folder / "narrow" if s.from_scratch and seed == s.first else None     # one seed has a second size
-        builds += [Job("build", path, "", path, seed, split) for path in (ckpt, narrow) if s.from_scratch and path]
-        samples.append(Job("annotate", folder / "data", "", ckpt, seed, split))
-        runs += [Job("measure", folder / slug(name), name, path, seed, split)
-                 for name, path in (("Vicuna-mini", ckpt / "vicuna"), ("LLaVA-mini", ckpt), ("LLaVA-mini, narrower", narrow))
-                 if path]
-        rates = RATES if s.search else (0.0,)
-        for name in MAIN if s.search else names:
-            path = narrow if name.endswith("narrower model") else ckpt
-            runs += [Job("train", folder / slug(f"{name} {lr or ''}"), name, path, seed, split, lr) for lr in rates if path]
-    for stage, jobs in (("build", builds), ("annotate", samples), ("train", runs)):
-        if stage in stages:
-            work(jobs, s.workers, stage)
-    if "tables" not in stages:
+        starts = {"Vicuna-mini": ckpt / "vicuna", "LLaVA-mini": ckpt} | {name: ckpt for name in runs if name != NARROWER}
+        if NARROWER in runs and s.from_scratch and seed == s.first:          # one seed has a second size
+            starts |= {"LLaVA-mini, narrower": folder / "narrow", NARROWER: folder / "narrow"}
+        built = dict.fromkeys(start for start in starts.values() if start.name != "vicuna")
+        jobs["build"] += [Job(start / "config.json", build, (start, seed)) for start in built]     # the shipped one stands
+        jobs["annotate"].append(Job(folder / "data" / "records.jsonl", sample, (folder / "data", ckpt, seed)))
+        for name, start in starts.items():
+            own = folder / slug(name)
+            jobs["train"].append(Job(own / "row.jsonl", outcome, (own, name, runs.get(name), start, seed, split)))
+    for stage, listed in jobs.items():
+        if s.only in ("", stage):
+            work(listed, s.workers, stage)
+    if s.only not in ("", "tables"):
         return
-    rows = [row for job in runs if (job.folder / "row.jsonl").exists() for row in read_jsonl(job.folder / "row.jsonl")]
-    if s.search:
-        rows = [row | {"name": f"{row['name']}, lr {row['lr']:g}" if row["lr"] else row["name"]} for row in rows]
+    rows = [row for job in jobs["train"] if job.file.exists() for row in read_jsonl(job.file)]
     write_jsonl(out / ("search.jsonl" if s.search else "rows.jsonl"), rows)
     text = table(rows, list(dict.fromkeys(row["name"] for row in rows))) if s.search else report(rows)
     write_whole(out / ("search.txt" if s.search else "tables.txt"), text + "\n")
     print(text)
     if not s.search:
-        figures.run(figures.Settings(rows=str(out / "rows.jsonl"), runs=str(out / f"seed-{s.first}"), out=str(out / "figures")))
+        figures.draw(rows, out / f"seed-{s.first}", out / "figures")
 
 
 if __name__ == "__main__":

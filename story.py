@@ -1,7 +1,7 @@
 """The whole story on the miniature, in a minute or two: sample, judge, align, compare.
 
     1  before     Vicuna-mini, and LLaVA-mini, which visual instruction tuning made of it: what each can do
-    2  annotate   LLaVA-mini answers image questions n times each, an exact judge scores the answers
+    2  annotate   LLaVA-mini answers image questions four times each, an exact judge scores the answers
     3  align      direct preference optimization on the pairs that follow
     4  after      the same benchmarks again, on held-out items
 
@@ -29,8 +29,6 @@ class Settings(dpo.Settings):
     lr: float = 1e-4             # peak learning rate of a model this small (best judged on dev items, LOG.md)
     holdout: float = 0.1         # share of the pairs kept out of training, to measure preference accuracy on
     prompts: int = 1000          # image questions to sample answers for
-    n: int = 4                   # answers per question (the paper's 4)
-    temperature: float = 1.0     # of the sampling
 
 
 def run(s: Settings) -> None:
@@ -47,9 +45,9 @@ def run(s: Settings) -> None:
             for name, folder in (("Vicuna-mini", toy / "vicuna"), ("LLaVA-mini", toy))}
     print(miniature.table(rows))
 
-    print(f"\n2. LLaVA-mini answers {s.prompts} image questions {s.n} times each; the exact judge scores them")
-    annotate.annotate(annotate.miniature(annotate.Story(out=str(out), prompts=s.prompts, n=s.n, temperature=s.temperature,
-                                                        seed=s.seed, device=s.device, dtype=s.dtype)))
+    sampling = annotate.Story(out=str(out), prompts=s.prompts, seed=s.seed, device=s.device, dtype=s.dtype)
+    print(f"\n2. LLaVA-mini answers {s.prompts} image questions {sampling.n} times each; the exact judge scores them")
+    annotate.annotate(annotate.miniature(sampling))
 
     print("\n3. direct preference optimization")
     aligned = dpo.align(replace(s, data=str(out / "records.jsonl")), out)

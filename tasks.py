@@ -9,8 +9,6 @@ Everything here is a record in the format of records.py plus "truth": the scene 
 A first question (or its scene) belongs to train, dev or test by a checksum of its text, so no scene and no first
 question of a benchmark was ever trained on; settings are chosen on dev, results reported on test.
 
-    python tasks.py            # one item of each benchmark, printed
-
 Previous: world.py.  Next: oracle.py (the judge).
 """
 import os
@@ -47,12 +45,8 @@ def written(scene: Scene) -> str:
     return "scene : " + " , ".join(f"{t.place} {t.size}-{t.color}-{t.shape}" for t in scene) + " ."
 
 
-def two_of(rng: random.Random, values) -> list:
-    return rng.sample(list(values), 2)
-
-
 def make_either(rng):
-    (c1, f1), (c2, f2) = two_of(rng, FRUIT_OF.items())
+    (c1, f1), (c2, f2) = rng.sample(list(FRUIT_OF.items()), 2)
     lead = rng.choice(("is", "tell me , is", "would you say , is"))
     one, two = rng.sample([c1, rng.choice([c for c in COLORS if c != c1])], 2)
     return [turn("either", f"{lead} the {f1} {one} or {two} ?", f"the {f1} is {c1} .", c1),
@@ -60,7 +54,7 @@ def make_either(rng):
 
 
 def make_compare(rng):
-    small, large = sorted(two_of(rng, range(len(ANIMALS))))
+    small, large = sorted(rng.sample(range(len(ANIMALS)), 2))
     small, large = ANIMALS[small], ANIMALS[large]
     one, two = rng.sample([small, large], 2)
     lead = rng.choice(("which", "what", "tell me which"))
@@ -70,14 +64,14 @@ def make_compare(rng):
 
 
 def make_opposite(rng):
-    a, b = two_of(rng, OPPOSITE)
+    a, b = rng.sample(list(OPPOSITE), 2)
     lead = rng.choice(("what is", "tell me", "do you know", "give me", "say"))
     return [turn("opposite", f"{lead} the opposite of {a} ?", f"the opposite of {a} is {OPPOSITE[a]} .", OPPOSITE[a]),
             turn("opposite", f"and of {b} ?", f"the opposite of {b} is {OPPOSITE[b]} .", OPPOSITE[b])]
 
 
 def make_fruit(rng):
-    (c1, f1), (c2, f2) = two_of(rng, FRUIT_OF.items())
+    (c1, f1), (c2, f2) = rng.sample(list(FRUIT_OF.items()), 2)
     lead = rng.choice(("which fruit is", "what fruit is", "tell me which fruit is", "name a fruit that is",
                        "do you know a fruit that is", "give me a fruit that is"))
     return [turn("fruit", f"{lead} {c1} ?", f"the {f1} is {c1} .", f"the {f1}"),
@@ -86,21 +80,21 @@ def make_fruit(rng):
 
 def make_repeat(rng):
     word = rng.choice((*COLORS, *SHAPES, *FRUIT_OF.values(), *ANIMALS))
-    n, m = two_of(rng, (2, 3, 4))
+    n, m = rng.sample((2, 3, 4), 2)
     lead = rng.choice(("repeat", "say", "write"))
     return [say_times(f"{lead} {word} {NUMBERS[n - 1]} times .", word, n),
             say_times(f"now {NUMBERS[m - 1]} times .", word, m)]
 
 
 def make_add(rng):
-    a, b, c = rng.randint(1, 5), *two_of(rng, range(1, 6))
+    a, b, c = rng.randint(1, 5), *rng.sample(range(1, 6), 2)
     lead = rng.choice(("what is", "how much is", "tell me", "do you know", "give me"))
     return [add(f"{lead} {NUMBERS[a - 1]} plus {NUMBERS[b - 1]} ?", a, b), add(f"and plus {NUMBERS[c - 1]} ?", a, c)]
 
 
 def make_list(rng):
     category = rng.choice(list(CATEGORY))
-    words, (n, m), lead = CATEGORY[category], two_of(rng, (2, 3, 4)), rng.choice(("list", "name", "tell me"))
+    words, (n, m), lead = CATEGORY[category], rng.sample((2, 3, 4), 2), rng.choice(("list", "name", "tell me"))
     i = rng.randrange(len(words))
 
     def listing(question, k):
@@ -119,7 +113,7 @@ def make_count(rng):
 
 
 def make_sentence(rng):
-    (a, b), animal = two_of(rng, OPPOSITE), rng.choice(ANIMALS)
+    (a, b), animal = rng.sample(list(OPPOSITE), 2), rng.choice(ANIMALS)
     lead = rng.choice(("write a sentence about", "tell me a story about", "write a line about"))
     return [sentence(f"{lead} a {a} {animal} .", a, animal, HOME[animal]),
             sentence(f"now make it {b} .", b, animal, HOME[animal])]
@@ -147,38 +141,27 @@ def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None 
             "truth": truth}
 
 
-def text_conversation(rng: random.Random, split: str = "train", brief: float = .2, reading: float = .6,
-                      more: int = 5, most: int = 4) -> dict:
-    """A text-only training conversation: two tasks, or a written scene and `more` questions about it.
+def text_conversation(rng: random.Random, most: int = 4) -> dict:
+    """A text-only training conversation: two tasks, or a written scene of at most `most` things and more questions about it.
 
     Every fifth is answered briefly all through: people do that, and it gives the language model the
     terse mode that short visual answers will later make louder."""
-    terse = rng.random() < brief
-    if rng.random() < reading:
-        turns, scene = text_task(rng, rng.choice(("scene", "read")), split, most)
-        turns += [ask(rng, scene, rng.choice(LOOKUPS + ("choice",) + ("exist",) * 2 + ("each",) * 5)) for _ in range(more)]
+    terse = rng.random() < .2
+    if rng.random() < .6:
+        turns, scene = text_task(rng, rng.choice(("scene", "read")), "train", most)
+        turns += [ask(rng, scene, rng.choice(LOOKUPS + ("choice",) + ("exist",) * 2 + ("each",) * 5)) for _ in range(5)]
         return conversation("text", turns, terse, scene)
-    turns = [t for _ in range(2) for t in text_task(rng, rng.choice(KNOWLEDGE), split)[0]]
+    turns = [t for _ in range(2) for t in text_task(rng, rng.choice(KNOWLEDGE), "train")[0]]
     return conversation("text", turns, terse)
 
 
-def visual_conversation(rng: random.Random, scene: Scene, image: str, kinds, brief: bool, seed: int = 0) -> dict:
-    """Questions of the given kinds about one picture, all answered in full or all in brief."""
-    return conversation("visual", [ask(rng, scene, k) for k in kinds], brief, scene, image, seed)
-
-
-def preference_prompt(rng: random.Random, scene: Scene, image: str, seed: int = 0) -> dict:
-    """One question about one picture, to be answered by sampling and judged."""
-    kind = rng.choice(rng.choice((LOOKUPS, KNOWLEDGE, ("describe",) + LOOKUPS)))
-    return conversation("preference", [ask(rng, scene, kind)], False, scene, image, seed)
-
-
 def preference_prompts(n: int, seed: int) -> list[dict]:
-    """`n` single image questions from the training split, for sampling and judging."""
+    """`n` single image questions from the training split, to be answered by sampling and judged."""
     rng, records = random.Random(f"preference {seed}"), []
     for i in range(n):
-        scene, name = random_scene(rng), f"preference-{seed}-{i:05d}"
-        records.append(preference_prompt(rng, scene, f"images/{name}.png", rng.randrange(2**31)) | {"id": name})
+        scene, name, look = random_scene(rng), f"preference-{seed}-{i:05d}", rng.randrange(2**31)
+        kind = rng.choice(rng.choice((LOOKUPS, KNOWLEDGE, ("describe",) + LOOKUPS)))
+        records.append(conversation(name, [ask(rng, scene, kind)], False, scene, f"images/{name}.png", look))
     return records
 
 
@@ -234,9 +217,3 @@ def vocabulary() -> list[str]:
         for r in (text_conversation(rng), conversation("", [ask(rng, scene, k) for k in kinds], False)):
             words.update(" ".join([m["content"] for m in r["messages"]] + [r["golden"]]).split())
     return sorted(words)
-
-
-if __name__ == "__main__":
-    for name in ("text", "exist", "attribute", "describe", "choice"):
-        print(f"[{name}]", *(f"{t['question']} -> {t['full']} ({t['bare']})" for t in items(name, 1)[0]["truth"]["turns"]),
-              sep="\n    ")

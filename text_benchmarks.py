@@ -9,11 +9,10 @@ Each is a class of plain functions, never an object; evaluate.py looks them up b
     judge_rows(...)                         the judgments, in the benchmark's own format
     score(items, answers, rows)             {"scores", "ok", "total", ...} from such rows, ours or anybody's
 
-MT-Bench (arXiv:2306.05685, FastChat's llm_judge): 80 questions of two turns in 8 categories, each turn graded 1 to 10. The
-official figure is the mean over all rows whose grade could be read. Its parser takes the first [[number]] or, failing that,
-[number], whatever the number is, "[1]" of a citation included, and a row judged twice counts twice; `strict` takes a grade from
-1 to 10 and each turn once. 13 of the 30 reference answers that the judge is given for reasoning, mathematics and coding
-are wrong (FastChat pull request 3158); `sound` leaves out those 13 questions.
+MT-Bench (arXiv:2306.05685, FastChat's llm_judge): 80 questions of two turns in 8 categories, each turn graded 1 to 10; the mean
+over all rows whose grade could be read. The official parser takes the first [[number]] or, failing that, [number], "[1]" of a
+citation included, and a row judged twice counts twice; `strict` takes a grade from 1 to 10 and each turn once. 13 of the 30
+reference answers that the judge is given are wrong (FastChat pull request 3158); `sound` leaves out those questions.
 
 AlpacaEval 1 (github.com/tatsu-lab/alpaca_eval): 805 instructions; the judge ranks the answer against text-davinci-003's, in an
 order drawn per instruction. win = 100 mean(p - 1), p = 2 where the model won. The official parser wants a bare Python list;
@@ -22,20 +21,18 @@ length, as arXiv:2404.04475 does (less its term for an instruction's difficulty,
 
     P(model wins) = sigmoid(t + f tanh((len - len_reference) / sd)),   reported: 100 sigmoid(t)
 
-Other than the official tools, the judge is asked at temperature 0 wherever it can be asked for one, replies may be long (a judge
-that thinks says nothing in three tokens), and sampling at temperature 0.7 has a seed per question and turn.
+Other than officially, the judge is asked at temperature 0 where it can be, and its replies may be long.
 
 Previous: miniature.py.  Next: vision_benchmarks.py (four with pictures).
 """
 import ast
 import random
 import re
-from collections import defaultdict
 
 import numpy as np
 
 from harness import UNKNOWN, Item, Prompt, find, load, mean
-from common import BadInput, sha
+from common import sha
 
 FASTCHAT = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
 ALPACA = "github.com/tatsu-lab/alpaca_eval"
@@ -50,15 +47,13 @@ class MTBench:
     vision, judged, form = False, True, "5.2f"
     files = "model_answer/{model}.jsonl", "model_judgment/{judge}_single.jsonl"
     row = "question_id", "turn", "score"                                 # what a stored judgment must have
-    TEMPERATURE = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "arena-hard-200": 0.0, "stem": 0.1,
-                   "humanities": 0.1}                                    # else 0.7
-    REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
+    TEMPERATURE = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}    # else 0.7
+    REFERENCE = ("math", "reasoning", "coding")                          # what the judge is given the right answer to
     WRONG = (104, 105, 109, 111, 113, 114, 120, 122, 124, 125, 126, 128, 130)
 
     def items(data: str) -> list[Item]:
-        rows = load(find(data, "mt_bench", "question.jsonl", FASTCHAT), "question_id", "category", "turns")
-        heat = MTBench.TEMPERATURE
-        return [Item(str(r["question_id"]), r["turns"], r, temperature=heat.get(r["category"], 0.7)) for r in rows]
+        return [Item(str(r["question_id"]), r["turns"], r, temperature=MTBench.TEMPERATURE.get(r["category"], 0.7))
+                for r in load(find(data, "mt_bench", "question.jsonl", FASTCHAT), "question_id", "category", "turns")]
 
     def answer_rows(items: list[Item], answers: dict, model: str) -> list[dict]:
         return [{"question_id": i.row["question_id"], "answer_id": sha(model, i.id, *texts), "model_id": model,
@@ -77,19 +72,17 @@ class MTBench:
         references = {r["question_id"]: r["choices"][0]["turns"] for r in
                       load(find(data, "mt_bench", "reference_answer/gpt-4.jsonl", FASTCHAT), "question_id", "choices")}
         out = []
-        for item, texts in complete(items, answers):
-            asked, number, needs = item.row["turns"], item.row["question_id"], item.row["category"] in MTBench.REFERENCE
-            if needs and number not in references:
-                raise BadInput(f"--data_dir {data}: mt_bench/reference_answer/gpt-4.jsonl has none for question {number}")
-            for turn in (1, 2):
-                name = f"single-{'math-' if needs else ''}v1{'-multi-turn' if turn == 2 else ''}"
-                fields = {"question": asked[0], "answer": texts[0]} if turn == 1 else {
-                    "question_1": asked[0], "question_2": asked[1], "answer_1": texts[0], "answer_2": texts[1]}
-                if needs:
-                    fields |= {f"ref_answer_{k + 1}": references[number][k] for k in range(turn)}
+        for item, (one, two) in complete(items, answers):
+            number, (first, second) = item.row["question_id"], item.row["turns"]
+            fields = {"question": first, "answer": one, "question_1": first, "answer_1": one,      # each template takes its own
+                      "question_2": second, "answer_2": two}
+            math = "math-" if item.row["category"] in MTBench.REFERENCE else ""
+            if math:
+                fields["ref_answer_1"], fields["ref_answer_2"] = references[number]
+            for turn, name in ((1, f"single-{math}v1"), (2, f"single-{math}v1-multi-turn")):
                 text = templates[name]["prompt_template"].format(**fields)
-                out.append(Prompt(f"{number}-{turn}", text, templates[name]["system_prompt"], {
-                    "question_id": number, "turn": turn, "prompt_name": name}))
+                out.append(Prompt(f"{number}-{turn}", text, templates[name]["system_prompt"],
+                                  {"question_id": number, "turn": turn, "prompt_name": name}))
         return out
 
     def official(text: str) -> float:
@@ -105,28 +98,25 @@ class MTBench:
         return float(found[1])
 
     def judge_rows(items, answers, prompts: list[Prompt], replies: dict, model: str, judge: str) -> list[dict]:
-        """replies: {prompt id: text of a usable reply, or None}. FastChat's way to say "no grade" is -1."""
+        """replies: {prompt id: text of a usable reply}. FastChat's way to say "no grade" is -1."""
+        said = {p.id: replies.get(p.id, "$ERROR$") for p in prompts}
         return [{"question_id": p.row["question_id"], "model": model, "judge": [judge, p.row["prompt_name"]],
-                 "user_prompt": p.text, "judgment": replies[p.id] or "$ERROR$",
-                 "score": MTBench.official(replies[p.id]) if replies[p.id] else -1, "turn": p.row["turn"]} for p in prompts]
+                 "user_prompt": p.text, "judgment": said[p.id], "score": MTBench.official(said[p.id]),
+                 "turn": p.row["turn"]} for p in prompts]
 
     def score(items: list[Item], answers: dict, rows: list[dict]) -> dict:
         good = [r for r in rows if r["score"] != -1]
-        strict = {}
-        for r in rows:                                                   # the last judgment of a turn stands
-            strict[r["question_id"], r["turn"]] = readable(MTBench.read, r["judgment"]) if "judgment" in r else r["score"]
-        strict = {key: grade for key, grade in strict.items() if grade is not None and 1 <= grade <= 10}
+        said = {(r["question_id"], r["turn"]): r.get("judgment", f"[[{r['score']}]]") for r in rows}     # a turn's last judgment
+        strict = {key: grade for key, text in said.items() if (grade := readable(MTBench.read, text)) is not None}
         sound = {key: grade for key, grade in strict.items() if key[0] not in MTBench.WRONG}
         over = lambda rows: mean([r["score"] for r in rows], [r["question_id"] for r in rows])
         once = lambda grades: mean(list(grades.values()), [question for question, _ in grades])
         category = {i.row["question_id"]: i.row["category"] for i in items}
-        by = defaultdict(list)
-        for r in good:
-            by[category.get(r["question_id"], "")].append(r)
         return {"scores": {"score": over(good), "turn 1": over([r for r in good if r["turn"] == 1]),
                            "turn 2": over([r for r in good if r["turn"] == 2]), "strict": once(strict), "sound": once(sound)},
-                "categories": {name: over(rows) for name, rows in by.items() if name},
-                "ok": len(strict), "total": 2 * len(items) or len({(r["question_id"], r["turn"]) for r in rows})}
+                "categories": {name: over([r for r in good if category.get(r["question_id"]) == name])
+                               for name in dict.fromkeys(category.values())},
+                "ok": len(strict), "total": 2 * len(items) or len(said)}
 
 
 def readable(read, text):
@@ -163,7 +153,6 @@ class AlpacaEval:
         """Filled as officially: the first {field} that stands there is replaced, one field after the other, then the ChatML
         markers split it into messages. Equal answers are not asked about."""
         template = find(data, "alpaca_eval", "alpaca_eval.txt", f"{ALPACA}, evaluators_configs").read_text(encoding="utf8")
-        order = re.findall(r"{([^ \s]+?)}", template)
         out = []
         for item, (text,) in complete(items, answers):
             if text == item.row["output"]:
@@ -172,8 +161,7 @@ class AlpacaEval:
             if AlpacaEval.switched(item.row["instruction"]):
                 first, second = second, first
             filled = template.strip()
-            for name in order:
-                value = {"instruction": item.row["instruction"], "output_1": first, "output_2": second}[name]
+            for name, value in (("instruction", item.row["instruction"]), ("output_1", first), ("output_2", second)):
                 filled = filled.replace("{" + name + "}", value, 1)
             parts = [part.split("\n", 1) for part in filled.split("<|im_start|>")[1:]]
             said = {role.strip(): body.split("<|im_end|>", 1)[0].strip() for role, body in parts}
@@ -222,7 +210,6 @@ class AlpacaEval:
         return {"scores": {"win rate": mean([100 * w for w in good]), "tolerant": mean([100 * w for w in wins]),
                            "controlled": length_controlled(wins, [d for _, d in tolerant.values()])},
                 "length": float(np.mean([len(r["output_2"]) for r in rows])) if rows else None,
-                "reference length": float(np.mean([len(r["output_1"]) for r in rows])) if rows else None,
                 "ok": len(tolerant), "total": len(items) or len({r["instruction"] for r in rows})}
 
 
@@ -234,13 +221,10 @@ def length_controlled(wins: list[float], longer: list[float], ridge: float = 0.0
         return UNKNOWN
     x = np.stack([np.ones_like(d), np.tanh(d / (d.std() or 1.0))], 1)    # (n, 2)
     w = np.zeros(2)
-    for _ in range(100):
+    for _ in range(50):                                                  # some ten are enough
         p = 1 / (1 + np.exp(-x @ w))
         hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(2)
-        step = np.linalg.solve(hessian, x.T @ (y - p) - ridge * w)
-        w = w + step
-        if abs(step).max() < 1e-10:
-            break
+        w = w + np.linalg.solve(hessian, x.T @ (y - p) - ridge * w)
     at = 1 / (1 + np.exp(-w[0]))
     spread = np.linalg.inv(hessian)[0, 0] ** 0.5                         # of w[0]; by the delta method, of the rate:
     return {"mean": float(100 * at), "ci": float(100 * 1.96 * at * (1 - at) * spread), "n": len(y)}

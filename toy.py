@@ -31,6 +31,7 @@ import os
 import random
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -177,6 +178,11 @@ def wsd(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, 0.05 * steps), (1 - step / steps) / 0.4)
 
 
+def as_tree(tokens: Tokens, record: dict) -> Tree:
+    """Every answer of a conversation is to be learned."""
+    return make_tree(tokens, record | {"root": ""}, [record["golden"]], history=True)
+
+
 def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
     """Text conversations, `total` of them. First the written scenes hold one thing, where there is nothing to search for:
     a model that can already read an answer off then learns where to look for it."""
@@ -184,8 +190,7 @@ def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
     for k in range(total):
         share = k / total
         most = 1 if share < 0.04 else 2 if share < 0.08 else 4
-        record = tasks.text_conversation(rng, most=most)
-        yield make_tree(tokens, record | {"root": ""}, [record["golden"]], history=True)
+        yield as_tree(tokens, tasks.text_conversation(rng, most=most))
 
 
 def birth(model: Llava, tokens: Tokens) -> None:
@@ -227,8 +232,7 @@ def visual_trees(tokens: Tokens, seed: str, kinds) -> Iterator[Tree]:
     while True:
         scene, look = world.random_scene(rng), rng.randrange(2**31)
         asked, brief = kinds(rng)
-        record = tasks.visual_conversation(rng, scene, "picture", asked, brief)
-        tree = make_tree(tokens, record | {"root": ""}, [record["golden"]], history=True)
+        tree = as_tree(tokens, tasks.conversation("", [world.ask(rng, scene, kind) for kind in asked], brief, scene, "picture"))
         tree.images = [(scene, look)]                                        # drawn in memory, no file
         yield tree
 
@@ -280,15 +284,10 @@ def run(s: Settings) -> None:
     folder = out.with_name(out.name + ".building")
     shutil.rmtree(folder, ignore_errors=True)
     write_tokenizer(folder)
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=stage, args=(folder, s.seed, s.scale, *more), daemon=True)
-               for stage, *more in ((train_tower,), (train_language, s.width))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise BadInput("stage 1 or 2 failed; its message is above")
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for stage in [pool.submit(train_tower, folder, s.seed, s.scale),
+                      pool.submit(train_language, folder, s.seed, s.scale, s.width)]:
+            stage.result()
     train_visual(folder, s.seed, s.scale)
     os.replace(folder / "vicuna", folder / "llava" / "vicuna")
     os.replace(folder / "llava", out)                                        # all of it appears at once

@@ -1,41 +1,38 @@
 """Four benchmarks with pictures: MM-Vet, LLaVA-Bench in the wild, POPE, MMBench.
 
-The same functions per class as in text_benchmarks.py. Two need a judge and two do not; all four have a scorer that is known
-to go wrong somewhere, so what the official tool would say stands first and a repaired figure beside it.
+The same functions per class as in text_benchmarks.py. What the official tool would say stands first, a repaired figure beside it.
 
 MM-Vet (arXiv:2308.02490): 218 questions, each needing some of six abilities; a judge that sees the right answer, not the picture,
-gives 0.0 to 1.0. The official tool re-asks, and after the fifth reply that is no number writes 0.0; `parsed` reads
-the replies again and leaves out what is no number from 0 to 1. Its prompt is not in a file of its own: save it (the string
-`prompt` of mm-vet_evaluator) as mm_vet/prompt.txt; without that file another wording is used, and named in the result.
+gives 0.0 to 1.0. The official tool re-asks, and after the fifth reply that is no number writes 0.0; `parsed` leaves such
+replies out. Its prompt stands in its code only (the string `prompt` of mm-vet_evaluator): save it as mm_vet/prompt.txt, or
+another wording is used, and named in the result.
 
 LLaVA-Bench (arXiv:2304.08485): 60 questions about 24 pictures; a judge that reads a caption grades GPT-4's answer and the
-model's from 1 to 10; the figure is 100 mean(model) / mean(reference). The system message stands in the official code only:
-save it as system.txt beside rule.json, or ours is used, and named. The official parser splits at single spaces, so that
-"8, 9" is no pair of numbers, and what it cannot read becomes [-1, -1] and is averaged in: were nothing readable, the
-score would be 100. `parsed` reads any two numbers from 1 to 10 and leaves out the rest.
+model's from 1 to 10; the figure is 100 mean(model) / mean(reference). The system message stands in the official code only: save
+it as system.txt beside rule.json, or ours is used, and named. The official parser splits at single spaces, so that "8, 9" is no
+pair of numbers, and averages in [-1, -1] for what it cannot read; `parsed` reads any two numbers from 1 to 10, and no others.
 
 POPE (arXiv:2305.10355): is there such a thing in the picture? Half of the answers are no, the negatives harder in each of three
-splits; the mean F1 of "yes". The official parser says no where the first sentence has the word No, not or no, and yes
-otherwise: to "", "NO", "nope" and "I cannot tell" as well, and no to "Yes, there is no doubt". `words` knows yes, no and
-neither. The official tool pairs answers with labels by their order, which is wrong for one of the two label files in
-circulation; here they are joined on picture and question.
+splits; the mean F1 of "yes". To the official parser an answer is no where its first sentence has the word No, not or no, and
+yes otherwise, "", "NO" and "I cannot tell" included; `words` knows yes, no and neither. The official tool pairs answers with
+labels by their order, which is wrong for one of the two label files in circulation; here picture and question decide.
 
 MMBench (arXiv:2307.06281): one letter out of up to four; a question counts only if it is answered rightly in every rotation of
-its options, which the file has as rows index + k 1,000,000. Letters are found as in VLMEvalKit, by rule; what shows no letter is
-wrong, never guessed (its other mode draws one at random, or asks a language model). `vanilla` counts the unrotated rows.
+its options, rows index + k 1,000,000. Letters are found as in VLMEvalKit, by rule; what shows none is wrong, never guessed.
+`vanilla` counts the unrotated rows.
 
 Previous: text_benchmarks.py.  Next: compare.py (results side by side).
 """
 import base64
 import csv
-import os
 import re
 from collections import defaultdict
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
-from harness import Item, Prompt, find, load, mean, pictures, ratios
+from harness import Item, Prompt, find, load, mean, ratios
 from common import BadInput, sha
 from text_benchmarks import complete, readable
 
@@ -62,7 +59,7 @@ def saved(path: Path, ours: str) -> tuple[str, str]:
 
 class MMVet:
     vision, judged, form = True, True, "5.1f"
-    files, row = ("{model}.json", "{model}_{judge}-grade-1runs.json"), None
+    files, row = ("{model}.json", "{model}_{judge}-grade-1runs.json"), ()
     OURS = """You grade an answer to a question about a picture that you cannot see, against what is known to be right. In the \
 right answer, <AND> joins parts that are all needed, and <OR> parts of which any one will do. Say how much of it the given \
 answer has: 0.0 for nothing, 1.0 for everything, tenths in between for a part. Wording does not matter; what goes beyond the \
@@ -72,7 +69,7 @@ Question | Right answer | Given answer | Grade"""
 
     def items(data: str) -> list[Item]:
         rows = load(find(data, "mm_vet", "mm-vet.json", "github.com/yuweihao/MM-Vet (mm-vet.zip)"))
-        root = pictures(data, "mm_vet", "images")
+        root = f"{data}/mm_vet/images"
         return [Item(name, ["<image>\n" + r["question"]], r, [r["imagename"]], root) for name, r in rows.items()]
 
     def answer_rows(items: list[Item], answers: dict, model: str) -> dict:
@@ -97,54 +94,50 @@ Question | Right answer | Given answer | Grade"""
     def judge_rows(items, answers, prompts, replies: dict, model: str, judge: str) -> dict:
         """Where there is no grade there is no entry, and the official tool asks again."""
         return {p.id: {"model": [judge], "content": [replies[p.id]], "score": [MMVet.read(replies[p.id])]}
-                for p in prompts if replies[p.id]}
+                for p in prompts if p.id in replies}
 
     def score(items: list[Item], answers: dict, rows: dict) -> dict:
         unknown = sorted(set(rows) - {i.id for i in items})
         if unknown:
             raise BadInput(f"grades of {unknown[0]}, which is no question of mm-vet.json")
-        runs = max((len(r["score"]) for r in rows.values()), default=0)
         skills = {i.id: sorted(i.row["capability"]) for i in items}
+        runs = range(max((len(r["score"]) for r in rows.values()), default=0))
+        stored = [{name: r["score"][k] for name, r in rows.items() if k < len(r["score"])} for k in runs]
+        parsed = [{name: grade for name in stored[k]
+                   if (grade := readable(MMVet.read, str(rows[name].get("content", stored[k])[k]))) is not None} for k in runs]
 
-        def over(grade, wanted=lambda s: True) -> dict:
+        def over(grades: list[dict], wanted=lambda skills: True) -> dict:
             """Per run, then over runs, as officially; the runs of one question are one group."""
-            found = [[(100 * g, name) for name, r in rows.items() if wanted(skills[name]) and k < len(r["score"])
-                      and (g := grade(r, k)) is not None] for k in range(runs)]
-            return ratios([([g for g, _ in part], None, [name for _, name in part]) for part in found if part])
+            names = [[name for name in run if wanted(skills[name])] for run in grades]
+            return ratios([([100 * run[name] for name in part], None, part) for run, part in zip(grades, names) if part])
 
-        stored = lambda r, k: r["score"][k]
-        parsed = lambda r, k: readable(MMVet.read, str(r["content"][k])) if r.get("content") else r["score"][k]
         abilities, mixtures = sorted({x for s in skills.values() for x in s}), sorted({"_".join(s) for s in skills.values()})
         return {"scores": {"total": over(stored), "parsed": over(parsed)},
                 "categories": {x: over(stored, lambda s: x in s) for x in abilities}
                 | {x: over(stored, lambda s: "_".join(s) == x) for x in mixtures if "_" in x},
-                "runs": runs, "total": len(items),
-                "ok": sum(any(parsed(r, k) is not None for k in range(len(r["score"]))) for r in rows.values())}
+                "runs": len(runs), "ok": len(set().union(*parsed)), "total": len(items)}
 
 
 class LLaVABench:
     vision, judged, form = True, True, "5.1f"
     files, row = ("answers/{model}.jsonl", "reviews/{model}_{judge}.jsonl"), ("question_id", "category", "tuple")
-    SOURCE = "huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
     OURS = "You compare two answers to one question, carefully and without preference for either side."
 
     def items(data: str) -> list[Item]:
-        where, root = LLaVABench.where(data), pictures(data, LLaVABench.where(data), "images")
-        rows = load(find(data, where, "questions.jsonl", LLaVABench.SOURCE), "question_id", "image", "text", "category")
+        rows = load(LLaVABench.file(data, "questions.jsonl"), "question_id", "image", "text", "category")
+        root = f"{data}/llava_bench_wild/images"
         return [Item(str(r["question_id"]), ["<image>\n" + r["text"]], r, [r["image"]], root) for r in rows]
 
-    def where(data: str) -> str:
-        names = ("llava_bench_wild", "llava-bench-in-the-wild", "llava_bench")
-        return next((name for name in names if (Path(data) / name).is_dir()), names[0])
+    def file(data: str, name: str) -> Path:
+        return find(data, "llava_bench_wild", name, "huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild")
 
     answer_rows, read_answers = llava_rows, llava_answers
 
     def prompts(data: str, items: list[Item], answers: dict) -> list[Prompt]:
-        where, source = LLaVABench.where(data), LLaVABench.SOURCE
-        rules = load(find(data, where, "rule.json", "github.com/haotian-liu/LLaVA, llava/eval/table"))
-        captions = {r["image"]: r["caption"] for r in load(find(data, where, "context.jsonl", source), "image", "caption")}
-        reference = {r["question_id"]: r for r in load(find(data, where, "answers_gpt4.jsonl", source), "question_id", "text")}
-        (system, wording), out = saved(Path(data) / where / "system.txt", LLaVABench.OURS), []
+        rules = load(find(data, "llava_bench_wild", "rule.json", "github.com/haotian-liu/LLaVA, llava/eval/table"))
+        captions = {r["image"]: r["caption"] for r in load(LLaVABench.file(data, "context.jsonl"), "image", "caption")}
+        reference = {r["question_id"]: r for r in load(LLaVABench.file(data, "answers_gpt4.jsonl"), "question_id", "text")}
+        (system, wording), out = saved(Path(data) / "llava_bench_wild" / "system.txt", LLaVABench.OURS), []
         for item, (text,) in complete(items, answers):
             row, kind = item.row, f"llava_bench_{item.row['category']}"
             caption, rule, first = captions[row["image"]], rules[kind], reference[row["question_id"]]
@@ -175,19 +168,17 @@ class LLaVABench:
         return [{"id": k + 1, "question_id": p.row["question_id"], "answer1_id": p.row["answer1_id"],
                  "answer2_id": sha(model, p.id, answers[p.id][0]["text"]), "category": p.row["category"],
                  "content": replies[p.id], "tuple": LLaVABench.official(replies[p.id])}
-                for k, p in enumerate(prompts) if replies[p.id]]
+                for k, p in enumerate(prompts) if p.id in replies]
 
     def score(items: list[Item], answers: dict, rows: list[dict]) -> dict:
-        parsed = {r["question_id"]: readable(LLaVABench.read, r["content"]) if "content" in r else r["tuple"] for r in rows}
-        parsed = {name: pair for name, pair in parsed.items() if pair and min(pair) > 0}
-        by = defaultdict(list)
-        for r in rows:
-            by[r["category"].removeprefix("llava_bench_")].append(r["tuple"])
-        pairs = [r["tuple"] for r in rows]
-        return {"scores": {"relative": as_published(pairs), "parsed": relative(list(parsed.values())),
+        said = {r["question_id"]: r.get("content", "{} {}".format(*r["tuple"])) for r in rows}
+        parsed = [pair for text in said.values() if (pair := readable(LLaVABench.read, text))]
+        pairs, kinds = [r["tuple"] for r in rows], list(dict.fromkeys(r["category"] for r in rows))
+        of_kind = lambda kind: [r["tuple"] for r in rows if r["category"] == kind]
+        return {"scores": {"relative": as_published(pairs), "parsed": relative(parsed),
                            "own grade": mean([10 * b for _, b in pairs]), "reference": mean([10 * a for a, _ in pairs])},
-                "categories": {name: as_published(pairs) for name, pairs in by.items()},
-                "ok": len(parsed), "total": len(items) or len({r["question_id"] for r in rows})}
+                "categories": {kind.removeprefix("llava_bench_"): as_published(of_kind(kind)) for kind in kinds},
+                "ok": len(parsed), "total": len(items) or len(said)}
 
 
 def relative(pairs: list) -> dict:
@@ -213,25 +204,20 @@ class POPE:
 
     def items(data: str) -> list[Item]:
         """LLaVA's question file where there is one; its labels, and otherwise the questions, from POPE's own files."""
-        root, folder = pictures(data, "pope", "val2014", "images"), Path(data) / "pope"
-        found = {split: sorted(folder.rglob(f"coco_pope_{split}.json")) for split in POPE.SPLITS}
-        labels, listed = {}, sorted(folder.rglob("llava_pope_test.jsonl"))
-        for split, path in ((split, path) for split in POPE.SPLITS for path in found[split]):
-            for r in load(path, "image", "text", "label"):
-                if labels.setdefault(POPE.key(split, r), r["label"]) != r["label"]:
-                    raise BadInput(f"{path}: {r['image']} {r['text']!r} is labelled otherwise in another file; keep one version")
-        if listed:
-            rows = load(listed[0], "question_id", "image", "text", "category")
-        else:
-            rows = [{**r, "text": r["text"] + POPE.SUFFIX, "category": split} for split in POPE.SPLITS
-                    for r in load(find(data, "pope", f"coco_pope_{split}.json", POPE.SOURCE), "image", "text")]
-            rows = [{**r, "question_id": k} for k, r in enumerate(rows, 1)]
+        folder, known = Path(data) / "pope", {}
+        for split in POPE.SPLITS:
+            name = f"coco_pope_{split}.json"
+            for path in sorted(folder.rglob(name)) or [find(data, "pope", name, POPE.SOURCE)]:
+                for r in load(path, "image", "text", "label"):
+                    if known.setdefault(POPE.key(split, r), r | {"category": split})["label"] != r["label"]:
+                        raise BadInput(f"{path}: {r['image']} {r['text']!r} is labelled otherwise in another file; keep one")
+        listed = sorted(folder.rglob("llava_pope_test.jsonl"))
+        rows = load(listed[0], "question_id", "image", "text", "category") if listed else [
+            r | {"question_id": k, "text": r["text"] + POPE.SUFFIX} for k, r in enumerate(known.values(), 1)]
         for r in rows:
-            if POPE.key(r["category"], r) not in labels:
-                raise BadInput(f"--data_dir {data}: pope/ has no label for {r['image']} {r['text']!r}; get coco_pope_*.json "
-                               f"from {POPE.SOURCE}")
-            r["label"] = labels[POPE.key(r["category"], r)]
-        return [Item(str(r["question_id"]), ["<image>\n" + r["text"]], r, [r["image"]], root, max_new=128) for r in rows]
+            r["label"] = known[POPE.key(r["category"], r)]["label"]
+        return [Item(str(r["question_id"]), ["<image>\n" + r["text"]], r, [r["image"]], str(folder / "val2014"), max_new=128)
+                for r in rows]
 
     def key(split: str, r: dict) -> tuple:
         return split, r["image"], r["text"].split("\n")[0].replace("imange", "image")      # misspelt in the older files
@@ -256,25 +242,18 @@ class POPE:
 
     def score(items: list[Item], answers: dict, rows=None) -> dict:
         good = complete(items, answers)
-        f1, out = {}, {}
-        for how in (POPE.official, POPE.words):
-            parts = []
-            for split in POPE.SPLITS:
-                mine = [(i.row["label"] == "yes", how(text) == "yes", how(text) == "no", i.images[0])
-                        for i, (text,) in good if i.row["category"] == split]
-                if not mine:
-                    continue
-                true, yes, no = (np.array(x) for x in list(zip(*mine))[:3])
-                images, hit, n = [image for *_, image in mine], true & yes, np.ones(len(mine))
-                parts.append((2 * hit, yes.astype(int) + true, images))  # F1 = 2 TP / (2 TP + FP + FN)
-                if how is POPE.official:
-                    right = (true & yes) | (~true & no)
-                    for name, a, b in (("F1", *parts[-1][:2]), ("accuracy", right, n), ("precision", hit, yes),
-                                       ("recall", hit, true), ("yes", yes, n)):
-                        out[f"{split} {name}"] = ratios([(a, b, images)])
-            f1[how.__name__] = ratios(parts)
-        return {"scores": {"F1": f1["official"], "words": f1["words"]}, "categories": out, "ok": len(good), "total": len(items),
-                "unknown": sum(POPE.words(text) == "unknown" for _, (text,) in good)}
+        official, words, categories = [], [], {}
+        for split in dict.fromkeys(i.row["category"] for i, _ in good):
+            mine = [(i, text) for i, (text,) in good if i.row["category"] == split]
+            images, true = [i.images[0] for i, _ in mine], np.array([i.row["label"] == "yes" for i, _ in mine], int)
+            yes, tolerant = (np.array([how(text) == "yes" for _, text in mine], int) for how in (POPE.official, POPE.words))
+            official.append((2 * true * yes, true + yes, images))        # F1 = 2 TP / (2 TP + FP + FN)
+            words.append((2 * true * tolerant, true + tolerant, images))
+            categories |= {f"{split} {name}": ratios([(a, b, images)]) for name, a, b in (
+                ("F1", *official[-1][:2]), ("accuracy", true == yes, None), ("precision", true * yes, yes),
+                ("recall", true * yes, true), ("yes", yes, None))}
+        return {"scores": {"F1": ratios(official), "words": ratios(words)}, "categories": categories,
+                "ok": len(good), "total": len(items), "unknown": sum(POPE.words(text) == "unknown" for _, (text,) in good)}
 
 
 class MMBench:
@@ -290,15 +269,13 @@ class MMBench:
             rows = list(csv.DictReader(f, delimiter="\t"))
         if not rows or not {"index", "question", "A", "B", "answer"} <= set(rows[0]):
             raise BadInput(f"{path}: not a table of MMBench, which has index, question, A, B, ..., answer, image")
-        out = []
         for r in rows:
             r["question_id"], r["options"] = int(r["index"]), MMBench.options(r)
             hint = "" if absent(r.get("hint")) else r["hint"] + "\n"
             listed = "".join(f"\n{letter}. {text}" for letter, text in r["options"].items())
             r["text"] = f"{hint}{r['question']}{listed}"
-            out.append(Item(r["index"], [f"<image>\n{r['text']}\n{MMBench.SUFFIX}"], r,
-                            [f"{int(r['index']) % MMBench.MILLION}.jpg"], str(path.with_name("images"))))
-        return out
+        return [Item(r["index"], [f"<image>\n{r['text']}\n{MMBench.SUFFIX}"], r, [f"{r['question_id'] % MMBench.MILLION}.jpg"],
+                     str(path.with_name("images"))) for r in rows]
 
     def unpack(items: list[Item], folder: Path) -> None:
         """Write the pictures that stand in the table into `folder`; a short cell names the row that holds the picture. Without
@@ -308,26 +285,18 @@ class MMBench:
             cell = cells[item.row["index"]]
             cell = cells.get(cell, "") if 0 < len(cell) < 64 else cell
             if cell:
-                item.root, path = str(folder), folder / item.images[0]
-                if not path.exists():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    path.with_suffix(".part").write_bytes(base64.b64decode(cell))
-                    os.replace(path.with_suffix(".part"), path)
+                item.root = str(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / item.images[0]).write_bytes(base64.b64decode(cell))
 
     def options(row: dict) -> dict[str, str]:
-        out = {}
-        for letter in "ABCD":
-            if absent(row.get(letter)):
-                break
-            out[letter] = row[letter]
-        return out
+        """Up to the first that is absent."""
+        return {letter: row[letter] for letter in takewhile(lambda letter: not absent(row.get(letter)), "ABCD")}
 
     def answer_rows(items: list[Item], answers: dict, model: str) -> list[dict]:
-        rows = llava_rows(items, answers, model)
-        options = {i.row["question_id"]: i.row["options"] for i in items}
-        return [r | {"round_id": 0, "prompt": r["prompt"] + "\n" + MMBench.SUFFIX,
-                     "options": list(options[r["question_id"]].values()), "option_char": list(options[r["question_id"]])}
-                for r in rows]
+        return [r | {"round_id": 0, "prompt": r["prompt"] + "\n" + MMBench.SUFFIX, "options": list(i.row["options"].values()),
+                     "option_char": list(i.row["options"])}
+                for r, (i, _) in zip(llava_rows(items, answers, model), complete(items, answers))]
 
     read_answers = llava_answers
 
@@ -346,14 +315,13 @@ class MMBench:
 
     def score(items: list[Item], answers: dict, rows=None) -> dict:
         chosen = {i.id: MMBench.letter(text, i.row["options"]) for i, (text,) in complete(items, answers)}
-        groups = defaultdict(list)
+        right = {i.row["question_id"]: chosen[i.id] == i.row["answer"] for i in items if i.id in chosen}
+        rotations = defaultdict(list)
         for item in items:
-            groups[item.row["question_id"] % MMBench.MILLION].append(item)
-        right = lambda item: chosen[item.id] == item.row["answer"]
-        whole = [group for group in groups.values() if all(i.id in chosen for i in group)]
-        plain = [i for i in items if i.row["question_id"] < MMBench.MILLION and i.id in chosen]
-        return {"scores": {"circular": mean([float(all(map(right, group))) for group in whole]),
-                           "vanilla": mean([float(right(i)) for i in plain])},
+            rotations[item.row["question_id"] % MMBench.MILLION].append(item.row["question_id"])
+        whole = [numbers for numbers in rotations.values() if all(number in right for number in numbers)]
+        return {"scores": {"circular": mean([float(all(right[number] for number in numbers)) for numbers in whole]),
+                           "vanilla": mean([float(right[number]) for number in rotations if number in right])},
                 "ok": len(chosen), "total": len(items), "unknown": sum(letter is None for letter in chosen.values())}
 
 

@@ -105,9 +105,9 @@ def edited(rng: random.Random, scene: Scene) -> Scene:
     return tuple(sorted(things, key=lambda t: PLACES.index(t.place)))
 
 
-def render(scene: Scene, seed: int, cell: int = 16, smooth: int = 4) -> Image.Image:
-    """A 3 cell x 3 cell RGB picture; `seed` moves position, radius, shade, background and noise."""
-    rng, unit = random.Random(seed), cell * smooth
+def render(scene: Scene, seed: int) -> Image.Image:
+    """A 48 x 48 RGB picture, drawn at four times that size; `seed` moves position, radius, shade, background and noise."""
+    rng, unit = random.Random(seed), 64
     board = Image.new("RGB", (3 * unit, 3 * unit), tuple(rng.randint(205, 235) for _ in range(3)))
     pen = ImageDraw.Draw(board)
     for t in scene:
@@ -119,7 +119,7 @@ def render(scene: Scene, seed: int, cell: int = 16, smooth: int = 4) -> Image.Im
         shade = rng.uniform(.85, 1.12)
         ink = tuple(min(255, int(v * shade + rng.uniform(-8, 8))) for v in COLORS[t.color])
         draw_shape(pen, t.shape, x, y, r, ink)
-    pixels = np.asarray(board.resize((3 * cell, 3 * cell), Image.Resampling.BOX), dtype=np.float32)
+    pixels = np.asarray(board.resize((48, 48), Image.Resampling.BOX), dtype=np.float32)
     noise = np.random.default_rng(seed).normal(0, 4, pixels.shape)
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
@@ -147,8 +147,10 @@ KNOWLEDGE = ("either", "compare", "opposite", "fruit", "repeat", "add", "list", 
 
 
 def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
-    """One question about a scene, seen or written; kinds that do not fit this scene become "color"."""
+    """One question about a scene, seen or written."""
     t, n = rng.choice(scene), NUMBERS[len(scene) - 1]
+    if kind == "color":
+        return turn(kind, f"what color is the {t.shape} ?", f"the {t.shape} is {t.color} .", t.color)
     if kind == "size":
         return turn(kind, f"what size is the {t.shape} ?", f"the {t.shape} is {t.size} .", t.size)
     if kind == "where":
@@ -167,9 +169,7 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
         return ask_each(rng, scene)
     if kind == "choice":
         return ask_choice(rng, t)
-    if kind in KNOWLEDGE:
-        return ask_knowledge(rng, scene, kind)
-    return turn("color", f"what color is the {t.shape} ?", f"the {t.shape} is {t.color} .", t.color)
+    return ask_knowledge(rng, scene, kind)
 
 
 def ask_each(rng: random.Random, scene: Scene) -> dict:
@@ -208,7 +208,8 @@ def ask_choice(rng: random.Random, t: Thing) -> dict:
 
 
 def ask_knowledge(rng: random.Random, scene: Scene, kind: str) -> dict:
-    """The text tasks' own wording with one argument to be looked up: what ties the two worlds together."""
+    """The text tasks' own wording with one argument to be looked up: what ties the two worlds together. Where all things are of
+    one size, "compare" becomes "opposite"."""
     t, n = rng.choice(scene), len(scene)
     if kind == "compare":
         big, small = ([u for u in scene if u.size == s] for s in SIZES)

@@ -135,7 +135,7 @@ def test_mt_bench_prompts_and_temperatures(tmp_path):
     assert prompts["111-1"].text == "Q first 111? R r1 A one"
     assert prompts["111-2"].text == "r1|r2|first 111?|one|second {111}?|{two}" and prompts["111-2"].row["prompt_name"] == "single-math-v1-multi-turn"
     items[0].row["category"] = "reasoning"
-    with pytest.raises(BadInput, match="has none for question 81"):
+    with pytest.raises(KeyError, match="81"):                            # evaluate.from_files says it in words
         MTBench.prompts(str(tmp_path), items, {i.id: told("one", "two") for i in items})
 
 
@@ -229,7 +229,7 @@ def test_alpaca_eval_scores_as_the_leaderboard_does():
     last = AlpacaEval.switched("do 9")                                   # then model_1 is the model, and won
     close(found["scores"]["tolerant"], 100 * np.mean(values + [1.0 if last else 0.0]))
     assert (found["ok"], found["total"], found["scores"]["win rate"]["n"]) == (6, 7, 5)
-    assert found["length"] == np.mean([5, 6, 7, 8, 9, 10, 14]) and found["reference length"] == 10
+    assert found["length"] == np.mean([5, 6, 7, 8, 9, 10, 14])
 
 
 def test_judge_rows_undo_the_swap(tmp_path):
@@ -342,8 +342,8 @@ def test_llava_bench_when_nothing_could_be_read():
     assert found["scores"]["parsed"]["mean"] is None and found["ok"] == 0
 
 
-def llava_bench(folder: Path, name: str = "llava_bench_wild") -> Path:
-    where = folder / name
+def llava_bench(folder: Path) -> Path:
+    where = folder / "llava_bench_wild"
     write(where / "questions.jsonl", [{"question_id": k, "image": f"00{k // 2 + 1}.jpg", "category": kind, "text": f"what {k}?"}
                                       for k, kind in enumerate(("conv", "detail", "complex"))])
     write(where / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": ["a", "b"]}, {"id": "002", "image": "002.jpg", "caption": "c"}])
@@ -352,15 +352,14 @@ def llava_bench(folder: Path, name: str = "llava_bench_wild") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["llava_bench_wild", "llava-bench-in-the-wild"])
-def test_llava_bench_prompts(tmp_path, name):
-    items = LLaVABench.items(str(llava_bench(tmp_path, name)))
-    assert items[2].questions == ["<image>\nwhat 2?"] and items[2].root.endswith(f"{name}/images")
+def test_llava_bench_prompts(tmp_path):
+    items = LLaVABench.items(str(llava_bench(tmp_path)))
+    assert items[2].questions == ["<image>\nwhat 2?"] and items[2].root.endswith("llava_bench_wild/images")
     p = LLaVABench.prompts(str(tmp_path), items, {"1": told("mine")})[0]
     assert p.text == ("[Context]\na\nb\n\n[Question]\nwhat 1?\n\n[Assistant 1]\ngpt 1\n\n[End of Assistant 1]\n\n"
                       "[Assistant 2]\nmine\n\n[End of Assistant 2]\n\n[System]\nrule detail\n\n")
     assert p.system == LLaVABench.OURS and "our own" in p.row["wording"]
-    write(tmp_path / name / "system.txt", "be exact\n")
+    write(tmp_path / "llava_bench_wild/system.txt", "be exact\n")
     assert LLaVABench.prompts(str(tmp_path), items, {"1": told("mine")})[0].system == "be exact"
 
 

@@ -94,7 +94,7 @@ def test_figures_of_an_experiment_with_fewer_methods(experiment, tmp_path, monke
     out, settings = experiment
     few = Path(shutil.copytree(out, tmp_path / "few"))
     shutil.rmtree(few / "figures")
-    shutil.rmtree(few / "seed-10" / "dpo")
+    shutil.rmtree(few / "seed-10" / "DPO")
     monkeypatch.setattr(reproduce, "task", lambda job: pytest.fail(f"{job} was done before"))
     reproduce.run(replace(settings, out=str(few), methods="SFT, full answers"))
     assert {p.stem for p in (few / "figures").iterdir()} == {"forgetting", "curves", "attributes", "board"}
@@ -116,8 +116,8 @@ def test_changes_of_the_records():
     assert "pair" not in items[0], "the records themselves are left alone"
 
 
-def test_spread_and_table_by_hand():
-    assert reproduce.spread([1.0, 3.0]) == (2.0, 2 ** 0.5) and reproduce.spread([5.0]) == (5.0, 0.0)
+def test_a_table_by_hand():
+    assert reproduce.cell([5.0]).strip() == "5.00" and reproduce.cell([]) == "-"
     rows = [{"name": "x", "seed": k, "steps": 7, "scores": {"text": {"mean": v}}} for k, v in enumerate((1.0, 3.0))]
     head, line = reproduce.table(rows, ["x"], ("text", "core")).splitlines()
     assert line.split() == ["x", "7", "2.00", "±1.41", "-"] and head.split() == ["steps", "text", "core"]

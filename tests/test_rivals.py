@@ -146,7 +146,7 @@ def test_evaluation_asks_for_the_scores_and_says_so(tmp_path, capsys, monkeypatc
         make_tree(tokens, tasks.items("text", 1)[0] | {"root": ""}, []).prompt)) or ({}, []))
     miniature.score_checkpoint(folder, "it", tmp_path, "cpu", torch.float32)
     miniature.score_checkpoint(folder, "it", tmp_path, "cpu", torch.float32, target="4 4 4 4 0")
-    assert "every question asks for helpfulness 4" in capsys.readouterr().out
+    assert "every question asks for helpfulness 4" in capsys.readouterr().err
     assert "answer with four four four four four ." in seen[0] and "answer with four four four four no ." in seen[1]
 
 

@@ -95,10 +95,12 @@ def test_what_a_question_says_of_its_scene_is_so():
         assert turn["bare"] == getattr(thing, {"where": "place"}.get(turn["kind"], turn["kind"]))
 
 
-@pytest.mark.parametrize("answer, verdict", [("yes", "yes"), ("no", "no"), ("Yes.", None), ("", None), ("notice", None),
-                                             ("yes , there is no doubt", None), ("there isn't one", None)])
-def test_the_exist_parser_takes_the_word_or_the_very_sentence_and_nothing_else(answer, verdict):
-    assert oracle.said(tasks.items("exist", 1, "test")[0], answer) == verdict
+@pytest.mark.parametrize("answer, right_where", [("yes", "yes"), ("no", "no"), (" no ", "no"), ("Yes.", None), ("", None), ("notice", None),
+                                                 ("yes , there is no doubt", None), ("there isn't one", None)])
+def test_an_exist_item_takes_the_word_or_the_very_sentence_and_nothing_else(answer, right_where):
+    for record in tasks.items("exist", 2, "test"):
+        turn = record["truth"]["turns"][0]
+        assert oracle.score("exist", record, answer) == (right_where == turn["bare"]) and oracle.score("exist", record, turn["full"]) == 1
 
 
 def test_nothing_asked_in_a_benchmark_is_ever_trained_on():
