@@ -26,9 +26,11 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-# Threads that spin while they wait for each other crawl as soon as anything else runs on the machine; let them sleep.
+# Threads that spin while they wait for each other crawl as soon as anything else runs on the machine: let them sleep, but not
+# before some microseconds, in which most waits are over (LOG.md).
 # OpenMP's runtime and tqdm read these once, when they are loaded, so every script imports this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if os.environ.get("RANK", "0") != "0":                                       # of several processes the first alone draws bars
     os.environ["TQDM_DISABLE"] = "1"
 
