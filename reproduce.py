@@ -215,7 +215,7 @@ def report(rows: list[dict]) -> str:
     over = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     out = [f"The miniature: {over} ({', '.join(map(str, seeds))}), test items", table(rows, main_rows),
            "", "The paper, 13B models, judged by GPT-4 (another scale: compare signs, not sizes)",
-           compare.paper(list(compare.COLUMNS), 13)]
+           compare.paper(["mt_bench", "alpaca_eval", "mm_vet", "llava_bench", "pope", "mmbench"], 13)]
     others = [name for name in (*RUNS, "LLaVA-mini, narrower") if name in have and name not in MAIN]
     if others:
         out += ["", "What DPO does with less, with wrong labels, and otherwise set", table(rows, ["DPO", *others])]
