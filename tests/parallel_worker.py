@@ -1,17 +1,20 @@
-"""What tests/test_parallel.py starts under torchrun: some runs, one after the other, in the same processes.
+"""What tests/test_parallel.py starts: runs in one, two and three processes, each born as torchrun would, but torch is imported once.
 
-    torchrun --nproc_per_node 2 tests/parallel_worker.py cases.json
+    python tests/parallel_worker.py cases.json          [[number of processes, [case, ...]], ...]
 """
 import json
 import os
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+import torch._dynamo                       # the first model would have every process import it
 
 torch.set_num_threads(1)
 
@@ -36,8 +39,9 @@ def stop_process_1_in_step_2():
     return lambda: setattr(parallel, "sum_gradients", real)
 
 
-if __name__ == "__main__":
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+def run(cases: list[dict]) -> None:
+    """One process's part: the runs one after the other, each one's exit code beside its result."""
+    for case in cases:
         undo = stop_process_1_in_step_2() if case.get("stop") else lambda: None
         code, script = 0, SCRIPTS[case["script"]]
         try:
@@ -46,4 +50,37 @@ if __name__ == "__main__":
             code = end.code
         undo()
         Path(case["settings"]["out"], f"exit-{parallel.rank()}").write_text(str(code))
-    torch.distributed.destroy_process_group()
+    if parallel.world() > 1:
+        torch.distributed.destroy_process_group()
+
+
+def meet(world: int, cases: list[dict]) -> bool:
+    """Fork so many processes, with torchrun's variables, and wait -> did all end well? One that fails takes the others with it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    left = set()
+    for rank in range(world):
+        if pid := os.fork():
+            left.add(pid)
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            run(cases)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    well = True
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        if status and well:
+            well = False
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    return well
+
+
+if __name__ == "__main__":
+    sys.exit(not all(meet(world, cases) for world, cases in json.loads(Path(sys.argv[1]).read_text())))
