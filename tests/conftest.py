@@ -10,9 +10,13 @@ No network, no downloads, the same bytes every time.
 """
 import json
 import os
+import signal
 import sys
+import traceback
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # before torch is loaded; common.py says why
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +46,53 @@ Preference alignment on a few thousand judged questions repairs what instruction
 Le café coûte 3 €, Grüße aus Köln, and 1,000.50 in brackets (or not): "quoted", 'single', a/b, x_y, 50%!""".split("\n")
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+# ---- processes -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def one_thread():
+    """Sums are cut by threads, so what is compared bit by bit with a forked process runs in one, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def forked(work: Callable[[], object], log: Path | None = None):
+    """work() in a process of its own, silently -> its pid. One thread, since a fork keeps only the one that forks. What work
+    raises goes to `log`; behind the block the process is gone."""
+    import torch._dynamo                                     # a second's work, which each child would do anew
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code if type(end.code) is int else 1
+        except BaseException:
+            if log:
+                Path(log).write_text(traceback.format_exc())
+        finally:
+            os._exit(code)
+    try:
+        yield pid
+    finally:
+        try:
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        except ChildProcessError:                            # it was waited for
+            pass
+
+
+def ended(pid: int) -> int:
+    """Wait for it -> its exit code, -9 where it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------
