@@ -48,7 +48,6 @@ def trees_of(config, count, prompt, answer):
 
 def measured(folder, trees, budget, rank, again, dtype, steps=2):
     """Peak bytes of tensors over two steps of two packs, and the plan for them."""
-    torch.set_num_threads(1)
     model = checkpoint.load(folder, dtype=dtype)
     config, weights = model.config, sum(p.nbytes for p in model.parameters())
     packs = [make_pack(part, torch.zeros(len(part), 3, config.vision.image_size, config.vision.image_size)) for part in split(trees, budget)[:2]]
@@ -78,7 +77,7 @@ def measured(folder, trees, budget, rank, again, dtype, steps=2):
 @pytest.mark.parametrize("rank, again, dtype, budget", [
     (0, False, torch.float32, 1024), (0, True, torch.float32, 1024), (8, False, torch.float32, 512), (8, True, torch.float32, 1024),
     (0, False, torch.bfloat16, 1024)], ids=str)
-def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_miniature(rank, again, dtype, budget):
+def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_miniature(one_thread, rank, again, dtype, budget):
     folder = checkpoint.resolve("toy")
     trees = trees_of(checkpoint.read_config(folder)[0], 80, 20, 12)
     peak, found = measured(folder, trees, budget, rank, again, dtype)
@@ -87,7 +86,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_miniature(rank, 
 
 @slow
 @pytest.mark.parametrize("rank, again", [(0, False), (0, True), (16, False)])
-def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_model_of_the_benchmark(tmp_path, rank, again):
+def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_model_of_the_benchmark(one_thread, tmp_path, rank, again):
     folder = bench.write_checkpoint(tmp_path, "small")
     trees = trees_of(checkpoint.read_config(folder)[0], 4, 60, 80)
     peak, found = measured(folder, trees, 1024, rank, again, torch.float32)
