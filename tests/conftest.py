@@ -11,10 +11,12 @@ No network, no downloads, the same bytes every time.
 import json
 import os
 import signal
+import socket
 import sys
+import time
 import traceback
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -60,23 +62,22 @@ def one_thread():
 
 
 @contextmanager
-def forked(work: Callable[[], object], log: Path | None = None):
-    """work() in a process of its own, silently -> its pid. One thread, since a fork keeps only the one that forks. What work
-    raises goes to `log`; behind the block the process is gone."""
+def forked(work: Callable[[], object], log: str | Path = os.devnull):
+    """work() in a process of its own -> its pid. One thread, since a fork keeps only the one that forks. What it says goes to
+    `log`, what it raises last; behind the block the process is gone."""
     import torch._dynamo                                     # a second's work, which each child would do anew
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             torch.set_num_threads(1)
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout = sys.stderr = open(log, "a", buffering=1)
             work()
             code = 0
         except SystemExit as end:
             code = end.code if type(end.code) is int else 1
         except BaseException:
-            if log:
-                Path(log).write_text(traceback.format_exc())
+            traceback.print_exc()
         finally:
             os._exit(code)
     try:
@@ -93,6 +94,27 @@ def forked(work: Callable[[], object], log: Path | None = None):
 def ended(pid: int) -> int:
     """Wait for it -> its exit code, -9 where it was killed."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def meet(world: int, work: Callable[[], object], log: Path) -> bool:
+    """work() in so many forked processes, which find torchrun's variables -> did all end well? One that fails ends the others."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+
+    def process(rank: int):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        work()
+    with ExitStack() as stack:
+        left = {stack.enter_context(forked(partial(process, rank), log)) for rank in range(world)}
+        while left:
+            for pid in [*left]:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done and status:
+                    return False
+                left -= {done}
+            time.sleep(0.01)
+    return True
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------

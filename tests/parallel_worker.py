@@ -1,22 +1,17 @@
-"""What tests/test_parallel.py starts: runs in one, two and three processes, each born as torchrun would, but torch is imported once.
+"""What tests/test_parallel.py starts: its runs in one, two and three processes, forked from one that has only imported torch.
 
-    python tests/parallel_worker.py cases.json          [[number of processes, [case, ...]], ...]
+    python tests/parallel_worker.py cases.json log.txt          {number of processes: [case, ...]}; their words go to the log
 """
 import json
 import os
 import signal
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
-import torch._dynamo                       # the first model would have every process import it
 
-torch.set_num_threads(1)
+from conftest import meet
 
 import dpo
 import parallel
@@ -40,7 +35,7 @@ def stop_process_1_in_step_2():
 
 
 def run(cases: list[dict]) -> None:
-    """One process's part: the runs one after the other, each one's exit code beside its result."""
+    """One process's part: the runs one after the other."""
     for case in cases:
         undo = stop_process_1_in_step_2() if case.get("stop") else lambda: None
         code, script = 0, SCRIPTS[case["script"]]
@@ -54,33 +49,6 @@ def run(cases: list[dict]) -> None:
         torch.distributed.destroy_process_group()
 
 
-def meet(world: int, cases: list[dict]) -> bool:
-    """Fork so many processes, with torchrun's variables, and wait -> did all end well? One that fails takes the others with it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    left = set()
-    for rank in range(world):
-        if pid := os.fork():
-            left.add(pid)
-            continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        try:
-            run(cases)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    well = True
-    while left:
-        pid, status = os.wait()
-        left.discard(pid)
-        if status and well:
-            well = False
-            for other in left:
-                os.kill(other, signal.SIGKILL)
-    return well
-
-
 if __name__ == "__main__":
-    sys.exit(not all(meet(world, cases) for world, cases in json.loads(Path(sys.argv[1]).read_text())))
+    cases, log = sys.argv[1:]
+    sys.exit(not all(meet(int(world), partial(run, mine), log) for world, mine in json.loads(Path(cases).read_text()).items()))

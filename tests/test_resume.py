@@ -48,9 +48,13 @@ def flags(ckpt, data, out, **changes):
     return dict(ckpt=str(ckpt), data=str(data), out=str(out), device="cpu", steps=STEPS, batch=3, pack=300, save_every=1) | changes
 
 
+def log_of(out: Path) -> Path:
+    return out.with_name(out.name + ".log")
+
+
 def start(script, settings, patch=lambda: None):
     """script.run(settings) in a process of its own."""
-    return forked(lambda: (patch(), script.run(settings)), Path(settings.out, "failed.txt"))
+    return forked(lambda: (patch(), script.run(settings)), log_of(Path(settings.out)))
 
 
 def complete(script, settings, patch=lambda: None) -> int:
@@ -96,7 +100,7 @@ def whole(ckpt, data, tmp_path_factory):
         script, changes = METHODS[method]
         out = folder / method.replace(", ", "-")
         if not out.exists():
-            assert complete(script, script.Settings(**flags(ckpt, data, out, **changes))) == 0, (out / "failed.txt").read_text()
+            assert complete(script, script.Settings(**flags(ckpt, data, out, **changes))) == 0, log_of(out).read_text()
         assert result(out) and not (out / "state").exists(), "a finished run needs no state"
         return out
     return made
@@ -114,7 +118,7 @@ def test_killed_anywhere_and_resumed_the_weights_are_the_same_bits_and_each_step
         if SLOW and not result(out):
             killed_after(script, make(f"killed-{k}", resume=True), rng.randrange(STEPS), rng.uniform(0, 0.05), slowly)     # and once more
         if not result(out):
-            assert complete(script, make(f"killed-{k}", resume=True)) == 0, (out / "failed.txt").read_text()
+            assert complete(script, make(f"killed-{k}", resume=True)) == 0, log_of(out).read_text()
         assert result(out) == result(whole(method)), f"kill {k}"
         assert [r["step"] for r in rows(out)] == list(range(1, STEPS + 1)) and rows(out) == rows(whole(method))
     assert stopped, "no kill fell between the first state and the end"
@@ -143,7 +147,7 @@ def test_a_kill_at_every_stage_of_writing_a_state_loses_nothing(ckpt, data, tmp_
         out = tmp_path / f"killed-{k}"
         assert complete(script, make(f"killed-{k}"), die_at(name, call, of)) == -signal.SIGKILL
         states.append(resume.latest(out / "state").name)
-        assert complete(script, make(f"killed-{k}", resume=True)) == 0, (out / "failed.txt").read_text()
+        assert complete(script, make(f"killed-{k}", resume=True)) == 0, log_of(out).read_text()
         assert result(out) == result(whole(method)) and rows(out) == rows(whole(method))
     assert states == ["step-00000003", "step-00000003", "step-00000006", "step-00000003"]
 
@@ -298,7 +302,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_good_state(ckpt, dat
             return before(*a)
         resume.save = save
     assert complete(dpo, make(), fill_after_two) == 1
-    said = (out / "failed.txt").read_text().splitlines()[-1]
+    said = log_of(out).read_text().splitlines()[-1]
     assert "BadInput: the state after step 3 cannot be written" in said and "that after step 2 is whole; make room" in said
     assert [p.name for p in (out / "state").iterdir()] == ["step-00000002"]
     assert complete(dpo, make(resume=True)) == 0
