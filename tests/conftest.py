@@ -10,9 +10,15 @@ No network, no downloads, the same bytes every time.
 """
 import json
 import os
+import signal
+import socket
 import sys
-from functools import cache
+import time
+import traceback
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
+from typing import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # before torch is loaded; common.py says why
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +48,73 @@ Preference alignment on a few thousand judged questions repairs what instruction
 Le café coûte 3 €, Grüße aus Köln, and 1,000.50 in brackets (or not): "quoted", 'single', a/b, x_y, 50%!""".split("\n")
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+# ---- processes -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def one_thread():
+    """Sums are cut by threads, so what is compared bit by bit with a forked process runs in one, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def forked(work: Callable[[], object], log: str | Path = os.devnull):
+    """work() in a process of its own -> its pid. One thread, since a fork keeps only the one that forks. What it says goes to
+    `log`, what it raises last; behind the block the process is gone."""
+    import torch._dynamo                                     # a second's work, which each child would do anew
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            sys.stdout = sys.stderr = open(log, "a", buffering=1)
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code if type(end.code) is int else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    try:
+        yield pid
+    finally:
+        try:
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        except ChildProcessError:                            # it was waited for
+            pass
+
+
+def ended(pid: int) -> int:
+    """Wait for it -> its exit code, -9 where it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def meet(world: int, work: Callable[[], object], log: Path) -> bool:
+    """work() in so many forked processes, which find torchrun's variables -> did all end well? One that fails ends the others."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+
+    def process(rank: int):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        work()
+    with ExitStack() as stack:
+        left = {stack.enter_context(forked(partial(process, rank), log)) for rank in range(world)}
+        while left:
+            for pid in [*left]:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done and status:
+                    return False
+                left -= {done}
+            time.sleep(0.01)
+    return True
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------

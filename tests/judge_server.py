@@ -242,7 +242,7 @@ class Server(ThreadingHTTPServer):
         pass                                                             # a client that was killed
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()     # how long a shutdown waits
         return self
 
     def __exit__(self, *args):

@@ -1,19 +1,17 @@
-"""What tests/test_parallel.py starts under torchrun: some runs, one after the other, in the same processes.
+"""What tests/test_parallel.py starts: its runs in one, two and three processes, forked from one that has only imported torch.
 
-    torchrun --nproc_per_node 2 tests/parallel_worker.py cases.json
+    python tests/parallel_worker.py cases.json log.txt          {number of processes: [case, ...]}; their words go to the log
 """
 import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 
-torch.set_num_threads(1)
+from conftest import meet
 
 import dpo
 import parallel
@@ -36,8 +34,9 @@ def stop_process_1_in_step_2():
     return lambda: setattr(parallel, "sum_gradients", real)
 
 
-if __name__ == "__main__":
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+def run(cases: list[dict]) -> None:
+    """One process's part: the runs one after the other."""
+    for case in cases:
         undo = stop_process_1_in_step_2() if case.get("stop") else lambda: None
         code, script = 0, SCRIPTS[case["script"]]
         try:
@@ -46,4 +45,10 @@ if __name__ == "__main__":
             code = end.code
         undo()
         Path(case["settings"]["out"], f"exit-{parallel.rank()}").write_text(str(code))
-    torch.distributed.destroy_process_group()
+    if parallel.world() > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cases, log = sys.argv[1:]
+    sys.exit(not all(meet(int(world), partial(run, mine), log) for world, mine in json.loads(Path(cases).read_text()).items()))

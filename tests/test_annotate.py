@@ -8,8 +8,6 @@ import html.parser
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ import records
 import rubric
 import tasks
 from common import BadInput
-from conftest import ROOT, picture, tiny_checkpoint
+from conftest import meet, picture, tiny_checkpoint
 from records import ATTRIBUTES
 
 
@@ -46,10 +44,14 @@ def prompts(tmp_path):
     return folder / "prompts.jsonl"
 
 
-def sampled(ckpt, prompts, out, **more):
+def sample(ckpt, prompts, out, **more):
     settings = {"n": 3, "max_new": 8, "batch": 4, "device": "cpu"} | more
     annotate.run(annotate.Settings(ckpt=str(ckpt), data=str(prompts), out=str(out), **settings))
-    return [json.loads(line) for line in open(out / "records.jsonl")]
+
+
+def sampled(ckpt, prompts, out, **more):
+    sample(ckpt, prompts, out, **more)
+    return common.read_jsonl(out / "records.jsonl")
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------
@@ -103,16 +105,12 @@ def test_sampling_goes_on_where_it_stopped_with_the_same_result(ckpt, prompts, t
     assert batches == [4, 3, 4, 4, 3], "another setting is another question"
 
 
-def test_killed_processes_of_torchrun_make_the_same_file(ckpt, prompts, tmp_path):
-    whole = sampled(ckpt, prompts, tmp_path / "whole")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29600 + os.getpid() % 300),
-               "--", str(ROOT / "annotate.py"), "--ckpt", str(ckpt), "--data", str(prompts), "--out", str(tmp_path / "out"), "--n", "3",
-               "--max_new", "8", "--batch", "4", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_make_the_same_file(ckpt, prompts, tmp_path, one_thread):
+    whole, log = sampled(ckpt, prompts, tmp_path / "whole"), tmp_path / "log.txt"
+    assert meet(2, lambda: sample(ckpt, prompts, tmp_path / "out"), log), log.read_text()
     assert sorted(p.name for p in (tmp_path / "out").glob("answers-*")) == ["answers-0.jsonl", "answers-1.jsonl"]
-    assert [json.loads(line) for line in open(tmp_path / "out" / "records.jsonl")] == whole
-    assert done.stdout.count("usable") == 1, "one process speaks"
+    assert common.read_jsonl(tmp_path / "out" / "records.jsonl") == whole
+    assert log.read_text().count("usable") == 1, "one process speaks"
     assert sum(len(p.read_text().splitlines()) for p in (tmp_path / "out").glob("answers-*")) == 11, "nothing is done twice"
 
 

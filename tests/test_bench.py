@@ -1,8 +1,9 @@
 """What bench.py counts and prints; it is run in small, so that it can be run at all. Speed itself is not tested.
 
-    python -m pytest tests/test_bench.py -q
+    python -m pytest tests/test_bench.py -q          with SLOW=1 and TRL installed a step against it, too
 """
 import json
+import os
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_the_door(flags):
         bench.run(bench.Settings(**flags))
 
 
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="a dozen seconds; SLOW=1 runs it")
 def test_one_step_of_both_in_turn(tmp_path, monkeypatch):
     """The real thing in small: two processes, one step each, ours and TRL's, on the same records."""
     pytest.importorskip("trl")

@@ -298,22 +298,18 @@ def test_hashes_tell_where_one_part_ends():
 
 # ---- the real thing --------------------------------------------------------------------------------------------
 
-def command(cwd, *argv):
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
-
-
 def test_the_command_line_from_another_folder(ckpt, folder, tmp_path):
     """One run that goes well and one that cannot: exit codes 0 and 1, and never a traceback."""
     data = write(folder / "prefs.jsonl", [pair("good-1"), pair("missing-image", "absent.jpg")])
-    good = command(tmp_path, ROOT / "dpo.py", "--ckpt", ckpt, "--data", "data/prefs.jsonl", "--steps", 1, "--device", "cpu")
-    assert good.returncode == 0, good.stderr
-    assert "1 records usable, 1 rejected" in good.stdout and "missing-image: " in good.stdout and "absent.jpg" in good.stdout
-    assert "step-0 contract holds" in good.stdout and (tmp_path / "runs" / "dpo" / "model" / "config.json").is_file()
-
-    bad = command(tmp_path, ROOT / "sft.py", "--ckpt", "nowhere", "--data", data)
-    assert bad.returncode == 1 and bad.stdout == "" and bad.stderr == "sft.py: --ckpt nowhere: no such folder\n"
-
-    assert "Traceback" not in good.stderr + bad.stderr
+    commands = ([ROOT / "dpo.py", "--ckpt", ckpt, "--data", "data/prefs.jsonl", "--steps", "1", "--device", "cpu"],
+                [ROOT / "sft.py", "--ckpt", "nowhere", "--data", data])
+    started = [subprocess.Popen([sys.executable, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for argv in commands]
+    (said, problem), (nothing, why) = (process.communicate() for process in started)
+    good, bad = (process.returncode for process in started)
+    assert good == 0 and "Traceback" not in problem, problem
+    assert "1 records usable, 1 rejected" in said and "missing-image: " in said and "absent.jpg" in said
+    assert "step-0 contract holds" in said and (tmp_path / "runs" / "dpo" / "model" / "config.json").is_file()
+    assert bad == 1 and nothing == "" and why == "sft.py: --ckpt nowhere: no such folder\n"
 
 
 # ---- what a mutation showed untested --------------------------------------------------------------------------

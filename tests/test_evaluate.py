@@ -27,7 +27,7 @@ import judge_server
 import miniature
 from harness import Item, answer
 from common import BadInput, read_jsonl
-from conftest import ROOT, hf_checkpoint, picture, randomize, tiny_checkpoint, write_tokenizer
+from conftest import ROOT, ended, forked, hf_checkpoint, picture, randomize, tiny_checkpoint, write_tokenizer
 from data import SYSTEM, Pixels, Tokens
 from evaluate import BENCHES, Settings
 from judge_server import LASTING, Server, expected, fault_of
@@ -161,7 +161,7 @@ def items_of(data: str, n: int = 24) -> list[Item]:
         text = " ".join(words[k % 7:k % 7 + 1 + 5 * k % 17])
         images = [f"COCO_{k % 2}.jpg"] if k % 2 else []
         out.append(Item(f"q{k}", ["<image>\n" * len(images) + text] + ["And why ?"] * (k % 3 == 0), {}, images, f"{data}/pope/val2014",
-                        0.7 if k % 4 == 0 else 0.0, 40))
+                        0.7 if k % 4 == 0 else 0.0, 16))
     return out
 
 
@@ -356,17 +356,15 @@ def test_a_prompt_that_is_too_long_and_an_answer_that_would_be_a_control_token(d
 
 def kill_when(path: Path, lines: int, argv: list) -> None:
     """Run the command and kill -9 it when its journal has so many lines."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= lines:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    with forked(lambda: code(*argv)) as pid:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL, "it was over before it could be killed"
 
 
-def test_kill_9_while_answering_and_while_judging(settings, data, tmp_path):
+def test_kill_9_while_answering_and_while_judging(settings, data, tmp_path, one_thread):
     flags = lambda out, url: ["--ckpt", settings.ckpt, "--bench", ALL, "--data_dir", data, "--judge", "openai:fake", "--judge_url", url, "--max_new", "24",
                               "--batch", "2", "--workers", "2", "--device", "cpu", "--out", out]
     with Server() as server:

@@ -1,6 +1,6 @@
 """Two and three processes do what one does: the same losses, the same weights, and nobody waits for ever.
 
-    python -m pytest tests/test_parallel.py -q          gloo on the CPU; each world is started once; SLOW=1 for all runs
+    python -m pytest tests/test_parallel.py -q          gloo on the CPU; torch is imported once; SLOW=1 for all runs, and for torchrun
 """
 import json
 import os
@@ -13,14 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dpo
-import sft
-import steerlm
 from conftest import ROOT, tiny_checkpoint
 from data import Tree, share, split
 from test_dpo import RECORDS, rows_of, write_data
 
-SCRIPTS = {"dpo": dpo, "sft": sft, "steerlm": steerlm}
 CASES = {                                                     # what differs from the flags below
     "full": ("dpo", {}), "lora": ("dpo", {"lora": 4, "lr": 1e-3, "projector_lr": 1e-4}),
     "checkpointing": ("dpo", {"checkpointing": "on", "steps": 2}), "tied": ("dpo", {"ckpt": "tied", "steps": 2}),
@@ -31,9 +27,10 @@ CASES = {                                                     # what differs fro
     "sft, lora": ("sft", {"batch": 4, "pack": 100, "lora": 4, "merge": True}), "steerlm": ("steerlm", {"batch": 7, "steps": 2}),
     "bfloat16": ("dpo", {"dtype": "bfloat16", "steps": 2, "lr": 1e-3})}
 SLOW = bool(os.environ.get("SLOW"))
-RUNS = {world: [n for n in CASES if SLOW or n in quick] for world, quick in {
-    2: ("full", "lora", "one pair a step", "sft", "held out"), 3: ("full", "one pair a step, lora")}.items()}
-STOPS = {kind: changes for kind, changes in {"full": {}, "lora": {"lora": 4}}.items() if SLOW or kind == "full"}
+QUICK = {2: ("full", "lora", "one pair a step", "sft", "held out"), 3: ("full", "one pair a step, lora")}
+RUNS = {world: [n for n in CASES if SLOW or n in QUICK[world]] for world in QUICK}
+RUNS = {1: [n for n in CASES if n in RUNS[2] + RUNS[3]]} | RUNS
+STOPS = ("full", "lora") if SLOW else ("full",)
 slow = pytest.mark.skipif(not SLOW, reason="SLOW=1 runs it")
 
 
@@ -53,32 +50,19 @@ def flags(place, out, ckpt="tiny", data="data.jsonl", **changes):
                 lr=1e-4, save_every=0) | changes
 
 
-def start(place, cases, world):
-    path = place / f"cases-{world}.json"
-    path.write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
-                           str(ROOT / "tests" / "parallel_worker.py"), str(path)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def worlds(place):
-    """{number of processes: the folder of its runs}; 2 also stops, and goes on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                  # as in the workers: sums are cut by threads, too
-    for name in {*RUNS[2], *RUNS[3]}:
-        script, changes = CASES[name]
-        SCRIPTS[script].run(SCRIPTS[script].Settings(**flags(place, place / "1" / name, **changes)))
-    torch.set_num_threads(threads)
-    for world in (2, 3):
-        cases = [{"script": script, "settings": flags(place, place / str(world) / name, **changes)}
-                 for name in RUNS[world] for script, changes in [CASES[name]]]
-        stopped = [{"script": "dpo", "settings": flags(place, place / str(world) / f"{how} {kind}", **changes, resume=resume),
-                    "stop": how == "stopped" and not resume}
-                   for kind, changes in STOPS.items()
-                   for how, resume in (("whole", False), ("stopped", False), ("stopped", True))]
-        start(place, cases + stopped * (world == 2), world)
+    """The folder of all runs: number of processes / name. Two processes also stop, and go on."""
+    def case(world, name, script, changes, **how):
+        return {"script": script, "settings": flags(place, place / str(world) / name, **changes), **how}
+    jobs = {world: [case(world, name, *CASES[name]) for name in names] for world, names in RUNS.items()}
+    jobs[2] += [case(2, f"stopped {name}", "dpo", CASES[name][1] | {"resume": resume}, stop=not resume)
+                for name in STOPS for resume in (False, True)]
+    (place / "cases.json").write_text(json.dumps(jobs))
+    (place / "log.txt").touch()
+    done = subprocess.run([sys.executable, ROOT / "tests" / "parallel_worker.py", place / "cases.json", place / "log.txt"], timeout=480,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, (place / "log.txt").read_text()[-6000:] + done.stderr[-3000:]
     return place
 
 
@@ -87,7 +71,7 @@ def weights(folder: Path) -> dict:
     return {k: v for f in files for k, v in load_file(f).items()}
 
 
-@pytest.mark.parametrize("world, name", [(world, name) for world in RUNS for name in RUNS[world] if name != "bfloat16"])
+@pytest.mark.parametrize("world, name", [(world, name) for world in QUICK for name in RUNS[world] if name != "bfloat16"])
 def test_losses_and_weights_are_those_of_one_process(worlds, world, name):
     one, many = worlds / "1" / name, worlds / str(world) / name
     a, b = rows_of(one / "metrics.jsonl"), rows_of(many / "metrics.jsonl")
@@ -136,20 +120,33 @@ def test_the_reference_is_the_same_and_written_once(worlds, world):
     assert a["pairs"] == b["pairs"] and a["margin"] == pytest.approx(b["margin"], abs=2e-6) and a["accuracy"] == b["accuracy"]
 
 
-@pytest.mark.parametrize("kind", STOPS)
-def test_sigterm_to_one_of_them_stops_all_and_they_go_on_to_the_same_bits(worlds, kind):
-    out = worlds / "2" / f"stopped {kind}"
+@pytest.mark.parametrize("name", STOPS)
+def test_sigterm_to_one_of_them_stops_all_and_they_go_on_to_the_same_bits(worlds, name):
+    out, whole = worlds / "2" / f"stopped {name}", worlds / "2" / name
     assert not (out / "state").exists() and [r["step"] for r in rows_of(out / "metrics.jsonl")] == [1, 2, 3]
-    want, got = weights(worlds / "2" / f"whole {kind}"), weights(out)
+    want, got = weights(whole), weights(out)
     assert want and all(torch.equal(want[k], got[k]) for k in want)
-    assert [r["loss"] for r in rows_of(out / "metrics.jsonl")] == [r["loss"] for r in rows_of(worlds / "2" / f"whole {kind}" / "metrics.jsonl")]
+    assert [r["loss"] for r in rows_of(out / "metrics.jsonl")] == [r["loss"] for r in rows_of(whole / "metrics.jsonl")]
+
+
+def torchrun(**settings):
+    """dpo.py in two processes that torchrun starts, as the README has it."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(ROOT / "dpo.py"),
+                           *(f"--{name}={value}" for name, value in settings.items())], capture_output=True, text=True, timeout=120,
+                          cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@slow
+def test_torchrun_starts_the_very_processes_that_are_forked_here(worlds):
+    done = torchrun(**flags(worlds, worlds / "torchrun"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    want, got = weights(worlds / "2" / "full"), weights(worlds / "torchrun")
+    assert want and all(torch.equal(want[k], got[k]) for k in want)
 
 
 @slow
 def test_a_message_comes_once_and_torchrun_fails(place):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "dpo.py"),
-                           "--data", str(place / "none.jsonl"), "--out", str(place / "none"), "--device", "cpu"], capture_output=True,
-                          text=True, timeout=120, cwd=ROOT)
+    done = torchrun(data=place / "none.jsonl", out=place / "none", device="cpu")
     assert done.returncode != 0 and (done.stdout + done.stderr).count("dpo.py: --data") == 1, done.stderr[-3000:]
 
 

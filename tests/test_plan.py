@@ -50,7 +50,6 @@ def trees_of(config, count, prompt, answer):
 
 def measured(folder, trees, budget, rank, again, dtype, steps=2):
     """Peak bytes of tensors over two steps of two packs, and the plan for them."""
-    torch.set_num_threads(1)
     model = checkpoint.load(folder, dtype=dtype)
     config, weights = model.config, sum(p.nbytes for p in model.parameters())
     packs = [make_pack(part, torch.zeros(len(part), 3, config.vision.image_size, config.vision.image_size)) for part in list(split(trees, budget))[:2]]
@@ -79,8 +78,8 @@ def measured(folder, trees, budget, rank, again, dtype, steps=2):
 
 @pytest.mark.parametrize("rank, again, dtype, budget", [
     (0, False, torch.float32, 1024), (0, True, torch.float32, 1024), (8, False, torch.float32, 512), (8, True, torch.float32, 1024),
-    (0, False, torch.bfloat16, 1024)], ids=str)
-def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_miniature(rank, again, dtype, budget):
+    (0, False, torch.bfloat16, 512)], ids=str)
+def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_miniature(one_thread, rank, again, dtype, budget):
     folder = checkpoint.resolve("toy")
     trees = trees_of(checkpoint.read_config(folder)[0], 80, 20, 12)
     peak, found = measured(folder, trees, budget, rank, again, dtype)
@@ -89,7 +88,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_miniature(rank, 
 
 @slow
 @pytest.mark.parametrize("rank, again", [(0, False), (0, True), (16, False)])
-def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_model_of_the_benchmark(tmp_path, rank, again):
+def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_model_of_the_benchmark(one_thread, tmp_path, rank, again):
     folder = bench.write_checkpoint(tmp_path, "small")
     trees = trees_of(checkpoint.read_config(folder)[0], 4, 60, 80)
     peak, found = measured(folder, trees, 1024, rank, again, torch.float32)
@@ -239,8 +238,7 @@ def test_other_errors_keep_their_names(ckpt, data):
 
 # ---- without weights --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", ["7b", "13b"])
-@pytest.mark.parametrize("script", [dpo, sft, rejection, steerlm])
+@pytest.mark.parametrize("script, size", [(dpo, "7b"), (sft, "13b"), (steerlm, "7b")])
 def test_a_dry_run_needs_config_json_alone(tmp_path, capsys, size, script):
     config = bench.config_of(size)
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(config, torch.float16)))

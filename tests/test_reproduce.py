@@ -48,7 +48,8 @@ def experiment(tmp_path_factory):
     out = tmp_path_factory.mktemp("reproduce")
     patch = pytest.MonkeyPatch()
     patch.setattr(miniature, "ITEMS", {"text": 11, "exist": 8, "attribute": 8, "describe": 4, "choice": 4})
-    patch.setattr(annotate, "Story", partial(annotate.Story, prompts=60))
+    patch.setattr(miniature, "MAX_NEW", 10)
+    patch.setattr(annotate, "Story", partial(annotate.Story, prompts=32, max_new=10))
     patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
     patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
     settings = reproduce.Settings(out=str(out), methods="SFT, full answers;SteerLM;DPO;DPO, 50% of the data;DPO, 75% of labels flipped")
@@ -73,6 +74,7 @@ def test_what_is_done_is_not_done_again(experiment, monkeypatch):
     out, settings = experiment
     before = (out / "rows.jsonl").read_bytes()
     monkeypatch.setattr(reproduce, "task", lambda job: pytest.fail(f"{job} was done before"))
+    monkeypatch.setattr(reproduce.figures, "run", lambda s: None)
     reproduce.run(settings)
     assert (out / "rows.jsonl").read_bytes() == before
 

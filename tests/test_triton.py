@@ -1,6 +1,6 @@
 """The Triton kernels against fp64 and against plain torch: in Triton's interpreter, and on a GPU where there is one.
 
-    python -m pytest tests/test_triton.py -q
+    python -m pytest tests/test_triton.py -q                               with SLOW=1 every pack in every precision
     TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python tests/test_triton.py
     python tests/test_triton.py                                            on a GPU
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HALVES = torch.float16, torch.bfloat16
+WHOLE = not INTERPRETED or bool(os.environ.get("SLOW"))                  # the interpreter is slow: its quick run takes turns
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}     # of a typical number's size
 PACKS = {                                                                # (prompt, answers) or an image's length
     "ragged": [(70, [30, 5, 80]), (3, [1]), (9, []), (130, [40, 50])],
@@ -118,6 +119,11 @@ def size(part):
     return part if isinstance(part, int) else part[0] + sum(part[1])
 
 
+def turn(k, *choices):
+    """All of them, or in the interpreter's quick run the k-th, round and round."""
+    return choices if WHOLE else [choices[k % len(choices)]]
+
+
 def draw(*shape, scale=1.0):
     return scale * torch.randn(*shape, dtype=torch.float64).to(DEVICE)
 
@@ -169,9 +175,9 @@ def compare_attention(what, parts, H, G, D, dtypes):
 
 def check_attention():
     heads = [(1, 1, 64), (2, 1, 128), (2, 2, 32), (1, 1, 96), (3, 1, 64), (2, 1, 40)]
-    for (what, parts), shape in zip(PACKS.items(), heads, strict=True):
-        compare_attention(what, parts, *shape, (torch.float32, *HALVES))
-    for seed in range(12):
+    for k, ((what, parts), shape) in enumerate(zip(PACKS.items(), heads, strict=True)):
+        compare_attention(what, parts, *shape, turn(k, torch.float32, *HALVES))
+    for seed in range(12 if WHOLE else 6):
         compare_attention(f"fuzz {seed}", fuzz(seed), 1, 1, (64, 128)[seed % 2], [(torch.float32, *HALVES)[seed % 3]])
 
 
@@ -180,9 +186,9 @@ def check_every_table():
     from kernels import flash
     if INTERPRETED:
         ours = flash.chip
-        for chip in ("sm_80", "sm_100", "gfx942", "wide"):
+        for k, chip in enumerate(("sm_80", "sm_100", "gfx942", "wide")):
             flash.chip = lambda x: chip
-            for D in (64, 128):
+            for D in turn(k // 2, 64, 128):
                 compare_attention(f"blocks of {chip}", [(70, [30, 70]), 70], 1, 1, D, [torch.float16])
         flash.chip = ours
 
@@ -194,7 +200,7 @@ def check_large_scores():
     mask = mask_of(PACKS["a block that holds several answers"])
     q, k, v = qkv(len(mask.own), 1, 1, 64)
     ours, plain, spec = (lambda *x, f=f: f(*x, mask) for f in (flash.attention, attention, attention_spec))
-    compare("scores in the hundreds", ours, plain, spec, (40 * q, 2 * k, v), HALVES)
+    compare("scores in the hundreds", ours, plain, spec, (40 * q, 2 * k, v), turn(0, *HALVES))
 
 
 def check_bits():
@@ -210,7 +216,7 @@ def check_bits():
         cut = [torch.split(y, [size(parts[k]) for k in order]) for y in out]
         return {k: [y[i] for y in cut] for i, k in enumerate(order)}
 
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in turn(1, torch.float32, torch.bfloat16):
         first = results([0, 1, 2], dtype)
         for what, order in (("twice", [0, 1, 2]), ("permuted", [2, 1, 0]), ("alone", [1])):
             for k, found in results(order, dtype).items():
@@ -291,15 +297,16 @@ def decode_spec(q, prompt, own, prompt_len, own_len):
 def check_decode():
     from kernels import flash_decode
     from kernels.attention import decode
-    for lengths, n, H, G, D, own_len in (([5], 1, 2, 2, 32, 1), ([256, 1, 257, 30], 4, 2, 1, 64, 7), ([33, 70], 1, 4, 2, 96, 64),
-                                         ([64, 300], 4, 1, 1, 128, 257), ([20, 9], 4, 32, 1, 16, 65)):
+    shapes = (([5], 1, 2, 2, 32, 1), ([256, 1, 257, 30], 4, 2, 1, 64, 7), ([33, 70], 1, 4, 2, 96, 64), ([64, 300], 4, 1, 1, 128, 257),
+              ([20, 9], 4, 32, 1, 16, 65))
+    for k, (lengths, n, H, G, D, own_len) in enumerate(shapes):
         R, P, A = len(lengths), max(lengths), own_len + 3
         q, prompt_len = draw(R, n, H, D), torch.tensor(lengths, device=DEVICE)
         prompt, own = [draw(R, P, G, D).transpose(1, 2) for _ in "kv"], [draw(R, G, n, A, D) for _ in "kv"]
         for x, y in zip(prompt, own):                                    # what is not filled must not be read
             x[torch.arange(P, device=DEVICE)[None, None, :].expand(R, G, P) >= prompt_len[:, None, None]] = 1e4
             y[:, :, :, own_len:] = 1e4
-        for dtype in (torch.float32, *HALVES, torch.float64):
+        for dtype in turn(k, torch.float32, *HALVES, torch.float64):
             have = q.to(dtype), [x.to(dtype) for x in prompt], [x.to(dtype) for x in own]
             wide = have[0].double(), *([x.double() for x in y] for y in have[1:])
             ours, plain = (f(*have, prompt_len, own_len) for f in (flash_decode.decode, decode))
