@@ -16,7 +16,6 @@ import common
 import dpo
 import lora
 import plan
-import rejection
 import sft
 import steerlm
 from common import BadInput
