@@ -10,13 +10,13 @@ its gradient once more; and 71 % of the rows are image tokens that nobody scores
 
 The trick. (1) Only scored rows are computed: `rows` names the hidden state that predicts each target. The
 last prompt row predicts the first token of *every* answer, so it may be named n times. (2) Rows go through
-in chunks; of each chunk's logits only two numbers per row survive (the log-sum-exp and the target's logit).
+in chunks; of each chunk only one number per row survives, the target's.
 (3) Backward recomputes the chunk (a single one was kept) and turns it into its own gradient,
 
     d logp / d logits = onehot(target) - softmax(logits),
 
 so peak memory is a chunk or two in either direction (and, for a 16-bit head, one fp32 copy of it). Logits,
-log-sum-exp and the result are fp32 whatever the model's dtype: summed over a 128-token answer, bf16 logits would
+their sum and the result are fp32 whatever the model's dtype: summed over a 128-token answer, bf16 logits would
 move the log-prob by half a nat.
 
 References: Cut Cross-Entropy (arXiv:2411.09009), Liger Kernel (arXiv:2410.10989).
@@ -52,27 +52,25 @@ def wide(x: Tensor) -> Tensor:
 class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, rows, targets):
-        w = wide(weight)
-        lse, target_logit = (torch.empty(len(rows), dtype=w.dtype, device=w.device) for _ in range(2))
-        parts = chunks(len(rows), len(w))
+        w, parts = wide(weight), chunks(len(rows), len(weight))
+        out = torch.empty(len(rows), dtype=w.dtype, device=w.device)
         for c in parts:
-            logits = wide(hidden[rows[c]]) @ w.T                         # (c, V), gone with the next one
-            lse[c] = logits.logsumexp(-1)
-            target_logit[c] = logits.gather(1, targets[c, None])[:, 0]
-        ctx.save_for_backward(hidden, weight, rows, targets, lse, logits if len(parts) == 1 else None)
-        return target_logit - lse
+            logps = (wide(hidden[rows[c]]) @ w.T).log_softmax(-1)        # (c, V), gone with the next one
+            out[c] = logps.gather(1, targets[c, None])[:, 0]
+        ctx.save_for_backward(hidden, weight, rows, targets, logps if len(parts) == 1 else None)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, rows, targets, lse, kept = ctx.saved_tensors
+        hidden, weight, rows, targets, kept = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         w = wide(weight)
         d_hidden = torch.zeros_like(hidden, dtype=w.dtype) if need_hidden else None
         d_weight = None
         for c in chunks(len(rows), len(w)):
             h = wide(hidden[rows[c]])                                    # (c, D)
-            logits = h @ w.T if kept is None else kept                   # (c, V)
-            d_logits = (logits - lse[c, None]).exp_().mul_(-grad[c, None])
+            logps = (h @ w.T).log_softmax(-1) if kept is None else kept
+            d_logits = logps.exp().mul_(-grad[c, None])                  # (c, V)
             d_logits.scatter_add_(1, targets[c, None], grad[c, None].to(d_logits.dtype))
             if need_hidden:
                 d_hidden.index_add_(0, rows[c], d_logits @ w)            # rows may repeat: the last prompt row does
