@@ -247,7 +247,8 @@ def bring_pictures(record: dict, out: Path) -> None:
 
 
 def look(s: Settings, items: list[dict], out: Path) -> None:
-    """Numbers, board and export, where asked for."""
+    """Numbers, board and export, where asked for; and what to run next."""
+    found = [(r, pair) for r in items if (pair := pairs.choose_pair(r, s.gap, s.seed))]
     if s.pairs:
         numbers = pairs.statistics(items, s.gap, s.seed)
         write_whole(out / "pairs.json", json.dumps(describe_run(s, pairs=numbers)) + "\n")
@@ -257,9 +258,13 @@ def look(s: Settings, items: list[dict], out: Path) -> None:
         write_whole(Path(s.board), pairs.board(items, out, s.gap, s.seed, title))
         print(f"board: {s.board}, to be opened in a browser")
     if s.export:
-        found = [(r, pair) for r in items if (pair := pairs.choose_pair(r, s.gap, s.seed))]
         write_jsonl(out / "trl.jsonl", (pairs.to_trl(r, pair) for r, pair in found))
         print(f"export: {out / 'trl.jsonl'}, {len(found)} pairs")
+    if found:
+        print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl"
+              + " --batch 16 --lr 1e-4" * isinstance(s, Story))
+    elif not s.judge:
+        print(f"next: python annotate.py --data {out}/records.jsonl --out {out} --judge gemini:MODEL --dry_run")
 
 
 def miniature(s: Story) -> Story:

@@ -105,6 +105,12 @@ def test_sampling_goes_on_where_it_stopped_with_the_same_result(ckpt, prompts, t
     assert batches == [4, 3, 4, 4, 3], "another setting is another question"
 
 
+def test_the_end_says_what_to_run_next(ckpt, prompts, tmp_path, capsys):
+    sample(ckpt, prompts, tmp_path / "out")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"next: python annotate.py --data {tmp_path}/out/records.jsonl --out {tmp_path}/out --judge gemini:MODEL --dry_run"
+
+
 def test_two_processes_make_the_same_file(ckpt, prompts, tmp_path, one_thread):
     whole, log = sampled(ckpt, prompts, tmp_path / "whole"), tmp_path / "log.txt"
     assert meet(2, lambda: sample(ckpt, prompts, tmp_path / "out"), log), log.read_text()
