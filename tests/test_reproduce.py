@@ -74,7 +74,7 @@ def test_what_is_done_is_not_done_again(experiment, monkeypatch):
     out, settings = experiment
     before = (out / "rows.jsonl").read_bytes()
     monkeypatch.setattr(reproduce, "task", lambda job: pytest.fail(f"{job} was done before"))
-    monkeypatch.setattr(reproduce.figures, "run", lambda s: None)
+    monkeypatch.setattr(reproduce.figures, "draw", lambda *a: None)
     reproduce.run(settings)
     assert (out / "rows.jsonl").read_bytes() == before
 
