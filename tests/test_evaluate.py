@@ -161,7 +161,7 @@ def items_of(data: str, n: int = 24) -> list[Item]:
         text = " ".join(words[k % 7:k % 7 + 1 + 5 * k % 17])
         images = [f"COCO_{k % 2}.jpg"] if k % 2 else []
         out.append(Item(f"q{k}", ["<image>\n" * len(images) + text] + ["And why ?"] * (k % 3 == 0), {}, images, f"{data}/pope/val2014",
-                        0.7 if k % 4 == 0 else 0.0, 16))
+                        0.7 if k % 4 == 0 else 0.0, 12))
     return out
 
 

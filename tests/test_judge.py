@@ -337,18 +337,18 @@ def test_no_sliding_minute_holds_more_than_the_limit_as_the_server_sees_it(tmp_p
     """A minute is one second here."""
     real = judge.Limits
     monkeypatch.setattr(judge, "Limits", lambda *a: real(*a, minute=1.0))
-    data = write_data(tmp_path / "data", 50)
+    data = write_data(tmp_path / "data", 32)
     with Server(faults=0.2, stall=0.5, delay=delay) as server:
         run(data, tmp_path / "out", server, workers=16, rpm=20)
-        assert 15 <= fullest(server.arrivals, 1.0) <= 20 and len(server.arrivals) > 50
+        assert 15 <= fullest(server.arrivals, 1.0) <= 20 and len(server.arrivals) > 32
 
 
 def test_a_minute_goes_on_after_a_restart(tmp_path, monkeypatch):
     real = judge.Limits
     monkeypatch.setattr(judge, "Limits", lambda *a: real(*a, minute=1.0))
-    data = write_data(tmp_path / "data", 30)
+    data = write_data(tmp_path / "data", 20)
     with Server() as server:
-        for stop in (12, 30):
+        for stop in (12, 20):
             with forked(lambda: run(data, tmp_path / "out", server, rpm=10, workers=4)) as child:
                 while len(server.arrivals) < stop and os.waitpid(child, os.WNOHANG) == (0, 0):
                     time.sleep(0.005)

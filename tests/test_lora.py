@@ -141,11 +141,11 @@ def test_the_projector_trains_at_its_own_rate(ckpt, data, tmp_path, monkeypatch)
     assert moved.max().item() == pytest.approx(3e-4, rel=1e-2)
 
 
-def test_after_50_steps_the_reference_of_every_pair_is_still_that_of_the_start(ckpt, data, tmp_path):
+def test_after_many_steps_the_reference_of_every_pair_is_still_that_of_the_start(ckpt, data, tmp_path):
     """Recomputed from the checkpoint, it equals the cached one to the bit; the policy by then does not."""
     out = tmp_path / "out"
     out.mkdir()
-    model = dpo.align(dpo.Settings(**flags(ckpt, data, out, steps=50, batch=5)), out)
+    model = dpo.align(dpo.Settings(**flags(ckpt, data, out, steps=50 if os.environ.get("SLOW") else 15, batch=5)), out)
     cached = [r["logps"] for r in rows_of(out / "reference.jsonl")]
     import records
     fresh = checkpoint.load(ckpt)

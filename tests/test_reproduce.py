@@ -50,6 +50,7 @@ def experiment(tmp_path_factory):
     patch.setattr(miniature, "ITEMS", {"text": 11, "exist": 8, "attribute": 8, "describe": 4, "choice": 4})
     patch.setattr(miniature, "MAX_NEW", 10)
     patch.setattr(annotate, "Story", partial(annotate.Story, prompts=32, max_new=10))
+    patch.setattr(reproduce, "SETTINGS", {method: partial(kind, epochs=1) for method, kind in reproduce.SETTINGS.items()})
     patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
     patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
     settings = reproduce.Settings(out=str(out), methods="SFT, full answers;SteerLM;DPO;DPO, 50% of the data;DPO, 75% of labels flipped")
