@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,11 +130,19 @@ def in_a_process(*jobs: str) -> list[dict]:
 ALL = [f"{chip}:bfloat16" for chip in CHIPS] + ["sm_90:float32"]
 
 
+@pytest.fixture(scope="module")
+def rows_of():
+    """job -> its rows; two are compiled at once."""
+    pytest.importorskip("triton")
+    with ThreadPoolExecutor(2) as pool:
+        futures = {job: pool.submit(in_a_process, job) for job in ALL}
+        yield lambda job: futures[job].result()
+
+
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes; SLOW=1 runs it")
 @pytest.mark.parametrize("job", ALL)
-def test_what_production_launches_compiles_well_and_as_recorded(job):
-    pytest.importorskip("triton")
-    rows = in_a_process(job)
+def test_what_production_launches_compiles_well_and_as_recorded(job, rows_of):
+    rows = rows_of(job)
     assert {row["kernel"] for row in rows} == {"forward", "row_sums", "keys_backward", "queries_backward", "partial",
                                                "partial_sums", "gradients"}
     for row in rows:
