@@ -46,17 +46,17 @@ class Inline:
 def experiment(tmp_path_factory):
     """One seed, three methods and two ablations, on few records and items; the folder and what the run printed."""
     out = tmp_path_factory.mktemp("reproduce")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(miniature, "ITEMS", {"text": 11, "exist": 8, "attribute": 8, "describe": 4, "choice": 4})
-    patch.setattr(miniature, "MAX_NEW", 10)
-    patch.setattr(annotate, "Story", partial(annotate.Story, prompts=32, max_new=10))
-    patch.setattr(reproduce, "SETTINGS", {method: partial(kind, epochs=1) for method, kind in reproduce.SETTINGS.items()})
-    patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
-    patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
-    settings = reproduce.Settings(out=str(out), methods="SFT, full answers;SteerLM;DPO;DPO, 50% of the data;DPO, 75% of labels flipped")
-    reproduce.run(settings)
-    yield out, settings
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniature, "ITEMS", {"text": 11, "exist": 8, "attribute": 8, "describe": 4, "choice": 4})
+        patch.setattr(miniature, "MAX_NEW", 10)
+        patch.setattr(annotate, "Story", partial(annotate.Story, prompts=32, max_new=10))
+        for method in set(reproduce.METHODS.values()):
+            patch.setattr(method, "Settings", partial(method.Settings, epochs=1))
+        patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
+        patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
+        settings = reproduce.Settings(out=str(out), methods="SFT, full answers;SteerLM;DPO;DPO, 50% of the data;DPO, 75% of labels flipped")
+        reproduce.run(settings)
+        yield out, settings
 
 
 def test_every_run_leaves_a_row_and_the_table_shows_it(experiment, capsys):
