@@ -8,7 +8,10 @@ The kills are real: each run is a forked process, and SIGKILL comes from outside
 import os
 import random
 import signal
+import sys
 import time
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ import resume
 import sft
 import steerlm
 from common import BadInput
-from conftest import ended, forked, tiny_checkpoint
+from conftest import tiny_checkpoint
 from test_dpo import RECORDS, rows_of, write_data
 
 SLOW = bool(os.environ.get("SLOW"))
@@ -48,29 +51,62 @@ def flags(ckpt, data, out, **changes):
     return dict(ckpt=str(ckpt), data=str(data), out=str(out), device="cpu", steps=STEPS, batch=3, pack=300, save_every=1) | changes
 
 
-def log_of(out: Path) -> Path:
-    return out.with_name(out.name + ".log")
+@contextmanager
+def forked(script, settings, patch=lambda: None):
+    """script.run(settings) in a process of its own -> its pid. One thread, since a fork keeps only the one that forks."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            patch()
+            script.run(settings)
+            code = 0
+        except SystemExit as end:
+            code = end.code if type(end.code) is int else 1
+        except BaseException:
+            Path(settings.out, "failed.txt").write_text(traceback.format_exc())
+        finally:
+            os._exit(code)
+    yield pid
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
-def start(script, settings, patch=lambda: None):
-    """script.run(settings) in a process of its own."""
-    return forked(lambda: (patch(), script.run(settings)), log_of(Path(settings.out)))
+def ended(pid) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def complete(script, settings, patch=lambda: None) -> int:
-    with start(script, settings, patch) as pid:
+    with forked(script, settings, patch) as pid:
         return ended(pid)
 
 
-def killed_after(script, settings, steps, seconds, patch):
-    """SIGKILL so many seconds after so many more steps have left a row."""
-    path = Path(settings.out, "metrics.jsonl")
-    count = lambda: path.read_bytes().count(b"\n") if path.exists() else -1           # 0 where the loop begins
-    want = max(count(), 0) + steps
-    with start(script, settings, patch) as pid:
-        while count() < want and os.waitpid(pid, os.WNOHANG) == (0, 0):
-            time.sleep(0.001)
+def loop_seconds(script, settings, patch) -> float:
+    """Run to the end -> the time between the first step's beginning and the end."""
+    with forked(script, settings, patch) as pid:
+        wait_for_the_loop(settings)
+        began = time.monotonic()
+        assert ended(pid) == 0
+        return time.monotonic() - began
+
+
+def wait_for_the_loop(settings):
+    deadline = time.monotonic() + 60
+    while not Path(settings.out, "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def killed_after(script, settings, seconds, patch) -> int:
+    """SIGKILL so many seconds after the loop's beginning."""
+    with forked(script, settings, patch) as pid:
+        wait_for_the_loop(settings)
         time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+        return ended(pid)
 
 
 def slowly():
@@ -91,44 +127,33 @@ def rows(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.endswith("_per_s")} for row in rows_of(out / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def whole(ckpt, data, tmp_path_factory):
-    """whole(method) -> the folder of the undisturbed run, which is made once."""
-    folder = tmp_path_factory.mktemp("whole")
-
-    def made(method: str) -> Path:
-        script, changes = METHODS[method]
-        out = folder / method.replace(", ", "-")
-        if not out.exists():
-            assert complete(script, script.Settings(**flags(ckpt, data, out, **changes))) == 0, log_of(out).read_text()
-        assert result(out) and not (out / "state").exists(), "a finished run needs no state"
-        return out
-    return made
-
-
 @pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=slow) for m in METHODS])
-def test_killed_anywhere_and_resumed_the_weights_are_the_same_bits_and_each_step_has_one_row(ckpt, data, tmp_path, whole, method):
+def test_killed_anywhere_and_resumed_the_weights_are_the_same_bits_and_each_step_has_one_row(ckpt, data, tmp_path, method):
     script, changes = METHODS[method]
     make = lambda name, **more: script.Settings(**flags(ckpt, data, tmp_path / name, **changes | more))
+    seconds = loop_seconds(script, make("whole"), slowly)
+    want = result(tmp_path / "whole")
+    assert want and not (tmp_path / "whole" / "state").exists(), "a finished run needs no state"
     rng, stopped = random.Random(method), 0
     for k in range(KILLS):
         out = tmp_path / f"killed-{k}"
-        killed_after(script, make(f"killed-{k}"), rng.randrange(0 if k else 2, STEPS), rng.uniform(0, 0.05), slowly)
+        killed_after(script, make(f"killed-{k}"), rng.uniform(0, 0.9) * seconds, slowly)
         stopped += resume.latest(out / "state") is not None
-        if SLOW and not result(out):
-            killed_after(script, make(f"killed-{k}", resume=True), rng.randrange(STEPS), rng.uniform(0, 0.05), slowly)     # and once more
-        if not result(out):
-            assert complete(script, make(f"killed-{k}", resume=True)) == 0, log_of(out).read_text()
-        assert result(out) == result(whole(method)), f"kill {k}"
-        assert [r["step"] for r in rows(out)] == list(range(1, STEPS + 1)) and rows(out) == rows(whole(method))
+        if SLOW and not (out / "model").exists() and not (out / "adapter").exists():
+            killed_after(script, make(f"killed-{k}", resume=True), rng.uniform(0, 1) * seconds, slowly)     # and once more
+        if not (out / "model").exists() and not (out / "adapter").exists():
+            assert complete(script, make(f"killed-{k}", resume=True)) == 0, (out / "failed.txt").read_text()
+        assert result(out) == want, f"kill {k}"
+        assert [r["step"] for r in rows(out)] == list(range(1, STEPS + 1)) and rows(out) == rows(tmp_path / "whole")
     assert stopped, "no kill fell between the first state and the end"
 
 
 @pytest.mark.parametrize("method", ["dpo", pytest.param("dpo, bfloat16", marks=slow), pytest.param("steerlm", marks=slow)])
-def test_a_kill_at_every_stage_of_writing_a_state_loses_nothing(ckpt, data, tmp_path, whole, method):
+def test_a_kill_at_every_stage_of_writing_a_state_loses_nothing(ckpt, data, tmp_path, method):
     """The moments that a random kill seldom meets: before the rename, behind it, in the midst of pruning."""
     script, changes = METHODS[method]
     make = lambda name, **more: script.Settings(**flags(ckpt, data, tmp_path / name, save_every=3, **changes | more))
+    assert complete(script, make("whole")) == 0
 
     def die_at(name, call, of):
         def patch():
@@ -147,8 +172,8 @@ def test_a_kill_at_every_stage_of_writing_a_state_loses_nothing(ckpt, data, tmp_
         out = tmp_path / f"killed-{k}"
         assert complete(script, make(f"killed-{k}"), die_at(name, call, of)) == -signal.SIGKILL
         states.append(resume.latest(out / "state").name)
-        assert complete(script, make(f"killed-{k}", resume=True)) == 0, log_of(out).read_text()
-        assert result(out) == result(whole(method)) and rows(out) == rows(whole(method))
+        assert complete(script, make(f"killed-{k}", resume=True)) == 0, (out / "failed.txt").read_text()
+        assert result(out) == result(tmp_path / "whole") and rows(out) == rows(tmp_path / "whole")
     assert states == ["step-00000003", "step-00000003", "step-00000006", "step-00000003"]
 
 
@@ -286,11 +311,12 @@ def test_a_damaged_state_is_refused_not_read(ckpt, data, stopped, tmp_path):
 
 # ---- the disk ----------------------------------------------------------------------------------------------------
 
-def test_a_full_disk_is_one_clear_error_and_leaves_the_last_good_state(ckpt, data, tmp_path, whole):
+def test_a_full_disk_is_one_clear_error_and_leaves_the_last_good_state(ckpt, data, tmp_path):
     """A limit on the size of files, the operating system's own, stands for the disk's end."""
     import resource
     out = tmp_path / "out"
     make = lambda **more: dpo.Settings(**flags(ckpt, data, out, lr=1e-3, **more))
+    assert complete(dpo, dpo.Settings(**flags(ckpt, data, tmp_path / "whole", lr=1e-3))) == 0
 
     def fill_after_two():
         before, calls = resume.save, [0]
@@ -302,11 +328,11 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_good_state(ckpt, dat
             return before(*a)
         resume.save = save
     assert complete(dpo, make(), fill_after_two) == 1
-    said = log_of(out).read_text().splitlines()[-1]
+    said = (out / "failed.txt").read_text().splitlines()[-1]
     assert "BadInput: the state after step 3 cannot be written" in said and "that after step 2 is whole; make room" in said
     assert [p.name for p in (out / "state").iterdir()] == ["step-00000002"]
     assert complete(dpo, make(resume=True)) == 0
-    assert result(out) == result(whole("dpo"))
+    assert result(out) == result(tmp_path / "whole")
 
 
 def test_only_the_last_state_is_kept_and_left_overs_of_a_kill_are_cleared(ckpt, data, tmp_path, monkeypatch):
