@@ -9,14 +9,13 @@ most tests run without transformers; `hf_checkpoint` lets transformers write, fo
 No network, no downloads, the same bytes every time.
 """
 import json
+import multiprocessing
 import os
-import signal
 import socket
 import sys
-import time
-import traceback
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Callable
 
@@ -54,67 +53,66 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 @pytest.fixture
 def one_thread():
-    """Sums are cut by threads, so what is compared bit by bit with a forked process runs in one, too."""
+    """Sums are cut by threads, so what is compared bit by bit with a process of its own runs in one, too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["torch._dynamo", "pytest", "requests", "tokenizers", "PIL.Image"])
+
+
 @contextmanager
-def forked(work: Callable[[], object], log: str | Path = os.devnull):
-    """work() in a process of its own -> its pid. One thread, since a fork keeps only the one that forks. What it says goes to
-    `log`, what it raises last; behind the block the process is gone."""
-    import torch._dynamo                                     # a second's work, which each child would do anew
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            sys.stdout = sys.stderr = open(log, "a", buffering=1)
-            work()
-            code = 0
-        except SystemExit as end:
-            code = end.code if type(end.code) is int else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+def process(work: Callable[[], object], log: str | Path = os.devnull):
+    """work() in a process of its own, in one thread -> the Process. What it says goes to `log`, what it raises last; behind the
+    block it is gone.
+
+    It is forked from a process that has only imported things: a fork of this one, whose threads may hold locks, can hang. So
+    work travels by name: a function of a module, or a partial of one. The environment goes with it, monkeypatches do not.
+    """
+    child = CLEAN.Process(target=of_its_own, args=(work, str(log), dict(os.environ)))
+    child.start()
     try:
-        yield pid
+        yield child
     finally:
-        try:
-            if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-        except ChildProcessError:                            # it was waited for
-            pass
+        child.kill()
+        child.join()
 
 
-def ended(pid: int) -> int:
+def of_its_own(work, log: str, environ: dict):
+    os.environ.clear()
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    work()
+
+
+def ended(child) -> int:
     """Wait for it -> its exit code, -9 where it was killed."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    child.join()
+    return child.exitcode
 
 
-def meet(world: int, work: Callable[[], object], log: Path) -> bool:
-    """work() in so many forked processes, which find torchrun's variables -> did all end well? One that fails ends the others."""
+def meet(world: int, work: Callable[[], object], log: str | Path) -> bool:
+    """work() in so many processes, which find torchrun's variables -> did all end well? One that fails ends the others."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-
-    def process(rank: int):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        work()
     with ExitStack() as stack:
-        left = {stack.enter_context(forked(partial(process, rank), log)) for rank in range(world)}
+        left = [stack.enter_context(process(partial(one_of, world, rank, port, work), log)) for rank in range(world)]
         while left:
-            for pid in [*left]:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done and status:
-                    return False
-                left -= {done}
-            time.sleep(0.01)
+            wait([child.sentinel for child in left])
+            if any(ended(child) for child in left if not child.is_alive()):
+                return False
+            left = [child for child in left if child.is_alive()]
     return True
+
+
+def one_of(world: int, rank: int, port: str, work):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    work()
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------

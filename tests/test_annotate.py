@@ -8,6 +8,7 @@ import html.parser
 import json
 import os
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_the_end_says_what_to_run_next(ckpt, prompts, tmp_path, capsys):
 
 def test_two_processes_make_the_same_file(ckpt, prompts, tmp_path, one_thread):
     whole, log = sampled(ckpt, prompts, tmp_path / "whole"), tmp_path / "log.txt"
-    assert meet(2, lambda: sample(ckpt, prompts, tmp_path / "out"), log), log.read_text()
+    assert meet(2, partial(sample, ckpt, prompts, tmp_path / "out"), log), log.read_text()
     assert sorted(p.name for p in (tmp_path / "out").glob("answers-*")) == ["answers-0.jsonl", "answers-1.jsonl"]
     assert common.read_jsonl(tmp_path / "out" / "records.jsonl") == whole
     assert log.read_text().count("usable") == 1, "one process speaks"

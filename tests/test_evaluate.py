@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import judge_server
 import miniature
 from harness import Item, answer
 from common import BadInput, read_jsonl
-from conftest import ROOT, ended, forked, hf_checkpoint, picture, randomize, tiny_checkpoint, write_tokenizer
+from conftest import ROOT, ended, hf_checkpoint, picture, process, randomize, tiny_checkpoint, write_tokenizer
 from data import SYSTEM, Pixels, Tokens
 from evaluate import BENCHES, Settings
 from judge_server import LASTING, Server, expected, fault_of
@@ -354,14 +355,21 @@ def test_a_prompt_that_is_too_long_and_an_answer_that_would_be_a_control_token(d
 
 # ---- interruptions ---------------------------------------------------------------------------------------------
 
+def slowly(argv: list):
+    """The command with a breath before each line of a journal, so that a kill finds it at work."""
+    append = common.Journal.append
+    common.Journal.append = lambda *row: time.sleep(0.01) or append(*row)
+    code(*argv)
+
+
 def kill_when(path: Path, lines: int, argv: list) -> None:
     """Run the command and kill -9 it when its journal has so many lines."""
-    with forked(lambda: code(*argv)) as pid:
+    with process(partial(slowly, argv)) as child:
         until = time.monotonic() + 60
         while time.monotonic() < until and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
             time.sleep(0.005)
-        os.kill(pid, signal.SIGKILL)
-        assert ended(pid) == -signal.SIGKILL, "it was over before it could be killed"
+        child.kill()
+        assert ended(child) == -signal.SIGKILL, "it was over before it could be killed"
 
 
 def test_kill_9_while_answering_and_while_judging(settings, data, tmp_path, one_thread):
@@ -433,7 +441,6 @@ def test_another_checkpoint_in_the_same_folder_is_asked_anew(settings, tmp_path,
 
 def synthetic(name: str, items: list[Item], folder: Path) -> tuple[dict, dict]:
     """Stored files as official tools write them, by a rule known here -> (flags, figures they must give)."""
-    answers = {i.id: [{"text": f"answer to {i.id}", "finish": "stop"}] * len(i.questions) for i in items}
     if name == "mt_bench":
         rows = [{"question_id": i.row["question_id"], "model": "m", "judge": ["gpt-4", "x"], "user_prompt": "", "turn": t,
                  "judgment": f"Rating: [[{1 + i.row['question_id'] % 7 + t}]]", "score": 1 + i.row["question_id"] % 7 + t} for i in items for t in (1, 2)]

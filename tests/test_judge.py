@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_judge.py -q          with SLOW=1 a thousand records, two thousand, twenty kills
 
-The judge is tests/judge_server.py, on this machine. Nothing here needs torch to compute, so killed runs are forked.
+The judge is tests/judge_server.py, on this machine. What is killed runs in a process of its own.
 """
 import base64
 import io
@@ -17,6 +17,8 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -29,7 +31,7 @@ import records
 import rubric
 import wire
 from common import BadInput, Journal
-from conftest import ROOT, ended, forked, picture
+from conftest import ROOT, ended, picture, process
 from judge_server import Server
 from wire import OpenAI, Gemini, Question, Reply
 
@@ -65,6 +67,12 @@ def run(data, out, server, spec="gemini:mock", **more):
     settings = {"judge": spec, "judge_url": server.url, "workers": 16, "timeout": 1.0} | more
     annotate.run(annotate.Settings(data=str(data), out=str(out), **settings))
     return [json.loads(line) for line in open(out / "records.jsonl")]
+
+
+def impatient(data, out, url, minute=60.0, **settings):
+    """run, for a process of its own, which the fixture above does not reach."""
+    judge.WAIT, judge.Limits = 0.02, partial(judge.Limits, minute=minute)
+    run(data, out, SimpleNamespace(url=url), **settings)
 
 
 def text_of(record):
@@ -252,11 +260,11 @@ def test_killed_again_and_again_the_result_is_that_of_an_undisturbed_run(tmp_pat
     with Server(faults=0.3, stall=1.2, delay=0.02, port=server.server_address[1]) as server:         # it is echoed
         for _ in range(KILLS):
             want = count() + rng.randint(0, 5)
-            with forked(lambda: run(data, tmp_path / "out", server, **settings)) as child:
-                while count() < want and os.waitpid(child, os.WNOHANG) == (0, 0):
+            with process(partial(impatient, data, tmp_path / "out", server.url, **settings)) as child:
+                while count() < want and child.is_alive():
                     time.sleep(0.001)
                 time.sleep(rng.uniform(0, 0.02))
-                os.kill(child, signal.SIGKILL)
+                child.kill()
                 assert ended(child) == -signal.SIGKILL, "it was over before it could be killed"
         assert 0 < count() < n, "it was killed in the midst of its work"
         assert run(data, tmp_path / "out", server, **settings) == rows
@@ -343,14 +351,12 @@ def test_no_sliding_minute_holds_more_than_the_limit_as_the_server_sees_it(tmp_p
         assert 15 <= fullest(server.arrivals, 1.0) <= 20 and len(server.arrivals) > 32
 
 
-def test_a_minute_goes_on_after_a_restart(tmp_path, monkeypatch):
-    real = judge.Limits
-    monkeypatch.setattr(judge, "Limits", lambda *a: real(*a, minute=1.0))
+def test_a_minute_goes_on_after_a_restart(tmp_path):
     data = write_data(tmp_path / "data", 20)
     with Server() as server:
         for stop in (12, 20):
-            with forked(lambda: run(data, tmp_path / "out", server, rpm=10, workers=4)) as child:
-                while len(server.arrivals) < stop and os.waitpid(child, os.WNOHANG) == (0, 0):
+            with process(partial(impatient, data, tmp_path / "out", server.url, minute=1.0, rpm=10, workers=4)) as child:
+                while len(server.arrivals) < stop and child.is_alive():
                     time.sleep(0.005)
                 time.sleep(0.05)
         assert 5 < fullest(server.arrivals, 1.0) <= 10, "calls in flight when it was killed count, too"

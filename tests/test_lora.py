@@ -270,7 +270,7 @@ def trees_of(folder, config, data):
 
 
 def test_peft_loads_our_adapter_onto_transformers_llava_and_gives_our_logits(data, tmp_path):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
     folder, base = hf_checkpoint(tmp_path / "hf", "byte")
     out = tmp_path / "out"
     out.mkdir()

@@ -1,19 +1,25 @@
 """Two and three processes do what one does: the same losses, the same weights, and nobody waits for ever.
 
-    python -m pytest tests/test_parallel.py -q          gloo on the CPU; torch is imported once; SLOW=1 for all runs, and for torchrun
+    python -m pytest tests/test_parallel.py -q          gloo on the CPU; SLOW=1 for all runs, and for torchrun
 """
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, tiny_checkpoint
+import dpo
+import parallel
+import sft
+import steerlm
+from conftest import ROOT, meet, tiny_checkpoint
 from data import Tree, share, split
 from test_dpo import RECORDS, rows_of, write_data
 
@@ -26,6 +32,7 @@ CASES = {                                                     # what differs fro
     "held out": ("dpo", {"holdout": 0.4, "steps": 2}), "sft": ("sft", {"batch": 4, "pack": 100}),
     "sft, lora": ("sft", {"batch": 4, "pack": 100, "lora": 4, "merge": True}), "steerlm": ("steerlm", {"batch": 7, "steps": 2}),
     "bfloat16": ("dpo", {"dtype": "bfloat16", "steps": 2, "lr": 1e-3})}
+SCRIPTS = {"dpo": dpo, "sft": sft, "steerlm": steerlm}
 SLOW = bool(os.environ.get("SLOW"))
 QUICK = {2: ("full", "lora", "one pair a step", "sft", "held out"), 3: ("full", "one pair a step, lora")}
 RUNS = {world: [n for n in CASES if SLOW or n in QUICK[world]] for world in QUICK}
@@ -58,12 +65,37 @@ def worlds(place):
     jobs = {world: [case(world, name, *CASES[name]) for name in names] for world, names in RUNS.items()}
     jobs[2] += [case(2, f"stopped {name}", "dpo", CASES[name][1] | {"resume": resume}, stop=not resume)
                 for name in STOPS for resume in (False, True)]
-    (place / "cases.json").write_text(json.dumps(jobs))
-    (place / "log.txt").touch()
-    done = subprocess.run([sys.executable, ROOT / "tests" / "parallel_worker.py", place / "cases.json", place / "log.txt"], timeout=480,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, (place / "log.txt").read_text()[-6000:] + done.stderr[-3000:]
+    for world, mine in jobs.items():
+        assert meet(world, partial(part_of, mine), place / "log.txt"), (place / "log.txt").read_text()[-6000:]
     return place
+
+
+def stop_process_1_in_step_2():
+    """SIGTERM reaches one process only, in the midst of a step."""
+    real, calls = parallel.sum_gradients, [0]
+
+    def stop(*a):
+        calls[0] += 1
+        if calls[0] == 2 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*a)
+    parallel.sum_gradients = stop
+    return lambda: setattr(parallel, "sum_gradients", real)
+
+
+def part_of(cases: list[dict]) -> None:
+    """One process's part: the runs one after the other."""
+    for case in cases:
+        undo = stop_process_1_in_step_2() if case.get("stop") else lambda: None
+        code, script = 0, SCRIPTS[case["script"]]
+        try:
+            script.run(script.Settings(**case["settings"]))
+        except SystemExit as end:
+            code = end.code
+        undo()
+        Path(case["settings"]["out"], f"exit-{parallel.rank()}").write_text(str(code))
+    if parallel.world() > 1:
+        torch.distributed.destroy_process_group()
 
 
 def weights(folder: Path) -> dict:
@@ -137,7 +169,7 @@ def torchrun(**settings):
 
 
 @slow
-def test_torchrun_starts_the_very_processes_that_are_forked_here(worlds):
+def test_torchrun_starts_the_very_processes_that_meet_here(worlds):
     done = torchrun(**flags(worlds, worlds / "torchrun"))
     assert done.returncode == 0, done.stderr[-3000:]
     want, got = weights(worlds / "2" / "full"), weights(worlds / "torchrun")

@@ -3,15 +3,15 @@
     python -m pytest tests/test_resume.py -q              a few kill points; with SLOW=1 two for every method
     SLOW=1 KILLS=10 python -m pytest tests/test_resume.py -q -k killed_anywhere          ten for every method: a quarter of an hour
 
-The kills are real: each run is a forked process, and SIGKILL comes from outside whenever it comes.
+The kills are real: each run is a process of its own, and SIGKILL comes from outside whenever it comes.
 """
 import os
 import random
+import resource
+import shutil
 import signal
-import sys
 import time
-import traceback
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ import resume
 import sft
 import steerlm
 from common import BadInput
-from conftest import tiny_checkpoint
+from conftest import ended, process, tiny_checkpoint
 from test_dpo import RECORDS, rows_of, write_data
 
 SLOW = bool(os.environ.get("SLOW"))
@@ -34,7 +34,7 @@ slow = pytest.mark.skipif(not SLOW, reason="SLOW=1 runs it")
 METHODS = {"dpo": (dpo, {"lr": 1e-3}), "dpo, lora": (dpo, {"lora": 4, "lr": 1e-2, "projector_lr": 1e-3}),
            "sft, lora": (sft, {"lora": 4, "lr": 1e-2}), "dpo, bfloat16": (dpo, {"dtype": "bfloat16", "lr": 1e-3}), "sft": (sft, {"lr": 1e-3}),
            "steerlm": (steerlm, {"lr": 1e-3}), "rejection": (rejection, {"lr": 1e-3})}
-QUICK, STEPS = ("dpo", "dpo, lora", "steerlm"), 8
+QUICK, STEPS, PAUSE = ("dpo", "dpo, lora", "steerlm"), 8, 0.02
 
 
 @pytest.fixture(scope="module")
@@ -51,62 +51,36 @@ def flags(ckpt, data, out, **changes):
     return dict(ckpt=str(ckpt), data=str(data), out=str(out), device="cpu", steps=STEPS, batch=3, pack=300, save_every=1) | changes
 
 
-@contextmanager
-def forked(script, settings, patch=lambda: None):
-    """script.run(settings) in a process of its own -> its pid. One thread, since a fork keeps only the one that forks."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-            patch()
-            script.run(settings)
-            code = 0
-        except SystemExit as end:
-            code = end.code if type(end.code) is int else 1
-        except BaseException:
-            Path(settings.out, "failed.txt").write_text(traceback.format_exc())
-        finally:
-            os._exit(code)
-    yield pid
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def patched(patch, run, settings):
+    """What a process of its own does."""
+    patch()
+    run(settings)
 
 
-def ended(pid) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def log_of(settings) -> Path:
+    return Path(settings.out).with_suffix(".log")
 
 
-def complete(script, settings, patch=lambda: None) -> int:
-    with forked(script, settings, patch) as pid:
-        return ended(pid)
+def complete(script, settings, patch=dict) -> int:
+    with process(partial(patched, patch, script.run, settings), log_of(settings)) as child:
+        return ended(child)
 
 
-def loop_seconds(script, settings, patch) -> float:
-    """Run to the end -> the time between the first step's beginning and the end."""
-    with forked(script, settings, patch) as pid:
-        wait_for_the_loop(settings)
-        began = time.monotonic()
-        assert ended(pid) == 0
-        return time.monotonic() - began
+def killed_at(script, settings, moment: float) -> bool:
+    """SIGKILL a while after the state of step int(moment) -> was the run still at work?"""
+    with process(partial(patched, slowly, script.run, settings), log_of(settings)) as child:
+        until, step = time.monotonic() + 60, int(moment)
+        while child.is_alive() and kept_step(settings) < step and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(moment % 1 * 2 * PAUSE)
+        child.kill()
+        return ended(child) == -signal.SIGKILL
 
 
-def wait_for_the_loop(settings):
-    deadline = time.monotonic() + 60
-    while not Path(settings.out, "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-
-
-def killed_after(script, settings, seconds, patch) -> int:
-    """SIGKILL so many seconds after the loop's beginning."""
-    with forked(script, settings, patch) as pid:
-        wait_for_the_loop(settings)
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
-        return ended(pid)
+def kept_step(settings) -> int:
+    """0: the loop has begun; -1: not even that."""
+    newest = resume.latest(Path(settings.out, "state"))
+    return int(newest.name.removeprefix("step-")) if newest else Path(settings.out, "metrics.jsonl").exists() - 1
 
 
 def slowly():
@@ -115,7 +89,7 @@ def slowly():
 
     def keep(*a, **k):
         before(*a, **k)
-        time.sleep(0.02)
+        time.sleep(PAUSE)
     resume.keep = keep
 
 
@@ -131,21 +105,34 @@ def rows(out: Path) -> list[dict]:
 def test_killed_anywhere_and_resumed_the_weights_are_the_same_bits_and_each_step_has_one_row(ckpt, data, tmp_path, method):
     script, changes = METHODS[method]
     make = lambda name, **more: script.Settings(**flags(ckpt, data, tmp_path / name, **changes | more))
-    seconds = loop_seconds(script, make("whole"), slowly)
+    assert complete(script, make("whole")) == 0, (tmp_path / "whole.log").read_text()
     want = result(tmp_path / "whole")
     assert want and not (tmp_path / "whole" / "state").exists(), "a finished run needs no state"
-    rng, stopped = random.Random(method), 0
-    for k in range(KILLS):
-        out = tmp_path / f"killed-{k}"
-        killed_after(script, make(f"killed-{k}"), rng.uniform(0, 0.9) * seconds, slowly)
-        stopped += resume.latest(out / "state") is not None
-        if SLOW and not (out / "model").exists() and not (out / "adapter").exists():
-            killed_after(script, make(f"killed-{k}", resume=True), rng.uniform(0, 1) * seconds, slowly)     # and once more
+    rng, done, k = random.Random(method), 0, 0
+    while done < KILLS:
+        k, out = k + 1, tmp_path / f"killed-{k}"
+        first = rng.uniform(0 if done else 1, STEPS - 1)                 # one at least finds a state
+        hit = killed_at(script, make(out.name), first)
+        if hit and SLOW:
+            killed_at(script, make(out.name, resume=True), rng.uniform(first, STEPS))     # and once more
         if not (out / "model").exists() and not (out / "adapter").exists():
-            assert complete(script, make(f"killed-{k}", resume=True)) == 0, (out / "failed.txt").read_text()
-        assert result(out) == want, f"kill {k}"
+            assert complete(script, make(out.name, resume=True)) == 0, out.with_suffix(".log").read_text()
+        assert result(out) == want, f"kill {k}, {first:.2f}"
         assert [r["step"] for r in rows(out)] == list(range(1, STEPS + 1)) and rows(out) == rows(tmp_path / "whole")
-    assert stopped, "no kill fell between the first state and the end"
+        done += hit
+        assert k < 5 * KILLS, "the kills come too late: the runs are over"
+
+
+def die_at(name, call):
+    """SIGKILL when resume calls the function of this name for the so-manieth time."""
+    left, before = [call], getattr(resume, name)
+
+    def counted(*a, **k):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(*a, **k)
+    setattr(resume, name, counted)
 
 
 @pytest.mark.parametrize("method", ["dpo", pytest.param("dpo, bfloat16", marks=slow), pytest.param("steerlm", marks=slow)])
@@ -154,41 +141,30 @@ def test_a_kill_at_every_stage_of_writing_a_state_loses_nothing(ckpt, data, tmp_
     script, changes = METHODS[method]
     make = lambda name, **more: script.Settings(**flags(ckpt, data, tmp_path / name, save_every=3, **changes | more))
     assert complete(script, make("whole")) == 0
-
-    def die_at(name, call, of):
-        def patch():
-            left, before = [call], getattr(of, name)
-
-            def counted(*a, **k):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return before(*a, **k)
-            setattr(of, name, counted)
-        return patch
     states = []
-    for k, (name, call, of) in enumerate([("save_file", 2, resume), ("flush_folder", 3, resume), ("flush_folder", 4, resume),
-                                          ("write_whole", 2, resume)]):
+    for k, stage in enumerate([("save_file", 2), ("flush_folder", 3), ("flush_folder", 4), ("write_whole", 2)]):
         out = tmp_path / f"killed-{k}"
-        assert complete(script, make(f"killed-{k}"), die_at(name, call, of)) == -signal.SIGKILL
+        assert complete(script, make(f"killed-{k}"), partial(die_at, *stage)) == -signal.SIGKILL
         states.append(resume.latest(out / "state").name)
-        assert complete(script, make(f"killed-{k}", resume=True)) == 0, (out / "failed.txt").read_text()
+        assert complete(script, make(f"killed-{k}", resume=True)) == 0, out.with_suffix(".log").read_text()
         assert result(out) == result(tmp_path / "whole") and rows(out) == rows(tmp_path / "whole")
     assert states == ["step-00000003", "step-00000003", "step-00000006", "step-00000003"]
 
 
 def stop_after(step):
-    """SIGTERM to this very process in the midst of a step."""
-    def patch():
-        before, seen = parallel.sum_gradients, [0]
+    return partial(sigterm_in, step)
 
-        def sum_gradients(*a):                                           # called once a step
-            seen[0] += 1
-            if seen[0] == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return before(*a)
-        parallel.sum_gradients = sum_gradients
-    return patch
+
+def sigterm_in(step):
+    """SIGTERM to this very process in the midst of a step."""
+    before, seen = parallel.sum_gradients, [0]
+
+    def sum_gradients(*a):                                               # called once a step
+        seen[0] += 1
+        if seen[0] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(*a)
+    parallel.sum_gradients = sum_gradients
 
 
 def test_sigterm_finishes_the_step_keeps_the_state_and_exits_with_143(ckpt, data, tmp_path):
@@ -222,7 +198,6 @@ def stopped(ckpt, data, tmp_path_factory):
 
 
 def copy_of(stopped, tmp_path):
-    import shutil
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
@@ -255,7 +230,6 @@ def test_a_state_of_other_data_scores_or_weights_is_refused(ckpt, data, stopped,
 
 
 def test_where_files_lie_and_how_often_states_are_kept_does_not_matter(ckpt, data, stopped, tmp_path):
-    import shutil
     out, moved = copy_of(stopped, tmp_path), shutil.copytree(data.parent, tmp_path / "moved")
     dpo.run(dpo.Settings(**flags(shutil.copytree(ckpt, tmp_path / "ckpt"), Path(moved) / data.name, out, lr=1e-3, pack=8192,
                                  save_every=50, resume=True)))
@@ -311,24 +285,24 @@ def test_a_damaged_state_is_refused_not_read(ckpt, data, stopped, tmp_path):
 
 # ---- the disk ----------------------------------------------------------------------------------------------------
 
+def fill_after_two():
+    before, calls = resume.save, [0]
+
+    def save(*a):
+        calls[0] += 1
+        if calls[0] == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        return before(*a)
+    resume.save = save
+
+
 def test_a_full_disk_is_one_clear_error_and_leaves_the_last_good_state(ckpt, data, tmp_path):
     """A limit on the size of files, the operating system's own, stands for the disk's end."""
-    import resource
     out = tmp_path / "out"
     make = lambda **more: dpo.Settings(**flags(ckpt, data, out, lr=1e-3, **more))
     assert complete(dpo, dpo.Settings(**flags(ckpt, data, tmp_path / "whole", lr=1e-3))) == 0
-
-    def fill_after_two():
-        before, calls = resume.save, [0]
-
-        def save(*a):
-            calls[0] += 1
-            if calls[0] == 3:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-            return before(*a)
-        resume.save = save
     assert complete(dpo, make(), fill_after_two) == 1
-    said = (out / "failed.txt").read_text().splitlines()[-1]
+    said = out.with_suffix(".log").read_text().splitlines()[-1]
     assert "BadInput: the state after step 3 cannot be written" in said and "that after step 2 is whole; make room" in said
     assert [p.name for p in (out / "state").iterdir()] == ["step-00000002"]
     assert complete(dpo, make(resume=True)) == 0
