@@ -16,12 +16,12 @@ that peak memory is its own. Medians, warm-up rounds dropped.
     python bench.py --what dpo --size 7b   on a GPU: the shapes of LLaVA-1.5-7B, random weights
 Previous: chat.py.
 """
+import ctypes
 import json
 import multiprocessing
 import os
 import platform
 import random
-import re
 import resource
 import shutil
 import statistics
@@ -45,11 +45,12 @@ import dpo
 import figures
 import kernels
 import records
-from common import BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl, write_whole
+from common import DTYPES, BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl, write_whole
 from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, pack_size, template
 from kernels.attention import attention_spec, dense_mask
 from kernels.logprob import logps_spec
 from model import Config, Llava, TextConfig, generate
+from plan import attention_work, step_work
 from toy import initialise
 from vision import VisionConfig
 
@@ -124,32 +125,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> floa
     return 2 * n ** 3 / min(row["all_ms"]) * 1000
 
 
-def attention_work(mask: kernels.Mask, width: int) -> int:
-    """Operations of one layer's attention over trees, forward and backward, for what tokens really see: 2 products, then 5."""
-    seen = mask.hi - mask.lo + torch.arange(len(mask.own), device=mask.own.device) - mask.own + 1
-    return int(seen.sum()) * width * 2 * 7
-
-
-def step_work(config: Config, pack) -> int:
-    """Operations of a DPO step on one pack that no method gets around: the language model forward and backward on every token,
-    the head on the scored ones, the frozen tower forward once per image."""
-    t, v, images = config.text, config.vision, len(pack.pixels)
-    heads = 2 * t.num_attention_heads + 2 * t.num_key_value_heads
-    block = t.hidden_size * (heads * t.head_dim + 3 * t.intermediate_size)
-    unread = (t.hidden_size * t.num_attention_heads * t.head_dim + 3 * t.hidden_size * t.intermediate_size) * (
-        len(pack.ids) - len(pack.read))                                  # the last block, where nobody reads its result
-    text = t.num_hidden_layers * (6 * block * len(pack.ids) + attention_work(pack.mask, t.hidden_size)) - 6 * unread
-    tower = v.depth * (v.patches + 1) * (8 * v.hidden_size ** 2 + 4 * v.hidden_size * v.intermediate_size
-                                         + 4 * (v.patches + 1) * v.hidden_size)
-    project = 6 * v.patches * t.hidden_size * (v.hidden_size + t.hidden_size)
-    return text + 6 * len(pack.rows) * t.vocab_size * t.hidden_size + images * (tower + project)
-
-
 # ---- contestants: each waits at `gate` between its steps, in a process of its own -----------------------------------
 
 def peak_mib() -> float:
-    unit = 1 if platform.system() == "Darwin" else 1024                 # bytes there, KiB here
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)    # bytes or KiB
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host) / 2**20
 
 
@@ -195,14 +174,14 @@ def ours(pipe, folder: Path, s: Settings, dtype: str) -> None:
     dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs, lr=5e-7, pack=pack_size(0, device)), 10**6, folder)
 
 
-def theirs(pipe, folder: Path, s: Settings, checkpointing: bool) -> None:
+def theirs(pipe, folder: Path, s: Settings, dtype: str, checkpointing: bool) -> None:
     """TRL's DPOTrainer on the same prompts, answers and pictures, in order."""
     torch.set_num_threads(s.threads)
     import datasets
     import transformers
     from trl import DPOConfig, DPOTrainer
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=DTYPES[dtype])
     model.model.vision_tower.requires_grad_(False)
     processor = transformers.AutoProcessor.from_pretrained(folder / "model")
     rows = common.read_jsonl(folder / "records.jsonl")
@@ -231,11 +210,12 @@ def theirs(pipe, folder: Path, s: Settings, checkpointing: bool) -> None:
 
 
 def alternate(contestants: dict, folder: Path, s: Settings) -> dict[str, dict]:
-    """{name: {"ms": median, "all_ms": [...], "peak_mib", ...}} of (worker, its last argument) each, one step in turn."""
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for name, (worker, how) in contestants.items():
+    """{name: {"ms": median, "all_ms": [...], "peak_mib", ...}} of (worker, its last arguments) each, one step in turn."""
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    for name, (worker, *how) in contestants.items():
         pipes[name], there = context.Pipe()
-        context.Process(target=worker, args=(there, folder, s, how), daemon=True).start()
+        processes.append(context.Process(target=worker, args=(there, folder, s, *how), daemon=True))
+        processes[-1].start()
         pipes[name].recv()                                               # loaded
     rows = {name: {"all_ms": []} for name in contestants}
     for k in tqdm(range(s.warmup + s.rounds), desc="rounds", disable=None):
@@ -246,21 +226,29 @@ def alternate(contestants: dict, folder: Path, s: Settings) -> dict[str, dict]:
             if k >= s.warmup:
                 rows[name]["all_ms"].append(round(1000 * (time.perf_counter() - began), 1))
             rows[name] |= said
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
+        process.join()                                                   # its memory is free
     return {name: row | {"ms": statistics.median(row["all_ms"])} for name, row in rows.items()}
+
+
+TRL = {"TRL, as it is": True, "TRL, no checkpointing": False}
 
 
 def bench_dpo(s: Settings, folder: Path) -> list[dict]:
     write_checkpoint(folder, s.size)
     write_records(folder, 6 * s.pairs)
-    contestants = {"remedy, fp32": (ours, "float32"), "TRL, as it is": (theirs, True), "TRL, no checkpointing": (theirs, False)}
-    if multiplies_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
-        contestants["remedy, bf16"] = ours, "bfloat16"
-    rate = matmul_rate(*device_and_dtype(s.device, "float32"))
+    device, _ = device_and_dtype(s.device, "float32")
+    first = "float32" if device.type == "cpu" else "bfloat16"
+    contestants = {"remedy": (ours, first)} | {name: (theirs, first, again) for name, again in TRL.items()}
+    if device.type == "cpu" and multiplies_bf16(device):
+        contestants["remedy in bfloat16"] = ours, "bfloat16"
+    rounds = [contestants] if s.size == "small" else [{name: one} for name, one in contestants.items()]    # two may not fit
+    rows = {name: row for these in rounds for name, row in alternate(these, folder, s).items()}
+    rate = matmul_rate(device, DTYPES[first])
     return [{"bench": "dpo", "name": name, "pairs": s.pairs, "pairs_per_s": 1000 * s.pairs / row["ms"], **row}
-            | ({"of_matmul_rate": 1000 * row["gflop"] * 1e9 / row["ms"] / rate} if name == "remedy, fp32" else {})
-            for name, row in alternate(contestants, folder, s).items()]
+            | ({"of_matmul_rate": 1000 * row["gflop"] * 1e9 / row["ms"] / rate} if name == "remedy" else {})
+            for name, row in rows.items()]
 
 
 # ---- sampling, kernels, growth: one process, in turn ------------------------------------------------------------------
@@ -276,6 +264,21 @@ def in_turn(calls: dict, warmup: int, rounds: int) -> dict[str, dict]:
             if k >= warmup:
                 rows[name].append(round(1000 * (time.perf_counter() - began), 3))
     return {name: {"ms": statistics.median(ms), "all_ms": ms} for name, ms in rows.items()}
+
+
+def memory_of(call) -> dict:
+    """What a call needs beyond what stood there before it; nothing where the system does not tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif platform.system() == "Linux":
+        ctypes.CDLL(None).malloc_trim(0)                                 # what is free is given back,
+        Path("/proc/self/clear_refs").write_text("5")                    # and the peak is what is there now
+    else:
+        return {}
+    before = peak_mib()
+    call()
+    wait_for_gpu()
+    return {"peak_mib": peak_mib() - before}
 
 
 def bench_sample(s: Settings, folder: Path, count: int = 4, n: int = 4, words: int = 64) -> list[dict]:
@@ -313,28 +316,31 @@ def bench_kernels(s: Settings, folder: Path) -> list[dict]:
     dense = dense_mask(mask)
     both = lambda out, inputs: torch.autograd.grad(out.float().sum(), inputs)
     batch = [x.transpose(0, 1)[None] for x in (q, k, v)]                 # (1, H, T, D)
-    sdpa = lambda: F.scaled_dot_product_attention(*batch, attn_mask=dense)
+    still = [x.detach() for x in batch]
     seen = lambda b, h, i, j: (mask.lo[i] <= j) & (j < mask.hi[i]) | (mask.own[i] <= j) & (j <= i)
     blocks, flex = create_block_mask(seen, None, None, T, T, device), torch.compile(flex_attention)
     compiler = torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")
-    still = lambda: flex(*(x.detach() for x in batch), block_mask=blocks)
-    forward = {"attention forward, FlexAttention": still} if compiler else {}
+    forward = {"attention forward, FlexAttention": lambda: flex(*still, block_mask=blocks)} if compiler else {}
     formula = lambda: (hidden @ weight.T).float().log_softmax(-1)[pack.rows].gather(1, pack.targets[:, None])
-    rows = in_turn({
+    calls = {
         "attention, remedy": lambda: both(kernels.attention(q, k, v, pack.mask), (q, k, v)),
-        "attention, torch SDPA with a dense mask": lambda: both(sdpa(), (q, k, v)),
+        "attention, torch SDPA with a dense mask": lambda: both(F.scaled_dot_product_attention(*batch, dense), (q, k, v)),
         "attention, its formula": lambda: both(attention_spec(q, k, v, pack.mask), (q, k, v)),
         "attention forward, remedy": torch.no_grad()(lambda: kernels.attention(q, k, v, pack.mask)), **forward,
         "log-probs, remedy": lambda: both(kernels.logps(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
         "log-probs, all logits of the scored rows": lambda: both(
             logps_spec(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
-        "log-probs, all logits of all rows": lambda: both(formula(), (hidden, weight))}, s.warmup, s.rounds)
-    work = {"attention": attention_work(pack.mask, H * D), "attention forward": attention_work(pack.mask, H * D) * 2 // 7,
-            "log-probs": 6 * len(pack.rows) * V * config.hidden_size}
-    rate, speed = matmul_rate(device, dtype), {name: 1000 * work[name.split(",")[0]] / row["ms"] for name, row in rows.items()}
-    return [{"bench": "kernels", "name": name, "tokens": T, "scored": len(pack.rows), "heads": H, "head_dim": D, "vocabulary": V,
-             "dtype": str(dtype), "gflop_per_s": speed[name] / 1e9, "of_matmul_rate": speed[name] / rate, **row}
-            for name, row in rows.items()]
+        "log-probs, all logits of all rows": lambda: both(formula(), (hidden, weight))}
+    rows, rate, work = in_turn(calls, s.warmup, s.rounds), matmul_rate(device, dtype), attention_work(pack.mask, H * D)
+    kinds = {"attention": (work, 12 * q.nbytes), "attention forward": (work * 2 // 7, 4 * q.nbytes),    # operations, bytes moved
+             "log-probs": (6 * len(pack.rows) * V * config.hidden_size, 3 * weight.nbytes + 3 * hidden.nbytes)}    # at least
+    out = []
+    for name, row in rows.items():
+        flop, moved = (1000 * x / row["ms"] for x in kinds[name.split(",")[0]])
+        out.append({"bench": "kernels", "name": name, "tokens": T, "scored": len(pack.rows), "heads": H, "head_dim": D,
+                    "vocabulary": V, "dtype": str(dtype), "gflop_per_s": flop / 1e9, "of_matmul_rate": flop / rate,
+                    "gb_per_s": moved / 1e9, **row, **memory_of(calls[name])})
+    return out
 
 
 def bench_growth(s: Settings, folder: Path) -> list[dict]:
@@ -367,17 +373,16 @@ def table(rows: list[dict]) -> str:
         base = first.setdefault(kind, row)["ms"]
         more = [f"{row[key]:,.{digits}f} {unit}" for key, digits, unit in (
             ("pairs_per_s", 2, "pairs/s"), ("tokens_per_s", 0, "tokens/s"), ("tokens", 0, "tokens"), ("peak_mib", 0, "MiB peak"),
-            ("gflop_per_s", 0, "GFLOP/s"), ("of_matmul_rate", 2, "of the matmul rate")) if key in row]
+            ("gb_per_s", 1, "GB/s"), ("gflop_per_s", 0, "GFLOP/s"), ("of_matmul_rate", 2, "of the matmul rate")) if key in row]
         out.append(f"{row['bench']:8} {row['name']:42}{row['ms']:10,.1f} ms  x{row['ms'] / base:5.2f}   {'  '.join(more)}")
     return "\n".join(out)
 
 
 def run(s: Settings) -> None:
-    unknown = [what for what in s.what.split(",") if what not in BENCHES]
-    if unknown or s.size not in SIZES or min(s.rounds, s.pairs, s.threads) < 1:
+    if not {*s.what.split(",")} <= {*BENCHES} or s.size not in SIZES or min(s.rounds, s.pairs, s.threads) < 1:
         raise BadInput(f"--what: {', '.join(BENCHES)}; --size: {', '.join(SIZES)}; --rounds, --pairs and --threads at least 1")
     torch.set_num_threads(s.threads)
-    about = describe_run(s, date=time.strftime("%Y-%m-%d"), hardware=hardware())
+    about = describe_run(s, date=time.strftime("%Y-%m-%d"))
     for what in s.what.split(","):
         with tempfile.TemporaryDirectory() as folder:
             rows = BENCHES[what](s, Path(folder))
@@ -387,13 +392,6 @@ def run(s: Settings) -> None:
         write_jsonl(s.out, rows)
     if {"dpo", "growth"} <= {row["bench"] for row in rows}:
         print(f"rows: {s.out}   figure: {figures.save(figures.speed(rows), Path(s.out).parent / 'figures' / 'speed.png')}")
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    chips = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else []
-    return f"{(chips or [platform.processor()])[0]}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

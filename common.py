@@ -301,8 +301,15 @@ def sha_of(parts: Iterable[bytes | str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    chips = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else []
+    return f"{(chips or [platform.processor()])[0]}, {os.cpu_count()} cores"
+
+
 def describe_run(settings, **more) -> dict:
-    """What a run's config.json holds: settings, versions, commit, command, and whatever else tells runs apart."""
+    """What a run's config.json holds: settings, versions, hardware, commit, command, and whatever else tells runs apart."""
     try:
         git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
         commit = git.stdout.strip() or "unknown"
@@ -310,5 +317,5 @@ def describe_run(settings, **more) -> dict:
         commit = "unknown"
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": dataclasses.asdict(settings) if settings else {},
-            "commit": commit, "python": platform.python_version(),
+            "commit": commit, "hardware": hardware(), "python": platform.python_version(),
             "torch": torch.__version__, "threads": torch.get_num_threads(), **more}

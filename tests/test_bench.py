@@ -4,12 +4,14 @@
 """
 import json
 import os
+import platform
 
 import pytest
 import torch
 
 import bench
 import checkpoint
+import plan
 import records
 from common import BadInput, read_jsonl
 from conftest import ROOT
@@ -19,7 +21,7 @@ from kernels.attention import dense_mask
 
 def test_the_work_of_attention_is_what_the_mask_lets_see():
     pack = make_pack([Tree("", [5] * 7, [[5] * 4, [5] * 6]), Tree("", [5] * 3, [[5] * 2])])
-    assert bench.attention_work(pack.mask, 64) == int(dense_mask(pack.mask).sum()) * 64 * 2 * 7
+    assert plan.attention_work(pack.mask, 64) == int(dense_mask(pack.mask).sum()) * 64 * 2 * 7
 
 
 def test_the_work_of_a_step_is_what_torch_counts(tmp_path):
@@ -34,7 +36,7 @@ def test_the_work_of_a_step_is_what_torch_counts(tmp_path):
     # torch counts attention's dense problems whole and its own recomputation; all else is the same
     flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     products = sum(n for op, n in flops.items() if op in ("aten.mm", "aten.addmm", "aten.bmm"))
-    mine = bench.step_work(model.config, pack) - model.config.text.num_hidden_layers * bench.attention_work(
+    mine = plan.step_work(model.config, pack) - model.config.text.num_hidden_layers * plan.attention_work(
         pack.mask, model.config.text.hidden_size)
     v = model.config.vision
     mine -= v.depth * 4 * (v.patches + 1) ** 2 * v.hidden_size
@@ -48,8 +50,15 @@ def test_a_bench_adds_its_rows_in_the_place_of_its_older_ones(tmp_path, capsys, 
     bench.run(bench.Settings(what="kernels", out=str(out), rounds=1, warmup=0, pairs=1, threads=torch.get_num_threads()))
     rows = read_jsonl(out)
     assert rows[0]["name"] == "kept" and len(rows) >= 8 and all(row["ms"] > 0 and row["hardware"] for row in rows[1:])
+    assert all(row["gflop_per_s"] > 0 and row["gb_per_s"] > 0 and row["peak_mib"] >= 0 for row in rows[1:])
     said = capsys.readouterr().out
     assert all(f"{row['name']:42}{row['ms']:10,.1f} ms" in said for row in rows[1:])
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux forgets a peak")
+def test_the_memory_of_a_call_is_what_it_had_at_once():
+    memory = lambda mib: bench.memory_of(lambda: torch.ones(mib << 18).sum())["peak_mib"]
+    assert 100 < memory(128) < 160 and memory(1) < 30, "a peak of before does not count"
 
 
 @pytest.mark.parametrize("flags", [{"what": "speed"}, {"size": "70b"}, {"rounds": 0}])
@@ -65,7 +74,7 @@ def test_one_step_of_both_in_turn(tmp_path, monkeypatch):
     s = bench.Settings(size="tiny", rounds=1, warmup=0, pairs=2, threads=1)
     bench.write_checkpoint(tmp_path, "tiny")
     bench.write_records(tmp_path, 4)
-    rows = bench.alternate({"remedy": (bench.ours, "float32"), "TRL": (bench.theirs, False)}, tmp_path, s)
+    rows = bench.alternate({"remedy": (bench.ours, "float32"), "TRL": (bench.theirs, "float32", False)}, tmp_path, s)
     assert all(row["ms"] > 0 and row["peak_mib"] > 100 for row in rows.values())
     assert rows["TRL"]["tokens"] > 1.2 * rows["remedy"]["tokens"], "TRL computes prompt and picture twice, and padding"
 
