@@ -149,7 +149,7 @@ def test_the_reference_is_the_same_and_written_once(worlds, world):
     if "held out" not in RUNS[world]:
         return
     a, b = (json.loads((worlds / str(w) / "held out" / "heldout.json").read_text())["after"] for w in (1, world))
-    assert a["pairs"] == b["pairs"] and a["margin"] == pytest.approx(b["margin"], abs=2e-6) and a["accuracy"] == b["accuracy"]
+    assert a["pairs"] == b["pairs"] and a["margin"] == pytest.approx(b["margin"], rel=1e-4, abs=2e-6) and a["accuracy"] == b["accuracy"]
 
 
 @pytest.mark.parametrize("name", STOPS)
