@@ -73,10 +73,11 @@ def dynamics(metrics: list[dict]):
                               (right, "logp_chosen", "#2a9d8f"), (right, "logp_rejected", "#c77700")):
         axis.plot(steps, [m[name] for m in metrics], color=color, label=name.replace("logp_", ""))
     left.axhline(np.log(2), color="#999999", linestyle=":", linewidth=1)
-    left.annotate("ln 2", (0, np.log(2)), va="bottom", color="#777777")
+    left.text(1.01, np.log(2), "ln 2", transform=left.get_yaxis_transform(), va="center", color="#777777")
+    left.set_ylim(top=1.3)                                               # room for the legend
     for axis, title in ((left, "loss, margin (beta x nats), accuracy"), (right, "log-probability of the answers, nats")):
         axis.set(xlabel="step", title=title)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, ncols=3)
     return figure
 
 
