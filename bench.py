@@ -349,8 +349,8 @@ def bench_growth(s: Settings, folder: Path) -> list[dict]:
     rows = []
     for size, n, length in (("small", 2, 64), ("small", 2, 128), ("small", 2, 256), ("small", 4, 64), ("small", 8, 64),
                             ("half", 2, 64), ("double", 2, 64)):
-        model = Llava(config_of(size if s.size == "small" else s.size)).to(device, dtype)
-        initialise(model, 0, 0.02)
+        initialise(model := Llava(config_of(size if s.size == "small" else s.size)), 0, 0.02)    # where its generator is,
+        model.to(device, dtype)                                          # on the CPU
         tree = Tree("", [5] * 60 + [4] * 576, [[5] * length] * n)
         pack = make_pack([tree], torch.randn(1, 3, 336, 336)).to(device)
         parameters = [p for name, p in model.named_parameters() if not name.startswith("vision_tower.")]

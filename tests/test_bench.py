@@ -5,6 +5,7 @@
 import json
 import os
 import platform
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def test_a_bench_adds_its_rows_in_the_place_of_its_older_ones(tmp_path, capsys, 
     assert all(row["gflop_per_s"] > 0 and row["gb_per_s"] > 0 and row["peak_mib"] >= 0 for row in rows[1:])
     said = capsys.readouterr().out
     assert all(f"{row['name']:42}{row['ms']:10,.1f} ms" in said for row in rows[1:])
+
+
+def test_weights_are_drawn_where_their_generator_is(tmp_path, monkeypatch):
+    """A GPU refuses a CPU's generator; "meta" plays the GPU, and does what a GPU can."""
+    monkeypatch.setattr(bench, "device_and_dtype", lambda *a: (torch.device("meta"), torch.bfloat16))
+    monkeypatch.setattr(bench, "make_pack", lambda *a: torch.empty(0))                  # what follows is not asked here
+    monkeypatch.setattr(bench, "in_turn", lambda *a: sys.exit("built"))
+    real = torch.nn.init.normal_
+
+    def normal(p, *a, generator=None):
+        assert generator is None or generator.device == p.device
+        return real(p, *a, generator=generator)
+    monkeypatch.setattr(torch.nn.init, "normal_", normal)
+    with pytest.raises(SystemExit, match="built"):
+        bench.bench_growth(bench.Settings(size="tiny"), tmp_path)
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="only Linux forgets a peak")
