@@ -142,10 +142,9 @@ def gate(pipe, **said) -> None:
     wait_for_gpu()
     pipe.send(said | {"peak_mib": peak_mib()})
     try:
-        go_on = pipe.recv()
+        if not pipe.recv():
+            os._exit(0)
     except EOFError:                                                     # the other side is gone
-        go_on = False
-    if not go_on:
         os._exit(0)
 
 
@@ -212,20 +211,23 @@ def theirs(pipe, folder: Path, s: Settings, dtype: str, checkpointing: bool) -> 
 def alternate(contestants: dict, folder: Path, s: Settings) -> dict[str, dict]:
     """{name: {"ms": median, "all_ms": [...], "peak_mib", ...}} of (worker, its last arguments) each, one step in turn."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
-    for name, (worker, *how) in contestants.items():
-        pipes[name], there = context.Pipe()
-        processes.append(context.Process(target=worker, args=(there, folder, s, *how), daemon=True))
-        processes[-1].start()
-        pipes[name].recv()                                               # loaded
     rows = {name: {"all_ms": []} for name in contestants}
-    for k in tqdm(range(s.warmup + s.rounds), desc="rounds", disable=None):
-        for name, pipe in pipes.items():
-            began = time.perf_counter()
-            pipe.send(True)
-            said = pipe.recv()
-            if k >= s.warmup:
-                rows[name]["all_ms"].append(round(1000 * (time.perf_counter() - began), 1))
-            rows[name] |= said
+    try:
+        for name, (worker, *how) in contestants.items():
+            pipes[name], there = context.Pipe()
+            processes.append(context.Process(target=worker, args=(there, folder, s, *how), daemon=True))
+            processes[-1].start()
+            there.close()                                                # it alone holds that end: where it dies, we hear so
+            pipes[name].recv()                                           # loaded
+        for k in tqdm(range(s.warmup + s.rounds), desc="rounds", disable=None):
+            for name, pipe in pipes.items():
+                began = time.perf_counter()
+                pipe.send(True)
+                rows[name] |= pipe.recv()
+                if k >= s.warmup:
+                    rows[name]["all_ms"].append(round(1000 * (time.perf_counter() - began), 1))
+    except (EOFError, ConnectionError):                                  # out of memory, say
+        raise BadInput(f"{name} ended before its step did; what it said last stands above") from None
     for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
         process.join()                                                   # its memory is free

@@ -83,6 +83,23 @@ def test_the_door(flags):
         bench.run(bench.Settings(**flags))
 
 
+def lives(pipe, folder, s):
+    for _ in bench.batches(pipe, [0], 1, {}):
+        pass
+
+
+def dies(pipe, folder, s, loaded: bool):
+    next(bench.batches(pipe, [0], 1, {})) if loaded else None
+    raise SystemExit("out of memory")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_contestant_that_dies_is_named_and_not_waited_for(tmp_path, loaded):
+    s = bench.Settings(rounds=1, warmup=0)
+    with pytest.raises(BadInput, match="second ended before its step did"):
+        bench.alternate({"first": (lives,), "second": (dies, loaded)}, tmp_path, s)
+
+
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="a dozen seconds; SLOW=1 runs it")
 def test_one_step_of_both_in_turn(tmp_path, monkeypatch):
     """The real thing in small: two processes, one step each, ours and TRL's, on the same records."""
