@@ -346,8 +346,9 @@ def token_logps(model: Llava, pack: Pack) -> Tensor:
 def answer_logps(model: Llava, pack: Pack) -> Tensor:
     """sum log p(answer | prompt) of every answer of a pack, (A,) fp32 nats. SFT, DPO, the reference scores and the
     tests all come through here."""
-    logps = token_logps(model, pack)
-    return torch.zeros(pack.answers, dtype=logps.dtype, device=logps.device).index_add(0, pack.owner, logps)
+    logps = token_logps(model, pack)                                     # index_put: a GPU's index_add adds in any order,
+    sums = torch.zeros(pack.answers, dtype=logps.dtype, device=logps.device)     # and no run would give the same bits twice
+    return sums.index_put((pack.owner,), logps, accumulate=True)
 
 
 # ---- from a file to trees --------------------------------------------------------------------------------------

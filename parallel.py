@@ -46,7 +46,7 @@ def start(device: str) -> str:
     """Meet the other processes, if there are any -> the device that is this one's."""
     if world() == 1:
         return device
-    if device == "auto" and torch.cuda.is_available():
+    if device == "cuda" or device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)

@@ -68,6 +68,7 @@ class Settings:
 
 # ---- the runs ---------------------------------------------------------------------------------------------------
 
+DEVICE = "cpu"                                             # also where there is a GPU: what is built and measured is fp32, there
 STEER = {"form": "\nanswer with {helpfulness} , {correctness} , {coherence} , {complexity} , {verbosity} .",
          "grades": "no one two three four"}                # in words that the miniature knows
 LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5}     # best judged of SEARCH each (LOG.md)
@@ -111,7 +112,7 @@ def train(out: Path, how: tuple[str, dict], ckpt: Path, records: Path, seed: int
         records = records.with_name(f"records-{out.name}.jsonl")             # beside the pictures
         write_jsonl(records, rows)
     METHODS[method].run(METHODS[method].Settings(
-        ckpt=str(ckpt), data=str(records), out=str(out), seed=seed, batch=16, resume=True,
+        ckpt=str(ckpt), data=str(records), out=str(out), seed=seed, batch=16, resume=True, device=DEVICE,
         **{"lr": LR[method]} | changes | (STEER if method == "steerlm" else {})))
 
 
@@ -145,7 +146,7 @@ def build(folder: Path, seed: int) -> None:
 
 
 def sample(folder: Path, ckpt: Path, seed: int) -> None:
-    annotate.annotate(annotate.miniature(annotate.Story(out=str(folder), ckpt=str(ckpt), seed=seed)))
+    annotate.annotate(annotate.miniature(annotate.Story(out=str(folder), ckpt=str(ckpt), seed=seed, device=DEVICE)))
 
 
 def outcome(folder: Path, name: str, how: tuple[str, dict] | None, ckpt: Path, seed: int, split: str) -> None:

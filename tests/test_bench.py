@@ -5,6 +5,7 @@
 import json
 import os
 import platform
+import sys
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_a_bench_adds_its_rows_in_the_place_of_its_older_ones(tmp_path, capsys, 
     assert all(f"{row['name']:42}{row['ms']:10,.1f} ms" in said for row in rows[1:])
 
 
+def test_weights_are_drawn_where_their_generator_is(tmp_path, monkeypatch):
+    """A GPU refuses a CPU's generator; "meta" plays the GPU, and does what a GPU can."""
+    monkeypatch.setattr(bench, "device_and_dtype", lambda *a: (torch.device("meta"), torch.bfloat16))
+    monkeypatch.setattr(bench, "make_pack", lambda *a: torch.empty(0))                  # what follows is not asked here
+    monkeypatch.setattr(bench, "in_turn", lambda *a: sys.exit("built"))
+    real = torch.nn.init.normal_
+
+    def normal(p, *a, generator=None):
+        assert generator is None or generator.device == p.device
+        return real(p, *a, generator=generator)
+    monkeypatch.setattr(torch.nn.init, "normal_", normal)
+    with pytest.raises(SystemExit, match="built"):
+        bench.bench_growth(bench.Settings(size="tiny"), tmp_path)
+
+
 @pytest.mark.skipif(platform.system() != "Linux", reason="only Linux forgets a peak")
 def test_the_memory_of_a_call_is_what_it_had_at_once():
     memory = lambda mib: bench.memory_of(lambda: torch.ones(mib << 18).sum())["peak_mib"]
@@ -65,6 +81,23 @@ def test_the_memory_of_a_call_is_what_it_had_at_once():
 def test_the_door(flags):
     with pytest.raises(BadInput, match="--what: dpo"):
         bench.run(bench.Settings(**flags))
+
+
+def lives(pipe, folder, s):
+    for _ in bench.batches(pipe, [0], 1, {}):
+        pass
+
+
+def dies(pipe, folder, s, loaded: bool):
+    next(bench.batches(pipe, [0], 1, {})) if loaded else None
+    raise SystemExit("out of memory")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_contestant_that_dies_is_named_and_not_waited_for(tmp_path, loaded):
+    s = bench.Settings(rounds=1, warmup=0)
+    with pytest.raises(BadInput, match="second ended before its step did"):
+        bench.alternate({"first": (lives,), "second": (dies, loaded)}, tmp_path, s)
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="a dozen seconds; SLOW=1 runs it")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tokenizers import Tokenizer, models
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import kernels
@@ -298,6 +299,20 @@ def test_other_targets_than_an_answer_s_own_cannot_move_its_log_prob(tiny, image
         pack.targets[pack.owner != 3] = 7
         after = answer_logps(model, pack)
     assert after[3] == before[3] and (after - before).abs().max() > 0.1
+
+
+def test_no_sum_is_left_to_a_gpu_s_order(tiny, images_dir):
+    """torch.use_deterministic_algorithms lists what adds in any order there; a resumed run promises the same bits."""
+    model, tokens, pixels = tiny
+    pack, found = pixels.pack([make_tree(tokens, r, a) for r, a in mixed(images_dir)]), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found.add(op.overloadpacket.__name__)
+            return op(*args, **kwargs or {})
+    with torch.no_grad(), Watch():
+        answer_logps(model, pack)
+    assert "embedding" in found and not found & {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce"}
 
 
 # ---- log-probs: packed, alone, by hand, by transformers --------------------------------------------------------

@@ -189,6 +189,19 @@ def test_the_first_process_alone_draws_bars():
     assert "2/2" in bars("0") and bars("1") == ""
 
 
+@pytest.mark.parametrize("there, asked, got", [(True, "auto", "cuda:1"), (True, "cuda", "cuda:1"), (True, "cuda:3", "cuda:3"),
+                                               (True, "cpu", "cpu"), (False, "auto", "auto")])
+def test_every_process_has_a_gpu_of_its_own(monkeypatch, there, asked, got):
+    made = []
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made.append, raising=False)     # behind torch's own look at the name
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda kind, timeout: made.append(kind))
+    assert parallel.start(asked) == got
+    assert made == ([int(got[5:]), "cpu:gloo,cuda:nccl"] if got.startswith("cuda") else ["gloo"])
+
+
 # ---- how a batch is shared out -------------------------------------------------------------------------------------
 
 def shares(monkeypatch, trees, budget, world):

@@ -71,6 +71,12 @@ def test_every_run_leaves_a_row_and_the_table_shows_it(experiment, capsys):
     assert f"{vicuna['scores']['text']['mean']:.2f}" in page and "±0.00" not in page and "6.73" in page and "not sizes" in page
 
 
+def test_sampling_training_and_measuring_are_in_one_precision_also_beside_a_gpu(experiment):
+    out, _ = experiment
+    said = [json.loads(path.read_text())["settings"]["device"] for path in out.glob("seed-*/*/config.json")]
+    assert len(said) == 6 and set(said) == {"cpu"}, "five runs, and what they learn from"
+
+
 def test_what_is_done_is_not_done_again(experiment, monkeypatch):
     out, settings = experiment
     before = (out / "rows.jsonl").read_bytes()

@@ -21,7 +21,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HALVES = torch.float16, torch.bfloat16
 WHOLE = not INTERPRETED or bool(os.environ.get("SLOW"))                  # the interpreter is slow: its quick run takes turns
-FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}     # of a typical number's size
+FLOOR = {torch.float64: 1e-13 if INTERPRETED else 1e-7,                  # of a typical number's size; a GPU gets its scalars,
+         torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}     # log2 e for one, in fp32
 PACKS = {                                                                # (prompt, answers) or an image's length
     "ragged": [(70, [30, 5, 80]), (3, [1]), (9, []), (130, [40, 50])],
     "answers of one token": [(1, [1, 1, 1]), (64, [1, 64, 1]), (1, [])],
