@@ -34,6 +34,7 @@ from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -107,9 +108,11 @@ class Tokens:
         if config.vision and self.image != config.image_token:
             raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
                            "take tokenizer.json from the llava-hf folder of the same model")
-        self.bos = self.tokenizer.token_to_id("<s>") if wants_bos(folder) else None
-        self.source, steer = path, Path(folder) / "steer.json"
+        about, steer = path.with_name("tokenizer_config.json"), path.with_name("steer.json")
+        wanted = about.is_file() and read_json(about).get("add_bos_token")   # where tokenizer.json does not add <s> itself
+        self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
         self.steer = read_json(steer) if steer.is_file() else None           # written by steerlm.py: what to ask of every answer
+        self.source = path
 
     def encode(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text).ids
@@ -121,12 +124,6 @@ class Tokens:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def wants_bos(folder: Path) -> bool:
-    """tokenizer_config.json may ask for <s> where tokenizer.json's post-processor does not add it itself."""
-    path = Path(folder) / "tokenizer_config.json"
-    return path.is_file() and bool(read_json(path).get("add_bos_token"))
 
 
 # ---- trees ------------------------------------------------------------------------------------------------------
@@ -313,13 +310,9 @@ class Features(Pixels):
 def ahead(make: Callable, parts: Iterable) -> Iterator[tuple]:
     """(part, make(part)) for every part; the next one is made in a thread (images decoded) while this one is computed with."""
     with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for part in parts:
-            coming, now = (part, pool.submit(make, part)), coming
-            if now:
-                yield now[0], now[1].result()
-        if coming:
-            yield coming[0], coming[1].result()
+        begun = ((part, pool.submit(make, part)) for part in parts)
+        for (part, made), _ in pairwise(chain(begun, [None])):               # the next has begun when this one is waited for
+            yield part, made.result()
 
 
 def trees_digest(trees: Iterable[Tree]) -> "hashlib._Hash":
