@@ -17,7 +17,6 @@ that peak memory is its own. Medians, warm-up rounds dropped.
 Previous: chat.py.
 """
 import ctypes
-import json
 import multiprocessing
 import os
 import platform
@@ -36,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
@@ -45,13 +43,13 @@ import dpo
 import figures
 import kernels
 import records
-from common import DTYPES, BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl, write_whole
+from common import DTYPES, BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl
 from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, pack_size, template
 from kernels.attention import attention_spec, dense_mask
 from kernels.logprob import logps_spec
 from model import Config, Llava, TextConfig, generate
 from plan import attention_work, step_work
-from toy import initialise
+from toy import SPECIAL, initialise, write_tokenizer
 from vision import VisionConfig
 
 
@@ -87,16 +85,7 @@ def write_checkpoint(folder: Path, size: str) -> Path:
     config = config_of(size)
     model = Llava(config)
     initialise(model, 0, 0.02)
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    words = special + [f"w{k}" for k in range(config.text.vocab_size - len(special))]
-    tokenizer = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(special)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
-             "pad_token": "<pad>", "image_token": "<image>"}
-    write_whole(folder / "tokenizer_config.json", json.dumps(about))
+    write_tokenizer(folder, [f"w{k}" for k in range(config.text.vocab_size - len(SPECIAL))])
     return checkpoint.save(model, folder / "model", folder)
 
 

@@ -70,6 +70,7 @@ LANGUAGE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num
                 rope={"rope_type": "default", "rope_theta": 10000.0})
 VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=48,
                       patch_size=16)
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
 def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
@@ -85,14 +86,12 @@ def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
             nn.init.zeros_(p)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """One id per word. The template's fixed parts are one word each, so that they cost the miniature three tokens."""
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    fixed = [SYSTEM, "USER:", "ASSISTANT:"]
-    words = special + fixed + tasks.vocabulary()
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+def write_tokenizer(folder: Path, words: list[str], fixed: tuple = ()) -> None:
+    """One id per word; those that are `fixed` may have spaces in them."""
+    ids = {word: k for k, word in enumerate([*SPECIAL, *fixed, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(special)
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([AddedToken(w, normalized=False) for w in fixed])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
@@ -283,7 +282,7 @@ def run(s: Settings) -> None:
         raise BadInput(f"{out} is already there; remove it first (rm -r {out})")
     folder = out.with_name(out.name + ".building")
     shutil.rmtree(folder, ignore_errors=True)
-    write_tokenizer(folder)
+    write_tokenizer(folder, tasks.vocabulary(), (SYSTEM, "USER:", "ASSISTANT:"))         # the template: three tokens
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for stage in [pool.submit(train_tower, folder, s.seed, s.scale),
                       pool.submit(train_language, folder, s.seed, s.scale, s.width)]:
