@@ -33,7 +33,7 @@ import os
 from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Callable, Iterator
@@ -203,9 +203,7 @@ class Pack:
         return self.read[self.place]
 
     def to(self, device) -> "Pack":
-        move = lambda x: None if x is None else x.to(device)
-        return Pack(*(move(x) for x in (self.ids, self.positions)), self.mask.to(device),
-                    *(move(x) for x in (self.read, self.place, self.targets, self.owner)), self.answers, move(self.pixels))
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor | Mask)})
 
 
 def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
@@ -272,9 +270,12 @@ class Pixels:
         self.size = config.vision.image_size if config.vision else 0
         self.crop = crop
 
+    def one(self, path: Path) -> Tensor:                                     # (3, S, S)
+        return preprocess(load_image(path), self.size, self.crop)
+
     def __call__(self, paths: list[Path]) -> Tensor | None:
         """n files -> (n, 3, S, S), or None for no files."""
-        return torch.stack([preprocess(load_image(p), self.size, self.crop) for p in paths]) if paths else None
+        return torch.stack([self.one(path) for path in paths]) if paths else None
 
     def pack(self, trees: list[Tree]) -> Pack:
         return make_pack(trees, self([path for tree in trees for path in tree.images]))
@@ -292,15 +293,11 @@ class Features(Pixels):
                          *(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in self.tower.parameters()))
 
     @torch.no_grad()
-    def __call__(self, paths: list[Path]) -> Tensor | None:
-        """n files -> (n, P, D), or None for no files."""
-        return torch.stack([self.one(path) for path in paths]) if paths else None
-
-    def one(self, path: Path) -> Tensor:
+    def one(self, path: Path) -> Tensor:                                     # (P, D)
         kept = self.folder / f"{sha(self.about, path.read_bytes())}.safetensors"
         if not kept.exists():
             weight = self.tower.embeddings.class_embedding
-            features = self.tower(super().__call__([path]).to(weight))[0]
+            features = self.tower(super().one(path)[None].to(weight))[0]
             aside = kept.with_suffix(f".{os.getpid()}.part")
             save_file({"features": features.cpu().contiguous()}, aside)
             os.replace(aside, kept)
