@@ -115,10 +115,7 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
             now = rate(step, steps)
             set_rate(optimizer, now)
             members = list(islice(order, batch))
-            if len(members) < batch:
-                raise ValueError(f"step {step + 1}: the order of trees ran dry, {len(members)} left for a batch of {batch}")
-            total = scored_tokens(members)
-            loss = 0.0
+            total, loss = scored_tokens(members), 0.0
             for (_, counts), packed in ahead(lambda x: make_pack(x[0]), share(members, pack_size(pack, device))):
                 part_loss = -counts * token_logps(model, packed.to(device)).sum() / total
                 parallel.backward(model, part_loss)
