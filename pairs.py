@@ -41,8 +41,7 @@ def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] 
     """
     if record.get("pair"):
         return tuple(record["pair"])
-    scored = [(k, quality(a)) for k, a in enumerate(record["answers"])
-              if a.get("scores") and a.get("finish") != "length"]
+    scored = [(k, quality(a)) for k, a in enumerate(record["answers"]) if a.get("scores") and a.get("finish") != "length"]
     if not scored:
         return None
     best, top = max(scored, key=lambda ks: ks[1])

@@ -125,8 +125,7 @@ def caption_vector(llama: Llama, captions: list[list[int]]) -> Tensor:
     return hidden[torch.tensor([len(ids) for ids in captions]).cumsum(0) - 1]
 
 
-def train_tower(folder: Path, seed: int, scale: float, steps: int = 700, batch: int = 128,
-                lr: float = 2e-3) -> None:
+def train_tower(folder: Path, seed: int, scale: float, steps: int = 700, batch: int = 128, lr: float = 2e-3) -> None:
     """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each caption its picture. Half
     of a batch are edits of the other half, one attribute changed, so that the details have to be seen."""
     torch.set_num_threads(1)

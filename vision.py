@@ -88,8 +88,7 @@ class SelfAttention(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.heads = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:                  # (N*P, D)
         q, k, v = (proj(x).view(len(x), self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))

@@ -33,8 +33,7 @@ COLORS = {"red": (214, 45, 40), "orange": (242, 140, 30), "yellow": (238, 218, 5
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-FRUIT_OF = {"red": "cherry", "orange": "mango", "yellow": "banana", "green": "lime", "blue": "blueberry",
-            "purple": "plum"}
+FRUIT_OF = {"red": "cherry", "orange": "mango", "yellow": "banana", "green": "lime", "blue": "blueberry", "purple": "plum"}
 ANIMALS = ("ant", "mouse", "cat", "dog", "sheep", "horse", "elephant", "whale")     # by size
 OPPOSITE = dict(p for a, b in (("big", "small"), ("hot", "cold"), ("fast", "slow"), ("old", "new"),
                                ("wet", "dry"), ("happy", "sad"), ("light", "dark"), ("loud", "quiet"))
