@@ -46,7 +46,7 @@ from torch import Tensor
 import kernels
 import parallel
 import records
-from checkpoint import TAKE_TOKENIZER, base_folder, read_json
+from checkpoint import TAKE_TOKENIZER, base_folder, read_config, read_json
 from common import BadInput, OnDisk, sha
 from kernels import Mask
 from model import Config, Llava
@@ -342,15 +342,19 @@ def answer_logps(model: Llava, pack: Pack) -> Tensor:
 
 # ---- from a file to trees --------------------------------------------------------------------------------------
 
-def read_trees(s, tokens: Tokens, pixels: Pixels, out: Path, trees_of: Callable[[dict], list[Tree]]) -> tuple[OnDisk, OnDisk]:
-    """The usable records of s.data, and the trees that trees_of(record) makes of each, one behind the other, both on the disk of
-    `out`; what raises BadInput there, or was refused before, is reported. Raises BadInput where nothing is left."""
+def read_trees(s, folder: Path, out: Path,
+               trees_of: Callable[[Tokens, dict, int], list[Tree]]) -> tuple[Tokens, Pixels, OnDisk, OnDisk]:
+    """The tokens and pixels of the model in `folder`, the usable records of s.data, and the trees that trees_of(tokens, record,
+    longest) makes of each, one behind the other, both on the disk of `out`; what raises BadInput there, or was refused before, is
+    reported. Raises BadInput where nothing is left."""
+    config, _ = read_config(folder)
+    tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     items, trees, rejects = OnDisk(out), OnDisk(out), OnDisk(out)
     for name, record in records.stream(s.data, s.image_root, pixels.size):
         try:
             if isinstance(record, BadInput):
                 raise record
-            for tree in trees_of(record):
+            for tree in trees_of(tokens, record, s.max_length or tokens.room):
                 trees.append(tree)
             items.append(record)
         except BadInput as problem:
@@ -358,4 +362,4 @@ def read_trees(s, tokens: Tokens, pixels: Pixels, out: Path, trees_of: Callable[
     records.report(s.data, len(items), rejects, out if parallel.rank() == 0 else None)
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
-    return items, trees
+    return tokens, pixels, items, trees
