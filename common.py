@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -199,16 +198,14 @@ class OnDisk(Sequence):
     def __init__(self, folder: Path, items: Iterable = ()):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder, self.ends = str(folder), array("Q", [0])
-        self.fd, name = tempfile.mkstemp(dir=folder)
-        os.unlink(name)
-        weakref.finalize(self, os.close, self.fd)
+        self.file = tempfile.TemporaryFile(dir=folder)
         for item in items:
             self.append(item)
 
     def append(self, item) -> None:
         data, at = pickle.dumps(item, pickle.HIGHEST_PROTOCOL), self.ends[-1]
         try:
-            if os.pwrite(self.fd, data, at) < len(data):
+            if os.pwrite(self.file.fileno(), data, at) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.folder) from None    # the file has no name to speak of
@@ -219,7 +216,7 @@ class OnDisk(Sequence):
 
     def __getitem__(self, k: int):
         k = range(len(self))[k]
-        return pickle.loads(os.pread(self.fd, self.ends[k + 1] - self.ends[k], self.ends[k]))
+        return pickle.loads(os.pread(self.file.fileno(), self.ends[k + 1] - self.ends[k], self.ends[k]))
 
 
 def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
