@@ -89,7 +89,7 @@ def write_checkpoint(folder: Path, size: str) -> Path:
     return checkpoint.save(model, folder / "model", folder)
 
 
-def write_records(folder: Path, count: int, answers: int = 2, least: int = 30, most: int = 90) -> Path:
+def write_records(folder: Path, count: int) -> Path:
     """Questions about pictures of noise, answers of made-up words, the first preferred to the second."""
     rng = random.Random(0)
     say = lambda n: " ".join(f"w{rng.randrange(7000)}" for _ in range(n))
@@ -100,7 +100,7 @@ def write_records(folder: Path, count: int, answers: int = 2, least: int = 30, m
         Image.fromarray(noise).resize((640, 480)).save(folder / "images" / f"{k}.jpg")
         rows.append({"id": str(k), "images": [f"images/{k}.jpg"],
                      "messages": [{"role": "user", "content": "<image>\n" + say(20)}], "pair": [0, 1],
-                     "answers": [{"text": say(rng.randint(least, most))} for _ in range(answers)]})
+                     "answers": [{"text": say(rng.randint(30, 90))} for _ in range(2)]})
     write_jsonl(folder / "records.jsonl", rows)
     return folder / "records.jsonl"
 
