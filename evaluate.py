@@ -18,9 +18,6 @@ The rule: a failure is never a score. What could not be answered, or ended as bl
 (judge.py), has no grade, the mean is over the rest, the coverage stands next to it, and below --coverage the command exits
 with 1. Answers and replies are journalled: kill it, run the same command, and it ends where it would have ended.
 
-What the authors' harness did otherwise, each to be measured alone: --forget (the second turn without the model's first answer),
---picture literal (the text <image> without a picture), --crop (centre-crop instead of padding).
-
 Previous: compare.py.  Next: dpo.py (the remedy).
 """
 import json
