@@ -49,7 +49,6 @@ import tasks
 import world
 from common import BadInput, main, schedule
 from data import SYSTEM, Tokens, Tree, make_pack, make_tree
-from kernels import Mask
 from model import Config, Llama, Llava, TextConfig
 from vision import ViT, VisionConfig, preprocess
 
@@ -111,12 +110,7 @@ def pixels_of(scene: world.Scene, seed: int) -> Tensor:
 
 def class_vector(vit: ViT, pixels: Tensor) -> Tensor:
     """What CLIP compares with a caption: the class token after *all* blocks. (N, 3, S, S) -> (N, D)."""
-    x = vit.pre_layrnorm(vit.embeddings(pixels))                             # (N, P, D)
-    mask = Mask.full(x.shape[0], x.shape[1])
-    flat = x.flatten(0, 1)
-    for block in vit.encoder.layers:
-        flat = block(flat, mask)
-    return vit.post_layernorm(flat.view(x.shape)[:, 0])
+    return vit.post_layernorm(vit.after(vit.config.num_hidden_layers, pixels)[:, 0])
 
 
 def caption_vector(llama: Llama, captions: list[list[int]]) -> Tensor:
