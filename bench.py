@@ -17,7 +17,6 @@ that peak memory is its own. Medians, warm-up rounds dropped.
 Previous: chat.py.
 """
 import ctypes
-import json
 import multiprocessing
 import os
 import platform
@@ -36,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
@@ -45,13 +43,13 @@ import dpo
 import figures
 import kernels
 import records
-from common import DTYPES, BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl, write_whole
+from common import DTYPES, BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl
 from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, pack_size, template
 from kernels.attention import attention_spec, dense_mask
 from kernels.logprob import logps_spec
 from model import Config, Llava, TextConfig, generate
 from plan import attention_work, step_work
-from toy import initialise
+from toy import SPECIAL, initialise, write_tokenizer
 from vision import VisionConfig
 
 
@@ -87,20 +85,11 @@ def write_checkpoint(folder: Path, size: str) -> Path:
     config = config_of(size)
     model = Llava(config)
     initialise(model, 0, 0.02)
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    words = special + [f"w{k}" for k in range(config.text.vocab_size - len(special))]
-    tokenizer = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(special)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
-             "pad_token": "<pad>", "image_token": "<image>"}
-    write_whole(folder / "tokenizer_config.json", json.dumps(about))
+    write_tokenizer(folder, [f"w{k}" for k in range(config.text.vocab_size - len(SPECIAL))])
     return checkpoint.save(model, folder / "model", folder)
 
 
-def write_records(folder: Path, count: int, answers: int = 2, least: int = 30, most: int = 90) -> Path:
+def write_records(folder: Path, count: int) -> Path:
     """Questions about pictures of noise, answers of made-up words, the first preferred to the second."""
     rng = random.Random(0)
     say = lambda n: " ".join(f"w{rng.randrange(7000)}" for _ in range(n))
@@ -111,7 +100,7 @@ def write_records(folder: Path, count: int, answers: int = 2, least: int = 30, m
         Image.fromarray(noise).resize((640, 480)).save(folder / "images" / f"{k}.jpg")
         rows.append({"id": str(k), "images": [f"images/{k}.jpg"],
                      "messages": [{"role": "user", "content": "<image>\n" + say(20)}], "pair": [0, 1],
-                     "answers": [{"text": say(rng.randint(least, most))} for _ in range(answers)]})
+                     "answers": [{"text": say(rng.randint(30, 90))} for _ in range(2)]})
     write_jsonl(folder / "records.jsonl", rows)
     return folder / "records.jsonl"
 

@@ -11,7 +11,7 @@ device and dtype, so two copies never exist. (3) Strict: a missing, extra or mis
 that lists them; nothing is guessed and nothing is left out.
 
     llava-hf          config.json, *.safetensors (or .bin, read with weights_only), tokenizer.json
-    original LLaVA    the same with mm_projector keys; its vision tower lies in a second folder (see find_tower)
+    original LLaVA    the same with mm_projector keys; its vision tower lies in a second folder (see read_config)
     Llama / Vicuna    text only
 
 `save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained loads (a text-only
@@ -26,7 +26,7 @@ import re
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from safetensors import safe_open
@@ -324,6 +324,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def in_files(named: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors by name, in parts of at most `most` bytes; one that is larger is a part of its own."""
+    part, room = {}, most
+    for name, value in named:
+        if part and value.nbytes > room:
+            yield part
+            part, room = {}, most
+        part[name] = value
+        room -= value.nbytes
+    yield part
+
+
 def write_tensors(part: dict[str, Tensor], path: Path) -> None:
     save_file({name: value.cpu().contiguous() for name, value in part.items()}, path, metadata={"format": "pt"})
     with open(path, "rb+") as f:
@@ -346,15 +358,9 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
     shards, every process calls it and process 0 writes, one file's tensors at a time."""
     folder, config = Path(folder), model.config
     named = {hub_name(name, config.vision is None): p.detach() for name, p in model.named_parameters()}
-    shards, room = [], 0
-    for name, value in named.items():
-        if value.nbytes > room:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = value
-        room -= value.nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    shards = [*in_files(named.items(), SHARD_BYTES)]
+    n = len(shards)
+    files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     with whole_folder(folder) if parallel.rank() == 0 else nullcontext() as aside:
         for file, shard in zip(files, shards):
             part = {name: parallel.whole(value) for name, value in shard.items()}
@@ -362,9 +368,9 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
                 write_tensors(part, aside / file)
         if aside:
             documents = {"config.json": config_json(config, model.head.dtype)} | processor_json(config, crop)
-            if len(shards) > 1:
-                weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-                documents["model.safetensors.index.json"] = {"weight_map": weight_map, "metadata": {
-                    "total_size": sum(x.nbytes for x in named.values())}}
+            if n > 1:
+                documents["model.safetensors.index.json"] = {
+                    "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
+                    "metadata": {"total_size": sum(x.nbytes for x in named.values())}}
             write_documents(documents | (more or {}), aside, Path(tokenizer_from))
     return folder

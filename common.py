@@ -21,9 +21,9 @@ import sys
 import tempfile
 import threading
 import time
-import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 # Threads that spin while they wait for each other crawl as soon as anything else runs on the machine: let them sleep, but not
@@ -122,15 +122,13 @@ def masters(parameters: list) -> list:
     """What an optimizer updates: the parameters themselves in fp32, fp32 copies of 16-bit ones. A 16-bit weight of 1 cannot
     be moved by 5e-7, the next number being 0.004 away; its fp32 master can, and carries it over the edge in time. The master
     holds the gradient, too: each backward's is added to it in fp32 as soon as it is known, and let go, weight by weight."""
-    def lift(master):
-        def add(p):
-            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-            p.grad = None
-        return add
+    def lift(master, p):
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
     wide = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters]
     for m, p in zip(wide, parameters):
         if m is not p:
-            p.register_post_accumulate_grad_hook(lift(m))
+            p.register_post_accumulate_grad_hook(partial(lift, m))
     return wide
 
 
@@ -200,16 +198,14 @@ class OnDisk(Sequence):
     def __init__(self, folder: Path, items: Iterable = ()):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder, self.ends = str(folder), array("Q", [0])
-        self.fd, name = tempfile.mkstemp(dir=folder)
-        os.unlink(name)
-        weakref.finalize(self, os.close, self.fd)
+        self.file = tempfile.TemporaryFile(dir=folder)
         for item in items:
             self.append(item)
 
     def append(self, item) -> None:
         data, at = pickle.dumps(item, pickle.HIGHEST_PROTOCOL), self.ends[-1]
         try:
-            if os.pwrite(self.fd, data, at) < len(data):
+            if os.pwrite(self.file.fileno(), data, at) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.folder) from None    # the file has no name to speak of
@@ -220,7 +216,7 @@ class OnDisk(Sequence):
 
     def __getitem__(self, k: int):
         k = range(len(self))[k]
-        return pickle.loads(os.pread(self.fd, self.ends[k + 1] - self.ends[k], self.ends[k]))
+        return pickle.loads(os.pread(self.file.fileno(), self.ends[k + 1] - self.ends[k], self.ends[k]))
 
 
 def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:

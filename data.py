@@ -33,7 +33,8 @@ import os
 from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -45,7 +46,7 @@ from torch import Tensor
 import kernels
 import parallel
 import records
-from checkpoint import TAKE_TOKENIZER, base_folder, read_json
+from checkpoint import TAKE_TOKENIZER, base_folder, read_config, read_json
 from common import BadInput, OnDisk, sha
 from kernels import Mask
 from model import Config, Llava
@@ -107,9 +108,11 @@ class Tokens:
         if config.vision and self.image != config.image_token:
             raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
                            "take tokenizer.json from the llava-hf folder of the same model")
-        self.bos = self.tokenizer.token_to_id("<s>") if wants_bos(folder) else None
-        self.source, steer = path, Path(folder) / "steer.json"
+        about, steer = path.with_name("tokenizer_config.json"), path.with_name("steer.json")
+        wanted = about.is_file() and read_json(about).get("add_bos_token")   # where tokenizer.json does not add <s> itself
+        self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
         self.steer = read_json(steer) if steer.is_file() else None           # written by steerlm.py: what to ask of every answer
+        self.source = path
 
     def encode(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text).ids
@@ -121,12 +124,6 @@ class Tokens:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def wants_bos(folder: Path) -> bool:
-    """tokenizer_config.json may ask for <s> where tokenizer.json's post-processor does not add it itself."""
-    path = Path(folder) / "tokenizer_config.json"
-    return path.is_file() and bool(read_json(path).get("add_bos_token"))
 
 
 # ---- trees ------------------------------------------------------------------------------------------------------
@@ -206,9 +203,7 @@ class Pack:
         return self.read[self.place]
 
     def to(self, device) -> "Pack":
-        move = lambda x: None if x is None else x.to(device)
-        return Pack(*(move(x) for x in (self.ids, self.positions)), self.mask.to(device),
-                    *(move(x) for x in (self.read, self.place, self.targets, self.owner)), self.answers, move(self.pixels))
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor | Mask)})
 
 
 def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
@@ -275,9 +270,12 @@ class Pixels:
         self.size = config.vision.image_size if config.vision else 0
         self.crop = crop
 
+    def one(self, path: Path) -> Tensor:                                     # (3, S, S)
+        return preprocess(load_image(path), self.size, self.crop)
+
     def __call__(self, paths: list[Path]) -> Tensor | None:
         """n files -> (n, 3, S, S), or None for no files."""
-        return torch.stack([preprocess(load_image(p), self.size, self.crop) for p in paths]) if paths else None
+        return torch.stack([self.one(path) for path in paths]) if paths else None
 
     def pack(self, trees: list[Tree]) -> Pack:
         return make_pack(trees, self([path for tree in trees for path in tree.images]))
@@ -295,15 +293,11 @@ class Features(Pixels):
                          *(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in self.tower.parameters()))
 
     @torch.no_grad()
-    def __call__(self, paths: list[Path]) -> Tensor | None:
-        """n files -> (n, P, D), or None for no files."""
-        return torch.stack([self.one(path) for path in paths]) if paths else None
-
-    def one(self, path: Path) -> Tensor:
+    def one(self, path: Path) -> Tensor:                                     # (P, D)
         kept = self.folder / f"{sha(self.about, path.read_bytes())}.safetensors"
         if not kept.exists():
             weight = self.tower.embeddings.class_embedding
-            features = self.tower(super().__call__([path]).to(weight))[0]
+            features = self.tower(super().one(path)[None].to(weight))[0]
             aside = kept.with_suffix(f".{os.getpid()}.part")
             save_file({"features": features.cpu().contiguous()}, aside)
             os.replace(aside, kept)
@@ -313,13 +307,9 @@ class Features(Pixels):
 def ahead(make: Callable, parts: Iterable) -> Iterator[tuple]:
     """(part, make(part)) for every part; the next one is made in a thread (images decoded) while this one is computed with."""
     with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for part in parts:
-            coming, now = (part, pool.submit(make, part)), coming
-            if now:
-                yield now[0], now[1].result()
-        if coming:
-            yield coming[0], coming[1].result()
+        begun = ((part, pool.submit(make, part)) for part in parts)
+        for (part, made), _ in pairwise(chain(begun, [None])):               # the next has begun when this one is waited for
+            yield part, made.result()
 
 
 def trees_digest(trees: Iterable[Tree]) -> "hashlib._Hash":
@@ -353,15 +343,19 @@ def answer_logps(model: Llava, pack: Pack) -> Tensor:
 
 # ---- from a file to trees --------------------------------------------------------------------------------------
 
-def read_trees(s, tokens: Tokens, pixels: Pixels, out: Path, trees_of: Callable[[dict], list[Tree]]) -> tuple[OnDisk, OnDisk]:
-    """The usable records of s.data, and the trees that trees_of(record) makes of each, one behind the other, both on the disk of
-    `out`; what raises BadInput there, or was refused before, is reported. Raises BadInput where nothing is left."""
+def read_trees(s, folder: Path, out: Path,
+               trees_of: Callable[[Tokens, dict, int], list[Tree]]) -> tuple[Tokens, Pixels, OnDisk, OnDisk]:
+    """The tokens and pixels of the model in `folder`, the usable records of s.data, and the trees that trees_of(tokens, record,
+    longest) makes of each, one behind the other, both on the disk of `out`; what raises BadInput there, or was refused before, is
+    reported. Raises BadInput where nothing is left."""
+    config, _ = read_config(folder)
+    tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
     items, trees, rejects = OnDisk(out), OnDisk(out), OnDisk(out)
     for name, record in records.stream(s.data, s.image_root, pixels.size):
         try:
             if isinstance(record, BadInput):
                 raise record
-            for tree in trees_of(record):
+            for tree in trees_of(tokens, record, s.max_length or tokens.room):
                 trees.append(tree)
             items.append(record)
         except BadInput as problem:
@@ -369,4 +363,4 @@ def read_trees(s, tokens: Tokens, pixels: Pixels, out: Path, trees_of: Callable[
     records.report(s.data, len(items), rejects, out if parallel.rank() == 0 else None)
     if not items:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
-    return items, trees
+    return tokens, pixels, items, trees

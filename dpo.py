@@ -320,16 +320,13 @@ def align(s: Settings, out: Path) -> Llava:
     resume.check_folder(out, s.resume)
     folder = checkpoint.resolve(s.ckpt)
     lora.check_flags(s, checkpoint.base_folder(folder) is not None)
-    config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
-    tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
-    limit = s.max_length or config.text.max_position_embeddings
-    items, trees = read_trees(s, tokens, pixels, out, lambda record: all_answers(tokens, record, limit))
+    tokens, pixels, items, trees = read_trees(s, folder, out, all_answers)       # before the weights: reading those takes longer
     if s.steps != 0 and not any(choose_pair(r, s.gap, s.seed) and not is_held_out(r["id"], s.holdout) for r in items):
         raise BadInput(f"{s.data}: no usable pair among {len(items)} records; a pair needs two different answers whose "
                        f"scores S differ by at least --gap {s.gap}, or chosen and rejected given in the data"
                        + f"; and not all may be held out by --holdout {s.holdout}" * (s.holdout > 0))
     model = checkpoint.load(folder, device, dtype)
-    pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
+    pixels = Features(model, s.features, s.crop) if s.features and model.config.vision else pixels
     now = parallel.from_first(lambda: fingerprint(model, tokens, items, pixels))
     reference = cached_reference(model, trees, pixels, Path(s.reference or out / "reference.jsonl"), s.pack, now)
     pairs, held_out = OnDisk(out), OnDisk(out)
@@ -340,7 +337,7 @@ def align(s: Settings, out: Path) -> Llava:
         write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps, pairs=len(pairs)), indent=1) + "\n")
     print(f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {len(items) - len(pairs) - len(held_out)} records "
           f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}"
-          + f", projector {s.projector_lr}" * (s.projector_lr > 0 and config.vision is not None) + f", {device} {dtype}")
+          + f", projector {s.projector_lr}" * (s.projector_lr > 0 and model.config.vision is not None) + f", {device} {dtype}")
     if steps == 0:
         return model
     del items, trees                                                     # what is no part of a pair is not needed any more

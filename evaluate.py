@@ -18,9 +18,6 @@ The rule: a failure is never a score. What could not be answered, or ended as bl
 (judge.py), has no grade, the mean is over the rest, the coverage stands next to it, and below --coverage the command exits
 with 1. Answers and replies are journalled: kill it, run the same command, and it ends where it would have ended.
 
-What the authors' harness did otherwise, each to be measured alone: --forget (the second turn without the model's first answer),
---picture literal (the text <image> without a picture), --crop (centre-crop instead of padding).
-
 Previous: compare.py.  Next: dpo.py (the remedy).
 """
 import json
@@ -40,7 +37,7 @@ from harness import Item, Prompt, answer, dump, literal, load, shown, slug, stee
 from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
 from compare import judged_by
 from data import Pixels, Tokens, target_scores
-from text_benchmarks import TEXT, readable
+from text_benchmarks import TEXT
 from vision_benchmarks import VISION, MMBench, MMVet
 from wire import Question
 
@@ -138,20 +135,19 @@ def questions_of(s: Settings, name: str, out: Path) -> list[Item]:
 
 def ask_judge(s: Settings, name: str, prompts: list[Prompt]) -> tuple[dict[str, str], dict]:
     """Have every prompt judged -> ({prompt id: a usable reply}, what is to be said about all of them)."""
-    read = BENCHES[name].read
     asked = {p.id: Question(sha(f"{s.judge} {s.thinking}", name, p.id, p.system, p.text), f"{name} {p.id}", p.system, p.text,
-                            check=read) for p in prompts}
+                            check=BENCHES[name].read) for p in prompts}
     with closing(judge.Replies(Path(s.out) / "judge-journal.jsonl")) as replies:
         client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
                              thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
         client.ask(asked.values(), len(asked), s.retry_failed)
-        rows = {k: replies[question.key] for k, question in asked.items()}
-    good = {k: r for k, r in rows.items() if r["state"] in ("ok", "unparseable") and readable(read, r["text"]) is not None}
-    about = {"judge": s.judge, "versions": sorted({r["version"] for r in good.values()} - {""}),
-             "states": dict(Counter("ok" if k in good else r["state"] for k, r in rows.items())),
-             "trouble": next((r["reason"] for k, r in rows.items() if k not in good), ""),
+        found = {k: replies.final(question)[0] for k, question in asked.items()}     # read anew, by the parser of today
+    good = {k: reply for k, reply in found.items() if reply.state == "ok"}
+    about = {"judge": s.judge, "versions": sorted({reply.version for reply in good.values()} - {""}),
+             "states": dict(Counter(reply.state for reply in found.values())),
+             "trouble": next((reply.reason for reply in found.values() if reply.state != "ok"), ""),
              "prompt": next((p.row["wording"] for p in prompts if "wording" in p.row), "")}
-    return {k: r["text"] for k, r in good.items()}, about
+    return {k: reply.text for k, reply in good.items()}, about
 
 
 def judge_in(rows) -> str:

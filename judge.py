@@ -65,9 +65,8 @@ class Limits:
     until the server has counted some: while it has not, one call goes out alone.
     """
 
-    def __init__(self, log: Path, rpm: int = 0, tpm: int = 0, rpd: int = 0, timeout: float = 0, minute: float = 60,
-                 day: float = 86400):
-        self.rpm, self.tpm, self.rpd, self.minute, self.day = rpm, tpm, rpd, minute, day
+    def __init__(self, log: Path, rpm: int = 0, tpm: int = 0, rpd: int = 0, timeout: float = 0, minute: float = 60):
+        self.rpm, self.tpm, self.rpd, self.minute = rpm, tpm, rpd, minute
         self.busy, self.until, self.scale, self.calls, self.turn = [], 0.0, 0.0, 0, threading.Condition()
         rows = [list(map(float, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
         past = {row[0]: (row[2] if len(row) > 2 else row[0] + timeout, row[1]) for row in rows if len(row) > 1}
@@ -84,7 +83,7 @@ class Limits:
                 now, tokens = time.monotonic(), math.ceil(guess * (self.scale or 1))
                 while self.done and self.done[0][0] <= now - self.minute:
                     self.done.popleft()
-                while self.today and self.today[0] <= now - self.day:
+                while self.today and self.today[0] <= now - 86400:
                     self.today.popleft()
                 if self.rpd and len(self.today) + len(self.busy) >= self.rpd:
                     raise BadInput(f"the {self.rpd} requests of --rpd are spent; {KEPT}")

@@ -48,24 +48,19 @@ def ask(model: Llava, tokens: Tokens, items: list[dict], desc: str) -> list[list
 
 def measure(model: Llava, tokens: Tokens, folder: Path, name: str, split: str = "test") -> tuple[dict, list[dict]]:
     """All benchmarks of one model -> (scores by column, every answer with its record's id). Pictures go to `folder`."""
-    scores, answers = {}, []
-    items = tasks.draw(tasks.items("text", ITEMS["text"], split), folder)
-    pairs = ask(model, tokens, items, f"{name}: text")
-    marks = [oracle.score_text(r, pair) for r, pair in zip(items, pairs)]
-    for column, key in (("text", "score"), ("core", "core"), ("terse", "terse"), ("words", "words")):
-        scores[column] = mean([m[key] for m in marks])
-    answers += [{"id": r["id"], "answers": pair} for r, pair in zip(items, pairs)]
-    if not model.config.vision:
-        return scores, answers
-    judged = []
-    for bench in ("exist", "attribute", "describe", "choice"):
+    scores, answers, judged = {}, [], []
+    for bench in ITEMS if model.config.vision else ["text"]:
         items = tasks.draw(tasks.items(bench, ITEMS[bench], split), folder)
-        texts = [text for text, in ask(model, tokens, items, f"{name}: {bench}")]
-        scores[bench] = mean([oracle.score(bench, r, text) for r, text in zip(items, texts)])
-        judged += [quality({"scores": oracle.judge(r, text)[0]}) for r, text in zip(items, texts)]
-        answers += [{"id": r["id"], "answers": [text]} for r, text in zip(items, texts)]
-    scores["judged"] = mean(judged)
-    return scores, answers
+        said = ask(model, tokens, items, f"{name}: {bench}")
+        answers += [{"id": r["id"], "answers": texts} for r, texts in zip(items, said)]
+        if bench == "text":
+            marks = [oracle.score_text(r, texts) for r, texts in zip(items, said)]
+            for column, key in (("text", "score"), ("core", "core"), ("terse", "terse"), ("words", "words")):
+                scores[column] = mean([m[key] for m in marks])
+        else:
+            scores[bench] = mean([oracle.score(bench, r, text) for r, (text,) in zip(items, said)])
+            judged += [quality({"scores": oracle.judge(r, text)[0]}) for r, (text,) in zip(items, said)]
+    return scores | ({"judged": mean(judged)} if judged else {}), answers
 
 
 def behind_a_picture(model: Llava, tokens: Tokens, folder: Path, name: str, split: str = "test") -> dict:

@@ -79,12 +79,12 @@ def truth_share(turn: dict, text: str) -> float:
 
 # ---- the five attributes ---------------------------------------------------------------------------
 
-def judge(record: dict, text: str, turn: int = -1) -> tuple[dict, str]:
+def judge(record: dict, text: str) -> tuple[dict, str]:
     """Five attributes, 0 to 4 as in HelpSteer, and a sentence why; exact, and blind to who answers.
 
     A full correct sentence gets helpfulness + correctness + coherence = 12, the bare correct word 9, a
     well-formed wrong sentence 5, a wrong word 3, gibberish at most 2."""
-    asked, text = record["truth"]["turns"][turn], text.strip()
+    asked, text = record["truth"]["turns"][-1], text.strip()
     share, shape, n = truth_share(asked, text), form(asked, text), len(text.split())
     correct = 4 if share == 1 else min(3 if asked["kind"] == "describe" else 2, round(4 * share))
     if correct >= 3:

@@ -19,7 +19,7 @@ Previous: rubric.py.  Next: annotate.py (the whole of annotation).
 import html
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,7 @@ def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] 
     """
     if record.get("pair"):
         return tuple(record["pair"])
-    scored = [(k, quality(a)) for k, a in enumerate(record["answers"])
-              if a.get("scores") and a.get("finish") != "length"]
+    scored = [(k, quality(a)) for k, a in enumerate(record["answers"]) if a.get("scores") and a.get("finish") != "length"]
     if not scored:
         return None
     best, top = max(scored, key=lambda ks: ks[1])
@@ -60,30 +59,29 @@ def statistics(records: list[dict], gap: int = GAP, seed: int = 0) -> dict:
     pairs = [(r, *pair) for r in records if (pair := choose_pair(r, gap, seed))]
     words = np.array([[len(r["answers"][k]["text"].split()) for k in pair] for r, *pair in pairs]).reshape(-1, 2)
     S = [[quality(a) for a in answers] for answers in scored if answers]
+    mean = lambda over_pairs: float(over_pairs.mean()) if pairs else None
     with np.errstate(invalid="ignore"):                                  # an attribute that never varies correlates with none
         correlations = np.corrcoef(table.T) if len(table) > 1 else np.full((5, 5), np.nan)
     return {"records": len(records), "scored": len(S), "pairs": len(pairs), "gap": gap,
             "tied_best": sum(row.count(max(row)) > 1 for row in S), "all_equal": sum(len(set(row)) == 1 for row in S),
             "scores": {name: np.bincount(table[:, k], minlength=5).tolist() for k, name in enumerate(ATTRIBUTES)},
             "correlations": [[None if math.isnan(x) else round(float(x), 3) for x in row] for row in correlations],
-            "words_chosen": float(words[:, 0].mean()) if pairs else None,
-            "words_rejected": float(words[:, 1].mean()) if pairs else None,
-            "chosen_longer": float((words[:, 0] > words[:, 1]).mean()) if pairs else None,
-            "chosen_shorter": float((words[:, 0] < words[:, 1]).mean()) if pairs else None,
+            "words_chosen": mean(words[:, 0]), "words_rejected": mean(words[:, 1]),
+            "chosen_longer": mean(words[:, 0] > words[:, 1]), "chosen_shorter": mean(words[:, 0] < words[:, 1]),
             "places": places(records)}
 
 
 def places(records: list[dict]) -> list[dict]:
     """For every place A, B, ... at which answers were shown: mean S there, how often the best one stood there (ties shared),
     and how often it would without bias; `ci` is the 95 % half-width of that share."""
-    S, best, fair = {}, Counter(), Counter()
+    S, best, fair = defaultdict(list), Counter(), Counter()
     for r in records:
         order = (r.get("judge") or {}).get("order")
         if not order or not all(a.get("scores") for a in r["answers"]):
             continue
         row = [quality(r["answers"][k]) for k in order]
         for place, s in enumerate(row):
-            S.setdefault(place, []).append(s)
+            S[place].append(s)
             best[place] += (s == max(row)) / row.count(max(row))
             fair[place] += 1 / len(row)
     share = {p: fair[p] / len(S[p]) for p in S}
@@ -102,7 +100,7 @@ def show(x: dict) -> str:
         out.append(f"length: chosen {x['words_chosen']:.1f} words, rejected {x['words_rejected']:.1f}; chosen is longer in "
                    f"{x['chosen_longer']:.0%} of the pairs, shorter in {x['chosen_shorter']:.0%}")
     if not x["scored"]:
-        return out[0] + "\n" + out[1]
+        return "\n".join(out)
     out.append(f"\n{'share of answers':<14}" + "".join(f"{k:>7}" for k in range(5)) + "    mean" + " " * 4 + "correlation with"
                + "".join(f"{name[:6]:>8}" for name in ATTRIBUTES))
     for k, name in enumerate(ATTRIBUTES):

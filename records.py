@@ -32,7 +32,7 @@ from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Iterator
 
@@ -133,9 +133,7 @@ def from_preference(raw: dict) -> dict:
         prompt = from_llava(raw)["messages"]
     chosen, rejected = (as_messages(raw[key], "assistant") for key in ("chosen", "rejected"))
     if prompt is None or [m["role"] for m in chosen[:1]] == ["user"]:    # TRL's implicit prompt: the common beginning
-        same = 0
-        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
-            same += 1
+        same = len([*takewhile(lambda turns: turns[0] == turns[1], zip(chosen, rejected))])
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     if len(chosen) != 1 or len(rejected) != 1:
         raise BadInput("chosen and rejected must each be one assistant turn after a shared prompt")
@@ -349,9 +347,9 @@ def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple
             [{"id": name, "reason": str(problem)} for name, problem in found if isinstance(problem, BadInput)])
 
 
-def report(path, kept: int, rejects: Sequence[dict], out: Path | None, what: str = "records") -> None:
+def report(path, kept: int, rejects: Sequence[dict], out: Path | None) -> None:
     """Print what was rejected and why, counted; keep the whole list in `out`/rejects.jsonl."""
-    print(f"{path}: {kept} {what} usable, {len(rejects)} rejected")
+    print(f"{path}: {kept} records usable, {len(rejects)} rejected")
     for reject in islice(rejects, 5):
         print(f"  {reject['id']}: {reject['reason']}")
     if len(rejects) > 5:

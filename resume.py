@@ -35,12 +35,12 @@ from typing import Iterator, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoint
 import lora
 import parallel
+from checkpoint import write_tensors
 from common import BadInput, write_whole
 from model import Llava
 
@@ -104,26 +104,14 @@ def save(out: Path, step: int, about: dict, masters: dict[str, Tensor], optimize
     """Keep the state after `step` steps in out/state, then forget older ones. Every process calls it."""
     folder, target, rank = out / "state", out / "state" / f"step-{step:08d}", parallel.rank()
     aside, shards = folder / "next.part", any(parallel.local(m) is not m for m in masters.values())
-
-    def write(part: dict[str, Tensor], number: int) -> None:
-        path = aside / f"process-{rank}-{number:03d}.safetensors"
-        save_file({key: x.cpu().contiguous() for key, x in part.items()}, path)
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
-
     try:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         parallel.gather(None)                                                    # the folder is there
         if rank == 0 or shards:
-            part, number = {}, 0
-            for key, x in tensors_of(masters, optimizer):
-                part[key] = x
-                if sum(x.nbytes for x in part.values()) >= FILE_BYTES:
-                    write(part, number)
-                    part, number = {}, number + 1
-            write(part, number)
+            for number, part in enumerate(checkpoint.in_files(tensors_of(masters, optimizer), FILE_BYTES)):
+                write_tensors(part, aside / f"process-{rank}-{number:03d}.safetensors")
         parallel.gather(None)                                                    # everybody's part is on the disk
         if rank == 0:
             write_whole(aside / "state.json", json.dumps({"step": step, "about": about}, indent=1) + "\n")
@@ -149,7 +137,7 @@ def finish(model: Llava, out: Path, source: Path, s, more: dict[str, dict] | Non
         result = out / "adapter"
         with checkpoint.whole_folder(result) as aside:
             found, config = lora.to_peft(model, str(source.resolve()))
-            checkpoint.write_tensors(found, aside / "adapter_model.safetensors")
+            write_tensors(found, aside / "adapter_model.safetensors")
             processor = checkpoint.processor_json(model.config, s.crop)
             checkpoint.write_documents({"adapter_config.json": config} | processor | (more or {}), aside, source)
     if trained and s.merge:

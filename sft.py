@@ -39,7 +39,7 @@ import plan
 import records
 import resume
 from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha_of, update, write_whole
-from data import Features, Pack, Pixels, Tokens, Tree, ahead, make_tree, pack_size, read_trees, share, token_logps, trees_digest
+from data import Features, Pack, Tokens, Tree, ahead, make_tree, pack_size, read_trees, share, token_logps, trees_digest
 from model import Llava
 
 
@@ -115,10 +115,7 @@ def train(model: Llava, order: Iterator[Tree], make_pack: Callable[[list[Tree]],
             now = rate(step, steps)
             set_rate(optimizer, now)
             members = list(islice(order, batch))
-            if len(members) < batch:
-                raise ValueError(f"step {step + 1}: the order of trees ran dry, {len(members)} left for a batch of {batch}")
-            total = scored_tokens(members)
-            loss = 0.0
+            total, loss = scored_tokens(members), 0.0
             for (_, counts), packed in ahead(lambda x: make_pack(x[0]), share(members, pack_size(pack, device))):
                 part_loss = -counts * token_logps(model, packed.to(device)).sum() / total
                 parallel.backward(model, part_loss)
@@ -176,17 +173,14 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     s = lora.rates(replace(s, pack=pack_size(s.pack, device)), full=2e-5, adapters=4e-4)
     folder = checkpoint.resolve(s.ckpt)
     lora.check_flags(s, checkpoint.base_folder(folder) is not None)
-    config, _ = checkpoint.read_config(folder)                           # the data first: reading weights takes longer
-    tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
-    limit = s.max_length or config.text.max_position_embeddings
-    items, trees = read_trees(s, tokens, pixels, out, lambda record: trees_of(tokens, record, limit))
+    _, pixels, items, trees = read_trees(s, folder, out, trees_of)       # the data first: reading weights takes longer
     model, batch = checkpoint.load(folder, device, dtype), min(s.batch, len(trees))
-    pixels = Features(model, s.features, s.crop) if s.features and config.vision else pixels
+    pixels = Features(model, s.features, s.crop) if s.features and model.config.vision else pixels
     steps = s.steps if s.steps >= 0 else s.epochs * len(trees) // batch
     if parallel.rank() == 0:
         write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
     print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}"
-          + f", projector {s.projector_lr}" * (s.projector_lr > 0 and config.vision is not None) + f", {device} {dtype}")
+          + f", projector {s.projector_lr}" * (s.projector_lr > 0 and model.config.vision is not None) + f", {device} {dtype}")
     weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha_of(r["images_sha"] for r in items)
     about = resume.about(asdict(s), weights=weights, data=[trees_digest(trees).hexdigest()[:16], pictures],
                          processes=parallel.world())

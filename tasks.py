@@ -19,8 +19,7 @@ from pathlib import Path
 from world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOME, HOMES, KNOWLEDGE, LOOKUPS, NUMBERS, OPPOSITE, SHAPES,
                    Scene, Thing, add, ask, ask_exist, join, numbers, random_scene, render, say_times, sentence, split_of, turn)
 
-# ---------------------------------------------------------------------------------------------------
-# text tasks: two turns each; the second leans on the first ("now backwards ."), as in MT-Bench
+# ---- text tasks: two turns each; the second leans on the first ("now backwards ."), as in MT-Bench -----------
 
 TEXT_TASKS = KNOWLEDGE + ("scene", "read")
 
@@ -54,8 +53,7 @@ def make_either(rng):
 
 
 def make_compare(rng):
-    small, large = sorted(rng.sample(range(len(ANIMALS)), 2))
-    small, large = ANIMALS[small], ANIMALS[large]
+    small, large = (ANIMALS[k] for k in sorted(rng.sample(range(len(ANIMALS)), 2)))
     one, two = rng.sample([small, large], 2)
     lead = rng.choice(("which", "what", "tell me which"))
     return [turn("compare", f"{lead} is larger , the {one} or the {two} ?",
@@ -120,12 +118,10 @@ def make_sentence(rng):
 
 
 TASK_MAKERS = {"either": make_either, "compare": make_compare, "opposite": make_opposite, "fruit": make_fruit,
-               "repeat": make_repeat, "add": make_add, "list": make_list, "count": make_count,
-               "sentence": make_sentence}
+               "repeat": make_repeat, "add": make_add, "list": make_list, "count": make_count, "sentence": make_sentence}
 
 
-# ---------------------------------------------------------------------------------------------------
-# records (the format of records.py, plus "truth", the scene and the turns the judge will need)
+# ---- records (the format of records.py, plus "truth", the scene and the turns the judge will need) -----------
 
 def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None = None,
                  image: str | None = None, seed: int = 0) -> dict:
@@ -136,9 +132,8 @@ def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None 
         messages += [{"role": "user", "content": t["question"]}, {"role": "assistant", "content": answer}]
     if image is not None:
         messages[0]["content"] = "<image>\n" + messages[0]["content"]
-    truth = {"scene": scene, "seed": seed, "turns": turns}
     return {"id": name, "images": [image] if image else [], "messages": messages[:-1], "golden": answers[-1],
-            "truth": truth}
+            "truth": {"scene": scene, "seed": seed, "turns": turns}}
 
 
 def text_conversation(rng: random.Random, most: int = 4) -> dict:
@@ -165,8 +160,7 @@ def preference_prompts(n: int, seed: int) -> list[dict]:
     return records
 
 
-# ---------------------------------------------------------------------------------------------------
-# benchmark items: fixed, held out; design choices are made on "dev", results reported on "test"
+# ---- benchmark items: fixed, held out; design choices are made on "dev", results reported on "test" ----------
 
 def items(bench: str, n: int, split: str = "dev", seed: int = 0) -> list[dict]:
     """`n` records of "text" (two turns, the second asked after the model's own first answer), "exist",

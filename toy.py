@@ -49,7 +49,6 @@ import tasks
 import world
 from common import BadInput, main, schedule
 from data import SYSTEM, Tokens, Tree, make_pack, make_tree
-from kernels import Mask
 from model import Config, Llama, Llava, TextConfig
 from vision import ViT, VisionConfig, preprocess
 
@@ -65,11 +64,14 @@ class Settings:
 
 # ---- sizes and initialisation ---------------------------------------------------------------------------------
 
-LANGUAGE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                head_dim=32, rms_norm_eps=1e-5, max_position_embeddings=512, tie_word_embeddings=True,
-                rope={"rope_type": "default", "rope_theta": 10000.0})
 VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=48,
                       patch_size=16)
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+
+
+def language(width: int, layers: int = 4, words: int = 0) -> TextConfig:
+    return TextConfig(words, width, 2 * width, layers, width // 32, width // 32, head_dim=32, rms_norm_eps=1e-5,
+                      max_position_embeddings=512, tie_word_embeddings=True)
 
 
 def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
@@ -85,14 +87,12 @@ def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
             nn.init.zeros_(p)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """One id per word. The template's fixed parts are one word each, so that they cost the miniature three tokens."""
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    fixed = [SYSTEM, "USER:", "ASSISTANT:"]
-    words = special + fixed + tasks.vocabulary()
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+def write_tokenizer(folder: Path, words: list[str], fixed: tuple = ()) -> None:
+    """One id per word; those that are `fixed` may have spaces in them."""
+    ids = {word: k for k, word in enumerate([*SPECIAL, *fixed, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(special)
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([AddedToken(w, normalized=False) for w in fixed])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,12 +110,7 @@ def pixels_of(scene: world.Scene, seed: int) -> Tensor:
 
 def class_vector(vit: ViT, pixels: Tensor) -> Tensor:
     """What CLIP compares with a caption: the class token after *all* blocks. (N, 3, S, S) -> (N, D)."""
-    x = vit.pre_layrnorm(vit.embeddings(pixels))                             # (N, P, D)
-    mask = Mask.full(x.shape[0], x.shape[1])
-    flat = x.flatten(0, 1)
-    for block in vit.encoder.layers:
-        flat = block(flat, mask)
-    return vit.post_layernorm(flat.view(x.shape)[:, 0])
+    return vit.post_layernorm(vit.after(vit.config.num_hidden_layers, pixels)[:, 0])
 
 
 def caption_vector(llama: Llama, captions: list[list[int]]) -> Tensor:
@@ -126,17 +121,13 @@ def caption_vector(llama: Llama, captions: list[list[int]]) -> Tensor:
     return hidden[torch.tensor([len(ids) for ids in captions]).cumsum(0) - 1]
 
 
-def train_tower(folder: Path, seed: int, scale: float, steps: int = 700, batch: int = 128,
-                lr: float = 2e-3) -> None:
+def train_tower(folder: Path, seed: int, scale: float) -> None:
     """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each caption its picture. Half
     of a batch are edits of the other half, one attribute changed, so that the details have to be seen."""
     torch.set_num_threads(1)
-    steps = max(2, int(steps * scale))
-    tokens = Tokens(folder, Config(TextConfig(**LANGUAGE)))
-    vit = ViT(VISION)
-    llama = Llama(TextConfig(**LANGUAGE | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                               num_attention_heads=2, num_key_value_heads=2),
-                             vocab_size=tokens.tokenizer.get_vocab_size()))
+    steps, batch, lr = max(2, int(700 * scale)), 128, 2e-3
+    tokens, vit = Tokens(folder, Config(language(64))), ViT(VISION)
+    llama = Llama(language(64, 2, tokens.tokenizer.get_vocab_size()))
     heads = nn.ModuleList([nn.Linear(VISION.hidden_size, 64, bias=False), nn.Linear(64, 64, bias=False)])
     for k, module in enumerate((vit, llama, heads)):
         initialise(module, seed * 10 + k)
@@ -208,18 +199,14 @@ def birth(model: Llava, tokens: Tokens) -> None:
             block.self_attn.o_proj.weight.copy_(block.self_attn.v_proj.weight.T)
 
 
-def train_language(folder: Path, seed: int, scale: float, width: int = 128, steps: int = 2000, batch: int = 16,
-                   lr: float = 2e-3) -> None:
+def train_language(folder: Path, seed: int, scale: float, width: int) -> None:
     torch.set_num_threads(1)
-    steps = max(2, int(steps * scale))
-    text = TextConfig(**LANGUAGE | dict(hidden_size=width, intermediate_size=2 * width, num_attention_heads=width // 32,
-                                        num_key_value_heads=width // 32))
-    tokens = Tokens(folder, Config(text))
-    text.vocab_size = tokens.tokenizer.get_vocab_size()
-    model = Llava(Config(text, None, -1))
+    steps, batch = max(2, int(2000 * scale)), 16
+    tokens = Tokens(folder, Config(language(width)))
+    model = Llava(Config(language(width, words=tokens.tokenizer.get_vocab_size()), None, -1))
     initialise(model, seed * 10 + 5)
     birth(model, tokens)
-    sft.train(model, text_trees(tokens, seed, steps * batch), make_pack, steps=steps, batch=batch, lr=lr, rate=wsd,
+    sft.train(model, text_trees(tokens, seed, steps * batch), make_pack, steps=steps, batch=batch, lr=2e-3, rate=wsd,
               betas=(0.9, 0.98), weight_decay=0.1, name="2 language model")
     checkpoint.save(model, folder / "vicuna", folder)
 
@@ -283,7 +270,7 @@ def run(s: Settings) -> None:
         raise BadInput(f"{out} is already there; remove it first (rm -r {out})")
     folder = out.with_name(out.name + ".building")
     shutil.rmtree(folder, ignore_errors=True)
-    write_tokenizer(folder)
+    write_tokenizer(folder, tasks.vocabulary(), (SYSTEM, "USER:", "ASSISTANT:"))         # the template: three tokens
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for stage in [pool.submit(train_tower, folder, s.seed, s.scale),
                       pool.submit(train_language, folder, s.seed, s.scale, s.width)]:

@@ -88,8 +88,7 @@ class SelfAttention(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.heads = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:                  # (N*P, D)
         q, k, v = (proj(x).view(len(x), self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -130,15 +129,19 @@ class ViT(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) normalised pixels -> (N, P-1, D) patch vectors of the feature layer, class token dropped."""
+    def after(self, depth: int, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) normalised pixels -> (N, P, D) what the first `depth` blocks make of them, class token first."""
         x = self.pre_layrnorm(self.embeddings(pixels))                   # (N, P, D)
         shape = x.shape
         mask = Mask.full(shape[0], shape[1], x.device)
         x = x.flatten(0, 1)                                              # (N*P, D)
-        for block in self.encoder.layers[:self.config.depth]:
+        for block in self.encoder.layers[:depth]:
             x = block(x, mask)
-        return x.view(shape)[:, 1:]
+        return x.view(shape)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The patch vectors of the feature layer, (N, P-1, D): the class token is dropped."""
+        return self.after(self.config.depth, pixels)[:, 1:]
 
 
 # ---- from a file to pixels --------------------------------------------------------------------------------

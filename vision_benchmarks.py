@@ -36,8 +36,6 @@ from harness import Item, Prompt, find, load, mean, ratios
 from common import BadInput, sha
 from text_benchmarks import complete, readable
 
-LLAVA = "github.com/haotian-liu/LLaVA (docs/Evaluation.md, eval.zip)"
-
 
 def llava_rows(items: list[Item], answers: dict, model: str) -> list[dict]:
     """LLaVA's answer format, which three of the four share."""

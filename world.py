@@ -25,8 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-# ---------------------------------------------------------------------------------------------------
-# words
+# ---- words ---------------------------------------------------------------------------------------------------
 
 SIZES = ("big", "small")
 COLORS = {"red": (214, 45, 40), "orange": (242, 140, 30), "yellow": (238, 218, 50),
@@ -34,8 +33,7 @@ COLORS = {"red": (214, 45, 40), "orange": (242, 140, 30), "yellow": (238, 218, 5
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-FRUIT_OF = {"red": "cherry", "orange": "mango", "yellow": "banana", "green": "lime", "blue": "blueberry",
-            "purple": "plum"}
+FRUIT_OF = {"red": "cherry", "orange": "mango", "yellow": "banana", "green": "lime", "blue": "blueberry", "purple": "plum"}
 ANIMALS = ("ant", "mouse", "cat", "dog", "sheep", "horse", "elephant", "whale")     # by size
 OPPOSITE = dict(p for a, b in (("big", "small"), ("hot", "cold"), ("fast", "slow"), ("old", "new"),
                                ("wet", "dry"), ("happy", "sad"), ("light", "dark"), ("loud", "quiet"))
@@ -57,8 +55,7 @@ def join(words) -> str:
     return words[0] if len(words) == 1 else " , ".join(words[:-1]) + " and " + words[-1]
 
 
-# ---------------------------------------------------------------------------------------------------
-# scenes
+# ---- scenes --------------------------------------------------------------------------------------------------
 
 class Thing(NamedTuple):
     size: str
@@ -135,12 +132,10 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: floa
     else:                                               # triangle: 3 corners; star: 5 outer and 5 inner ones
         radii = (r, r, r) if shape == "triangle" else (r, .4 * r) * 5
         step = 2 * math.pi / len(radii)
-        pen.polygon([(x + q * math.sin(i * step), y - q * math.cos(i * step)) for i, q in enumerate(radii)],
-                    fill=ink)
+        pen.polygon([(x + q * math.sin(i * step), y - q * math.cos(i * step)) for i, q in enumerate(radii)], fill=ink)
 
 
-# ---------------------------------------------------------------------------------------------------
-# questions: every maker returns (question, full answer, bare answer[, extra rule for the judge])
+# ---- questions: every maker returns (question, full answer, bare answer[, extra rule for the judge]) ---------
 
 LOOKUPS = ("color", "size", "where", "shape", "exist", "number")
 KNOWLEDGE = ("either", "compare", "opposite", "fruit", "repeat", "add", "list", "count", "sentence")
@@ -149,27 +144,19 @@ KNOWLEDGE = ("either", "compare", "opposite", "fruit", "repeat", "add", "list", 
 def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
     """One question about a scene, seen or written."""
     t, n = rng.choice(scene), NUMBERS[len(scene) - 1]
-    if kind == "color":
-        return turn(kind, f"what color is the {t.shape} ?", f"the {t.shape} is {t.color} .", t.color)
-    if kind == "size":
-        return turn(kind, f"what size is the {t.shape} ?", f"the {t.shape} is {t.size} .", t.size)
-    if kind == "where":
-        return turn(kind, f"where is the {t.shape} ?", f"the {t.shape} is at {t.place} .", t.place)
-    if kind == "shape":
-        return turn(kind, f"what shape is the {t.color} one ?", f"the {t.color} one is a {t.shape} .", t.shape)
+    fixed = {"color": (f"what color is the {t.shape} ?", f"the {t.shape} is {t.color} .", t.color),
+             "size": (f"what size is the {t.shape} ?", f"the {t.shape} is {t.size} .", t.size),
+             "where": (f"where is the {t.shape} ?", f"the {t.shape} is at {t.place} .", t.place),
+             "shape": (f"what shape is the {t.color} one ?", f"the {t.color} one is a {t.shape} .", t.shape),
+             "number": ("how many objects are there ?", f"i see {n} object{'s' * (len(scene) > 1)} .", n),
+             "describe": ("describe the scene .", caption(scene), join(f"{u.size} {u.color} {u.shape}" for u in scene))}
+    if kind in fixed:
+        return turn(kind, *fixed[kind])
     if kind == "exist":
         return ask_exist(rng, scene, rng.random() < .5)
-    if kind == "number":
-        noun = "object" if len(scene) == 1 else "objects"
-        return turn(kind, "how many objects are there ?", f"i see {n} {noun} .", n)
-    if kind == "describe":
-        return turn(kind, "describe the scene .", caption(scene),
-                    join(f"{t.size} {t.color} {t.shape}" for t in scene))
     if kind == "each":
         return ask_each(rng, scene)
-    if kind == "choice":
-        return ask_choice(rng, t)
-    return ask_knowledge(rng, scene, kind)
+    return ask_choice(rng, t) if kind == "choice" else ask_knowledge(rng, scene, kind)
 
 
 def ask_each(rng: random.Random, scene: Scene) -> dict:
@@ -192,9 +179,8 @@ def ask_exist(rng: random.Random, scene: Scene, truth: bool) -> dict:
     there = [getattr(t, field) for t in scene]
     word = rng.choice(there if truth else [v for v in values if v not in there])
     thing = word if field == "shape" else f"{word} one"
-    if truth:
-        return turn("exist", f"is there a {thing} ?", f"yes , there is a {thing} .", "yes")
-    return turn("exist", f"is there a {thing} ?", f"no , there is no {thing} .", "no")
+    full, bare = (f"yes , there is a {thing} .", "yes") if truth else (f"no , there is no {thing} .", "no")
+    return turn("exist", f"is there a {thing} ?", full, bare)
 
 
 def ask_choice(rng: random.Random, t: Thing) -> dict:
@@ -215,30 +201,27 @@ def ask_knowledge(rng: random.Random, scene: Scene, kind: str) -> dict:
         big, small = ([u for u in scene if u.size == s] for s in SIZES)
         if big and small:
             pair = [rng.choice(big).shape, rng.choice(small).shape]
-            asked = rng.sample(pair, 2)
-            return turn(kind, f"which is larger , the {asked[0]} or the {asked[1]} ?",
+            one, two = rng.sample(pair, 2)
+            return turn(kind, f"which is larger , the {one} or the {two} ?",
                         f"the {pair[0]} is larger than the {pair[1]} .", f"the {pair[0]}")
         kind = "opposite"
     if kind == "either":
-        other = rng.choice([c for c in COLORS if c != t.color])
-        one, two = rng.sample([t.color, other], 2)
+        one, two = rng.sample([t.color, rng.choice([c for c in COLORS if c != t.color])], 2)
         return turn(kind, f"is the {t.shape} {one} or {two} ?", f"the {t.shape} is {t.color} .", t.color)
+    opposite, fruit, colors = OPPOSITE[t.size], FRUIT_OF[t.color], join(u.color for u in scene)
     if kind == "opposite":
         return turn(kind, f"what is the opposite of the size of the {t.shape} ?",
-                    f"the opposite of {t.size} is {OPPOSITE[t.size]} .", OPPOSITE[t.size])
+                    f"the opposite of {t.size} is {opposite} .", opposite)
     if kind == "fruit":
-        fruit = FRUIT_OF[t.color]
-        return turn(kind, f"which fruit has the color of the {t.shape} ?", f"the {fruit} is {t.color} .",
-                    f"the {fruit}")
+        return turn(kind, f"which fruit has the color of the {t.shape} ?", f"the {fruit} is {t.color} .", f"the {fruit}")
+    if kind == "list":
+        return turn(kind, "list the colors .", f"the colors are {colors} .", colors, set=True)
     if kind == "repeat":
         times = rng.choice((2, 3, 4))
         return say_times(f"repeat the color of the {t.shape} {NUMBERS[times - 1]} times .", t.color, times)
     if kind == "add":
         k = rng.randint(1, 5)
         return add(f"what is the number of objects plus {NUMBERS[k - 1]} ?", n, k)
-    if kind == "list":
-        colors = join(u.color for u in scene)
-        return turn(kind, "list the colors .", f"the colors are {colors} .", colors, set=True)
     if kind == "count":
         return numbers("count from one to the number of objects .", range(n))
     return sentence(f"write a sentence about the {t.shape} .", t.size, t.shape, "picture")
@@ -264,5 +247,4 @@ def numbers(question: str, indices) -> dict:
 
 
 def sentence(question: str, adjective: str, noun: str, home: str) -> dict:
-    return turn("sentence", question, f"once there was a {adjective} {noun} in the {home} .",
-                f"a {adjective} {noun}")
+    return turn("sentence", question, f"once there was a {adjective} {noun} in the {home} .", f"a {adjective} {noun}")
