@@ -13,7 +13,8 @@ that peak memory is its own. Medians, warm-up rounds dropped.
 
     pip install transformers==5.23.0 trl==1.16.0
     python bench.py                        all of it, on two threads; rows are added to results/bench.jsonl
-    python bench.py --what dpo --size 7b   on a GPU: the shapes of LLaVA-1.5-7B, random weights
+    python bench.py --what dpo --size 7b   on a GPU of 141 GB: the shapes of LLaVA-1.5-7B, random weights, all trained; with
+                                           --lora 128 (pip install peft==0.21.2) one of 80 GB, and another --out
 Previous: chat.py.
 """
 import ctypes
@@ -42,6 +43,7 @@ import checkpoint
 import dpo
 import figures
 import kernels
+import lora
 import records
 from common import DTYPES, BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl
 from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, pack_size, template
@@ -62,6 +64,7 @@ class Settings:
     rounds: int = 5                # measured rounds, each contestant once a round
     warmup: int = 1                # rounds before them that do not count
     pairs: int = 4                 # a step
+    lora: int = 0                  # dpo: rank of adapters for every contestant; 0: all weights are trained
     threads: int = 2               # for every contestant
     device: str = "auto"           # cpu, cuda, ...
 
@@ -157,7 +160,9 @@ def ours(pipe, folder: Path, s: Settings, dtype: str) -> None:
     trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in items]
     pairs = list(dpo.make_pairs(items, trees, dpo.reference_logps(model, trees, pixels, 8192), 2, 0))
     work = sum(step_work(model.config, pixels.pack([tree])) for tree in trees) / len(trees) * s.pairs
-    said = {"tokens": statistics.mean(t.tokens for t in trees), "gflop": work / 1e9}
+    said = {"tokens": statistics.mean(t.tokens for t in trees)} | ({} if s.lora else {"gflop": work / 1e9})
+    if s.lora:
+        lora.attach(model, s.lora, 2 * s.lora, 0)
     dpo.shuffled = lambda pairs, seed: batches(pipe, pairs, s.pairs, said)
     sys.stdout = open(os.devnull, "w")
     dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs, lr=5e-7, pack=pack_size(0, device)), 10**6, folder)
@@ -195,7 +200,13 @@ def theirs(pipe, folder: Path, s: Settings, dtype: str, checkpointing: bool) -> 
     settings = DPOConfig(output_dir=str(folder / "trl"), per_device_train_batch_size=s.pairs, learning_rate=5e-7, max_steps=10**6,
                          gradient_checkpointing=checkpointing, report_to=[], logging_strategy="no", save_strategy="no",
                          bf16=False, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, max_length=None)
-    Trainer(model=model, args=settings, train_dataset=data, processing_class=processor, callbacks=[Gate()]).train()
+    adapters = {}
+    if s.lora:                                                           # where lora.attach has them, the projector beside
+        import peft
+        names = "|".join(name for part in lora.TARGETS.values() for name in part)
+        adapters["peft_config"] = peft.LoraConfig(r=s.lora, lora_alpha=2 * s.lora, modules_to_save=["multi_modal_projector"],
+                                                  target_modules=rf".*language_model.*\.({names})")
+    Trainer(model=model, args=settings, train_dataset=data, processing_class=processor, callbacks=[Gate()], **adapters).train()
 
 
 def alternate(contestants: dict, folder: Path, s: Settings) -> dict[str, dict]:
@@ -238,8 +249,8 @@ def bench_dpo(s: Settings, folder: Path) -> list[dict]:
     rounds = [contestants] if s.size == "small" else [{name: one} for name, one in contestants.items()]    # two may not fit
     rows = {name: row for these in rounds for name, row in alternate(these, folder, s).items()}
     rate = matmul_rate(device, DTYPES[first])
-    return [{"bench": "dpo", "name": name, "pairs": s.pairs, "pairs_per_s": 1000 * s.pairs / row["ms"], **row}
-            | ({"of_matmul_rate": 1000 * row["gflop"] * 1e9 / row["ms"] / rate} if name == "remedy" else {})
+    return [{"bench": "dpo", "name": name, "pairs": s.pairs, "lora": s.lora, "pairs_per_s": 1000 * s.pairs / row["ms"], **row}
+            | ({"of_matmul_rate": 1000 * row["gflop"] * 1e9 / row["ms"] / rate} if "gflop" in row else {})
             for name, row in rows.items()]
 
 

@@ -101,10 +101,11 @@ def test_a_contestant_that_dies_is_named_and_not_waited_for(tmp_path, loaded):
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="a dozen seconds; SLOW=1 runs it")
-def test_one_step_of_both_in_turn(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_one_step_of_both_in_turn(tmp_path, rank):
     """The real thing in small: two processes, one step each, ours and TRL's, on the same records."""
-    pytest.importorskip("trl")
-    s = bench.Settings(size="tiny", rounds=1, warmup=0, pairs=2, threads=1)
+    pytest.importorskip("trl"), pytest.importorskip("peft")
+    s = bench.Settings(size="tiny", rounds=1, warmup=0, pairs=2, threads=1, lora=rank)
     bench.write_checkpoint(tmp_path, "tiny")
     bench.write_records(tmp_path, 4)
     rows = bench.alternate({"remedy": (bench.ours, "float32"), "TRL": (bench.theirs, "float32", False)}, tmp_path, s)
