@@ -20,7 +20,7 @@ NAMES = [str(f.relative_to(ROOT)) for f in FILES]
 README = (ROOT / "README.md").read_text(encoding="utf8") if (ROOT / "README.md").is_file() else ""
 TOUR = [a for a, b in re.findall(r"^\|.*?\[`(\S+?\.py)`\]\((\S+?\.py)\)", README, re.M) if a == b]
 MAX_LINES, MAX_COLUMNS = 400, 130
-OPPONENTS = {"transformers", "trl", "datasets"}                          # only bench.py runs against them
+OPPONENTS = {"transformers", "trl", "datasets", "peft"}                          # only bench.py runs against them
 
 
 @cache
