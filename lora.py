@@ -148,8 +148,6 @@ def add_adapter(model: nn.Module, config: dict, named: Iterable[tuple[str, str, 
 
 def check_flags(s, stacked: bool) -> None:
     """Flags that contradict each other are refused before anything is read. `stacked`: --ckpt is an adapter itself."""
-    if min(s.lora, s.alpha, s.projector_lr) < 0:
-        raise BadInput("--lora, --alpha and --projector_lr must not be negative")
     if not s.lora and (s.alpha or s.merge):
         raise BadInput("--alpha and --merge are about adapters: give --lora, their rank")
     if s.lora and stacked:
