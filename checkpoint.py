@@ -331,7 +331,13 @@ def write_tensors(part: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o644)                                              # the library writes files that only their owner may read
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """Where its tokenizer lies: an adapter's may be its base model's, for PEFT does not copy it."""
+    return folder if (folder / "tokenizer.json").is_file() else base_folder(folder) or folder
+
+
 def write_documents(documents: dict[str, dict], folder: Path, tokenizer_from: Path) -> None:
+    tokenizer_from = tokenizer_folder(tokenizer_from)
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)

@@ -235,6 +235,13 @@ def test_flags_that_contradict_each_other_are_refused(ckpt, data, tmp_path, chan
             script.run(script.Settings(**flags(ckpt, data, tmp_path / "out", **changes)))
 
 
+def test_what_is_tuned_from_an_adapter_without_a_tokenizer_has_its_base_models(ckpt, data, tmp_path):
+    dpo.run(dpo.Settings(**flags(ckpt, data, tmp_path / "out", steps=1)))
+    (tmp_path / "out" / "adapter" / "tokenizer.json").unlink()                   # PEFT writes none
+    sft.run(sft.Settings(**flags(tmp_path / "out" / "adapter", data, tmp_path / "next", steps=0, lora=0, alpha=0)))
+    assert (tmp_path / "next" / "model" / "tokenizer.json").read_bytes() == (ckpt / "tokenizer.json").read_bytes()
+
+
 def test_without_alpha_adapters_count_twice(ckpt, data, tmp_path):
     dpo.run(dpo.Settings(**flags(ckpt, data, tmp_path / "out", steps=1, alpha=0)))
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
