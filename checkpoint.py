@@ -7,8 +7,8 @@ own. And the commonest failure of all is silent: a key the loader did not know, 
 
 The trick. (1) `canonical` maps every known name to this code's own, so there is one loader. (2) The model is
 built without memory (device "meta") and each tensor goes straight from the memory-mapped file to its place,
-device and dtype, so two copies never exist. (3) Strict: a missing, extra or misshapen key, or a NaN, is an error
-that lists them; nothing is guessed and nothing is left out.
+device and dtype, so two copies never exist. (3) Strict: a missing, extra, misshapen or quantized key, or a NaN, is an
+error that lists them; nothing is guessed and nothing is left out.
 
     llava-hf          config.json, *.safetensors (or .bin, read with weights_only), tokenizer.json
     original LLaVA    the same with mm_projector keys; its vision tower lies in a second folder (see find_tower)
@@ -258,6 +258,8 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
                 value = torch.cat([value, value[:1].expand(2, -1)])
             if value.shape != place.shape:
                 wrong.append(f"misshapen  {key}: {tuple(value.shape)}, config.json says {tuple(place.shape)}")
+            elif not value.is_floating_point() or value.itemsize < 2:
+                wrong.append(f"quantized  {key}: {value.dtype}; take the checkpoint that it was made from")
             elif not torch.isfinite(value).all():
                 wrong.append(f"not finite {key}: holds NaN or infinity")
             loaded[name] = value.to(device=device, dtype=dtype)
