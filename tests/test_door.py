@@ -251,6 +251,12 @@ BROKEN = {
     "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "a broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "a config that is a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json cannot be read: it is no JSON object"),
+    "a config without a tower": (lambda f: config(f, '"vision_config"', '"vision"'), "config.json is damaged (KeyError('vision_config'))"),
+    "a config with words": (lambda f: config(f, '"hidden_size": 64', '"hidden_size": [64]'), "config.json is damaged (TypeError("),
+    "half a rope": (lambda f: config(f, '"rope_type": "default"', '"rope_type": "linear"'), "rope_type 'linear' needs a number as factor"),
+    "no such layer": (lambda f: config(f, '"vision_feature_layer": -2', '"vision_feature_layer": -9'), "vision_feature_layer -9 of 3"),
+    "a list as index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json cannot be read: it is no JSON"),
     "another model": (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "is neither LLaVA nor Llama"),
     "another image id": (lambda f: config(f, '"image_token_index": 4', '"image_token_index": 5'), "config.json says 5"),
 }
