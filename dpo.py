@@ -365,7 +365,7 @@ def run_folder(s: Settings) -> Path:
     if s.resume and not s.out:
         raise BadInput("--resume needs --out, the folder of the run to go on with")
     if s.out:
-        if any((Path(s.out) / name).exists() for name in ("model", "adapter")):
+        if resume.is_finished(Path(s.out), s):
             raise BadInput(f"{s.out} already holds an aligned model; choose another --out (its reference can be used "
                            f"again: --reference {s.out}/reference.jsonl)")
         return Path(s.out)

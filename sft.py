@@ -167,7 +167,7 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     plan.check_flags(s)
     if not s.data:
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
-    if (out / "model").exists() or (out / "adapter").exists():
+    if resume.is_finished(out, s):
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
     resume.check_folder(out, s.resume)
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
