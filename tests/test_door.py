@@ -5,6 +5,7 @@
 Most cases call a script's own `main` in this process, as the command line would; a few start the real thing.
 """
 import dataclasses
+import io
 import json
 import os
 import re
@@ -299,6 +300,15 @@ def test_an_interrupted_run_says_so_and_fails(door, folder, monkeypatch):
     monkeypatch.setattr(dpo, "train", interrupt)
     code, said = door(dpo, data=write(folder / "d.jsonl", [pair("a")]))
     assert code == 1 and "interrupted" in said
+
+
+def test_letters_that_a_terminal_does_not_know_are_no_trouble(monkeypatch):
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["dpo.py"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "ascii"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf8"))
+    common.main(dpo.Settings, lambda s: print(f"Grüße, {input()}", flush=True))
+    assert said.getvalue() == b"Gr\\xfc\\xdfe, caf\\ufffd\n"
 
 
 def test_a_machine_without_git_can_run(monkeypatch):
