@@ -167,6 +167,6 @@ def scale_of(config: dict, where) -> float:
     only(config, where, "; merge it with PEFT first", peft_type="LORA", use_dora=False, bias="none", fan_in_fan_out=False,
          rank_pattern={}, alpha_pattern={})
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not rank or alpha is None:
-        raise BadInput(f"{where}: has no r or no lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise BadInput(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, not two numbers")
     return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
