@@ -271,6 +271,8 @@ def miniature(s: Story) -> Story:
     """Draw the pictures and write the questions; the rest is as with any other data."""
     if parallel.world() > 1:
         raise BadInput("the miniature needs one process; with torchrun, give --data")
+    if s.prompts < 1:
+        raise BadInput("--prompts must be at least 1")
     items = tasks.draw(tasks.preference_prompts(s.prompts, s.seed), Path(s.out))
     path = Path(s.out) / "prompts.jsonl"
     write_jsonl(path, ({key: r[key] for key in r if key not in ("root", "answers")} for r in items))

@@ -13,6 +13,7 @@ benchmarks get their tokens from (data.make_tree), so what you see here is what 
 
 Previous: reproduce.py.  Next: bench.py (how fast).
 """
+import math
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ def attach(path: str, size: int) -> str:
 
 
 def run(s: Settings) -> None:
+    if s.max_new < 1 or not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1 or abs(s.seed) >= 1 << 62:
+        raise BadInput("--max_new must be at least 1, --temperature not negative, --top_p above 0 and at most 1, "
+                       "--seed below 2^62")
     speakers = [Speaker(name, s) for name in (s.ckpt, s.vs) if name]
     size = max(speaker.pixels.size for speaker in speakers)
     images, drawn = [attach(s.image, size)] if s.image else [], 0

@@ -7,8 +7,8 @@ own. And the commonest failure of all is silent: a key the loader did not know, 
 
 The trick. (1) `canonical` maps every known name to this code's own, so there is one loader. (2) The model is
 built without memory (device "meta") and each tensor goes straight from the memory-mapped file to its place,
-device and dtype, so two copies never exist. (3) Strict: a missing, extra or misshapen key, or a NaN, is an error
-that lists them; nothing is guessed and nothing is left out.
+device and dtype, so two copies never exist. (3) Strict: a missing, extra, misshapen or quantized key, or a NaN, is an
+error that lists them; nothing is guessed and nothing is left out.
 
     llava-hf          config.json, *.safetensors (or .bin, read with weights_only), tokenizer.json
     original LLaVA    the same with mm_projector keys; its vision tower lies in a second folder (see read_config)
@@ -82,6 +82,10 @@ def hub_name(key: str, text_only: bool) -> str:
 
 # ---- config.json ----------------------------------------------------------------------------------------------
 
+ROPE = {"default": (), "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
 def text_config(raw: dict, where="config.json") -> TextConfig:
     only(raw, where, hidden_act="silu", attention_bias=False, mlp_bias=False)
     c = {k: raw[k] for k in TextConfig.__dataclass_fields__ if raw.get(k) is not None}
@@ -92,8 +96,10 @@ def text_config(raw: dict, where="config.json") -> TextConfig:
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise BadInput(f"{where}: rope_type {rope['rope_type']!r}; known: default, linear, llama3")
+    if rope["rope_type"] not in ROPE:
+        raise BadInput(f"{where}: rope_type {rope['rope_type']!r}; known: {', '.join(ROPE)}")
+    if absent := [name for name in ROPE[rope["rope_type"]] if not isinstance(rope.get(name), (int, float))]:
+        raise BadInput(f"{where}: rope_type {rope['rope_type']!r} needs a number as {', '.join(absent)}")
     return TextConfig(**c, rope=rope)
 
 
@@ -103,6 +109,8 @@ def vision_config(raw: dict, feature_layer: int, where) -> VisionConfig:
         raise BadInput(f"{where}: vision_feature_layer {feature_layer} is not one layer")
     c = VisionConfig(**{k: raw[k] for k in VisionConfig.__dataclass_fields__ if raw.get(k) is not None},
                      feature_layer=feature_layer)
+    if not -c.num_hidden_layers - 1 <= feature_layer <= c.num_hidden_layers:
+        raise BadInput(f"{where}: vision_feature_layer {feature_layer} of {c.num_hidden_layers} layers")
     if c.hidden_act not in ACTIVATIONS:
         raise BadInput(f"{where}: vision hidden_act {c.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
     return c
@@ -113,7 +121,13 @@ def read_config(folder: Path) -> tuple[Config, Path | None]:
     if base := base_folder(folder):
         return read_config(base)
     where = folder / "config.json"
-    raw = read_json(where)
+    try:
+        return config_of(folder, read_json(where), where)
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+        raise BadInput(f"{where} is damaged ({error!r}); download it again") from None
+
+
+def config_of(folder: Path, raw: dict, where: Path) -> tuple[Config, Path | None]:
     if "text_config" in raw:                                                     # llava-hf
         only(raw, where, model_type="llava", vision_feature_select_strategy="default", projector_hidden_act="gelu")
         only(raw["text_config"], where, model_type="llama")
@@ -158,10 +172,13 @@ def first_folder(places: list[Path], what: str, remedy: str) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        found = json.loads(path.read_text(encoding="utf8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        return found
     except FileNotFoundError:
         raise BadInput(f"{path} is missing: --ckpt takes a folder with config.json, weights and tokenizer.json") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from None
 
 
@@ -258,6 +275,8 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
                 value = torch.cat([value, value[:1].expand(2, -1)])
             if value.shape != place.shape:
                 wrong.append(f"misshapen  {key}: {tuple(value.shape)}, config.json says {tuple(place.shape)}")
+            elif not value.is_floating_point() or value.itemsize < 2:
+                wrong.append(f"quantized  {key}: {value.dtype}; take the checkpoint that it was made from")
             elif not torch.isfinite(value).all():
                 wrong.append(f"not finite {key}: holds NaN or infinity")
             loaded[name] = value.to(device=device, dtype=dtype)
@@ -343,7 +362,13 @@ def write_tensors(part: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o644)                                              # the library writes files that only their owner may read
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """Where its tokenizer lies: an adapter's may be its base model's, for PEFT does not copy it."""
+    return folder if (folder / "tokenizer.json").is_file() else base_folder(folder) or folder
+
+
 def write_documents(documents: dict[str, dict], folder: Path, tokenizer_from: Path) -> None:
+    tokenizer_from = tokenizer_folder(tokenizer_from)
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)

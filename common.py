@@ -53,6 +53,9 @@ def only(raw: dict, where, remedy: str = "", **known) -> None:
 
 def main(settings: type, run) -> None:
     """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with 1."""
+    for stream, how in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):       # a letter that a terminal does not know
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=how)
     try:
         return run(flags(settings))
     except BadInput as problem:

@@ -46,7 +46,7 @@ from torch import Tensor
 import kernels
 import parallel
 import records
-from checkpoint import TAKE_TOKENIZER, base_folder, read_config, read_json
+from checkpoint import TAKE_TOKENIZER, read_config, read_json, tokenizer_folder
 from common import BadInput, OnDisk, sha
 from kernels import Mask
 from model import Config, Llava
@@ -89,8 +89,7 @@ class Tokens:
     """
 
     def __init__(self, folder: Path, config: Config):
-        if (base := base_folder(folder)) and not (folder / "tokenizer.json").is_file():
-            folder = base                                                        # PEFT does not copy it
+        folder = tokenizer_folder(Path(folder))
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise BadInput(TAKE_TOKENIZER.format(folder=folder))

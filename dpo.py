@@ -311,10 +311,9 @@ def all_answers(tokens: Tokens, record: dict, limit: int) -> list[Tree]:
 
 def align(s: Settings, out: Path) -> Llava:
     """--data and --ckpt -> the aligned model, in memory and in `out`/model."""
-    plan.check_flag(s)
-    if min(s.batch, s.epochs, s.gap) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.pack >= 0 and s.beta > 0 and 0 <= s.holdout < 1):
-        raise BadInput("--batch, --epochs and --gap must be at least 1, --lr, --clip and --pack not negative, --beta positive, "
-                       "--holdout from 0 to below 1")
+    plan.check_flags(s)
+    if s.gap < 1 or not (0 < s.beta < math.inf and 0 <= s.holdout < 1):
+        raise BadInput("--gap must be at least 1, --beta positive and finite, --holdout from 0 to below 1")
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
     s = lora.rates(replace(s, pack=pack_size(s.pack, device)), full=5e-7, adapters=5e-5)
     resume.check_folder(out, s.resume)
@@ -365,7 +364,7 @@ def run_folder(s: Settings) -> Path:
     if s.resume and not s.out:
         raise BadInput("--resume needs --out, the folder of the run to go on with")
     if s.out:
-        if any((Path(s.out) / name).exists() for name in ("model", "adapter")):
+        if resume.is_finished(Path(s.out), s):
             raise BadInput(f"{s.out} already holds an aligned model; choose another --out (its reference can be used "
                            f"again: --reference {s.out}/reference.jsonl)")
         return Path(s.out)

@@ -148,8 +148,6 @@ def add_adapter(model: nn.Module, config: dict, named: Iterable[tuple[str, str, 
 
 def check_flags(s, stacked: bool) -> None:
     """Flags that contradict each other are refused before anything is read. `stacked`: --ckpt is an adapter itself."""
-    if min(s.lora, s.alpha, s.projector_lr) < 0:
-        raise BadInput("--lora, --alpha and --projector_lr must not be negative")
     if not s.lora and (s.alpha or s.merge):
         raise BadInput("--alpha and --merge are about adapters: give --lora, their rank")
     if s.lora and stacked:
@@ -169,6 +167,6 @@ def scale_of(config: dict, where) -> float:
     only(config, where, "; merge it with PEFT first", peft_type="LORA", use_dora=False, bias="none", fan_in_fan_out=False,
          rank_pattern={}, alpha_pattern={})
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not rank or alpha is None:
-        raise BadInput(f"{where}: has no r or no lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise BadInput(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, not two numbers")
     return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)

@@ -22,6 +22,7 @@ no weight and no order. The plan counts tensors; the process itself and what the
 Previous: data.py.  Next: resume.py (a run that was stopped goes on).
 """
 import heapq
+import math
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -159,7 +160,13 @@ def choose(model: Llava, s, pack: Pack, packs: int) -> bool:
 
 def dry_run(config: Config, s) -> None:
     """The plan without data or weights; for a GPU, unless --device cpu says otherwise."""
-    device = torch.device("cuda" if s.device == "auto" else s.device)
+    check_flags(s)
+    try:
+        device = torch.device("cuda" if s.device == "auto" else s.device)
+    except RuntimeError as error:
+        raise BadInput(f"--device {s.device}: {str(error).splitlines()[0]}") from None
+    if s.dtype not in ("auto", *DTYPES):
+        raise BadInput(f"--dtype {s.dtype}: choose one of {', '.join(DTYPES)}")
     dtype = DTYPES.get(s.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     tokens, there = pack_size(s.pack, device), device.type == "cpu" or torch.cuda.is_available()
     for world in sorted({parallel.world(), 1 if s.lora else 8}):
@@ -195,6 +202,11 @@ def room(s) -> Iterator[None]:
                        + ", train adapters (--lora 128)" * (not s.lora) + ", or start more processes (parallel.py)") from None
 
 
-def check_flag(s) -> None:
+def check_flags(s) -> None:
+    """What makes no sense for any method is refused before anything is read."""
     if s.checkpointing not in ("auto", "on", "off"):
         raise BadInput(f"--checkpointing {s.checkpointing}: auto, on or off")
+    if min(s.batch, s.epochs) < 1 or min(s.pack, s.max_length, s.lora) < 0 or not s.clip >= 0 or not all(
+            0 <= x < math.inf for x in (s.lr, s.projector_lr, s.warmup, s.alpha)) or abs(s.seed) >= 1 << 63:
+        raise BadInput("--batch and --epochs must be at least 1; --pack, --max_length, --lora and --clip must not be negative; "
+                       "--lr, --projector_lr, --warmup and --alpha neither that nor infinite; --seed is a number of 64 bits")

@@ -60,10 +60,11 @@ def convert(raw: dict, where: str) -> dict:
     """A raw JSON object in any accepted shape -> a record. Raises BadInput with the reason."""
     if not isinstance(raw, dict):
         raise BadInput("is not a JSON object")
-    if isinstance(raw.get("text"), str) and "chosen" in raw["text"] and "question" not in raw:   # RLHF-V as on the hub
+    inner = raw["text"] if isinstance(raw.get("text"), str) else ""
+    if "chosen" in inner and inner.lstrip()[:1] in ("{", "[") and "question" not in raw:        # RLHF-V as on the hub
         try:
-            raw = raw | json.loads(raw["text"])
-        except (ValueError, TypeError):
+            raw = raw | json.loads(inner)
+        except (ValueError, TypeError, RecursionError):
             raise BadInput("its 'text' field is not JSON") from None
     if "chosen" in raw and "rejected" in raw and "answers" not in raw:
         record = from_preference(raw)
@@ -159,7 +160,10 @@ def flatten(content):
     unknown = [kind for kind in kinds if kind not in ("image", "text")]
     if unknown:
         raise BadInput(f"has a content part of type {unknown[0]!r}; known are image and text")
-    return "<image>\n" * kinds.count("image") + "".join(str(p.get("text", "")) for p in content if p["type"] == "text")
+    texts = [part.get("text") for part in content if part["type"] == "text"]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadInput("has a content part of type 'text' without text")
+    return "<image>\n" * kinds.count("image") + "".join(texts)
 
 
 # ---- lint: why a record cannot be used ------------------------------------------------------------------------
@@ -280,14 +284,14 @@ def raw_objects(path: Path) -> Iterator[tuple[str, object]]:
                 if text.strip():
                     try:
                         found = f"{stem}-{number:06d}", json.loads(text)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         found = f"line {number}", BadInput(f"malformed JSON ({error})")
                     yield found
     except OSError as error:
         raise BadInput(f"--data {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"--data {path}: malformed JSON array ({error})") from None
 
 

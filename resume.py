@@ -84,6 +84,11 @@ def check_folder(out: Path, resume: bool) -> None:
                        "another --out")
 
 
+def is_finished(out: Path, s) -> bool:
+    """Does what a run leaves stand in `out`? Of --merge's two an adapter alone does not, where there is a state to go on from."""
+    return (out / "model").exists() or (out / "adapter").exists() and not (s.merge and s.resume and latest(out / "state"))
+
+
 def flush_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     os.fsync(fd)

@@ -161,13 +161,11 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     out = Path(s.out)
     if s.dry_run:
         return plan.dry_run(checkpoint.read_config(checkpoint.resolve(s.ckpt))[0], s)
-    plan.check_flag(s)
+    plan.check_flags(s)
     if not s.data:
         raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
-    if (out / "model").exists() or (out / "adapter").exists():
+    if resume.is_finished(out, s):
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
-    if min(s.batch, s.epochs) < 1 or not (s.lr >= 0 and s.clip >= 0 and s.pack >= 0):
-        raise BadInput("--batch and --epochs must be at least 1, --lr, --clip and --pack not negative")
     resume.check_folder(out, s.resume)
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
     s = lora.rates(replace(s, pack=pack_size(s.pack, device)), full=2e-5, adapters=4e-4)

@@ -491,3 +491,10 @@ def test_the_board_shows_small_pictures_reasons_and_records_in_their_order(tmp_p
 
 def test_white_space_around_it_does_not_make_another_text():
     assert pairs.choose_pair(judged("x", (4, 4, 4, 0, 0), (0, 0, 0, 0, 0), texts=[" a", "a\n"])) is None
+
+
+def test_no_questions_do_not_write_over_those_that_are_there(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("kept")
+    with pytest.raises(BadInput, match="--prompts"):
+        annotate.run(annotate.Story(out=str(tmp_path), prompts=0))
+    assert (tmp_path / "prompts.jsonl").read_text() == "kept"

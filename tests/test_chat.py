@@ -98,6 +98,12 @@ def test_max_new_cuts_and_says_so(talk):
     assert talk(["count from one to five ."], ckpt="toy/vicuna", max_new=2)[0].endswith("... (cut after 2 tokens)")
 
 
+@pytest.mark.parametrize("flags", ({"max_new": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"seed": 1 << 63}), ids=str)
+def test_a_value_that_makes_no_sense_is_refused_before_the_first_question(flags):
+    with pytest.raises(BadInput, match=f"--{next(iter(flags))} "):
+        chat.run(chat.Settings(**flags))
+
+
 def test_unknown_words_are_counted(talk):
     assert "does not know 2 of these words" in talk(["hello computer"])[0]
 

@@ -5,6 +5,7 @@
 Most cases call a script's own `main` in this process, as the command line would; a few start the real thing.
 """
 import dataclasses
+import io
 import json
 import os
 import re
@@ -177,10 +178,14 @@ def test_an_unknown_flag_or_a_wrong_type_is_an_error(door, flag, why):
 
 @pytest.mark.parametrize("flag, value, why", [
     ("batch", 0, "--batch"), ("epochs", 0, "--epochs"), ("pack", -1, "--pack"), ("lr", -1.0, "--lr"), ("lr", "nan", "--lr"),
+    ("lr", "inf", "--lr"), ("projector_lr", "nan", "--projector_lr"), ("warmup", "nan", "--warmup"), ("warmup", -1.0, "--warmup"),
+    ("alpha", "inf", "--alpha"), ("seed", 1 << 64, "--seed"), ("max_length", -1, "--max_length"),
     ("dtype", "float8", "--dtype float8: choose one of float32"), ("device", "tpu9", "--device tpu9: ")])
 @pytest.mark.parametrize("script", (dpo, sft), ids=("dpo", "sft"))
 def test_a_value_that_makes_no_sense_is_an_error(door, folder, script, flag, value, why):
     code, said = door(script, data=write(folder / "d.jsonl", [pair("a")]), **{flag: value})
+    assert code == 1 and why in said
+    code, said = door(script, "--dry_run", **{"device": "cpu", flag: value})
     assert code == 1 and why in said
 
 
@@ -237,12 +242,22 @@ BROKEN = {
     "a wrong shape": (lambda f: change(f, lambda w: w.update({"language_model.model.norm.weight": torch.ones(65)})),
                       "(65,), config.json says (64,)"),
     "a NaN": (lambda f: change(f, spoil_nan), "not finite language_model.model.norm.weight"),
+    "8-bit floats": (lambda f: change(f, lambda w: w.update({k: x.to(torch.float8_e4m3fn) for k, x in w.items()})),
+                     "quantized  language_model.lm_head.weight: torch.float8_e4m3fn"),
+    "integers": (lambda f: change(f, lambda w: w.update({"language_model.model.norm.weight": torch.ones(64, dtype=torch.int8)})),
+                 "quantized  language_model.model.norm.weight: torch.int8"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors and no pytorch_model*.bin"),
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1000), "model.safetensors: cannot be read"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json in"),
     "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "a broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "a config that is a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json cannot be read: it is no JSON object"),
+    "a config without a tower": (lambda f: config(f, '"vision_config"', '"vision"'), "config.json is damaged (KeyError('vision_config'))"),
+    "a config with words": (lambda f: config(f, '"hidden_size": 64', '"hidden_size": [64]'), "config.json is damaged (TypeError("),
+    "half a rope": (lambda f: config(f, '"rope_type": "default"', '"rope_type": "linear"'), "rope_type 'linear' needs a number as factor"),
+    "no such layer": (lambda f: config(f, '"vision_feature_layer": -2', '"vision_feature_layer": -9'), "vision_feature_layer -9 of 3"),
+    "a list as index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json cannot be read: it is no JSON"),
     "another model": (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "is neither LLaVA nor Llama"),
     "another image id": (lambda f: config(f, '"image_token_index": 4', '"image_token_index": 5'), "config.json says 5"),
 }
@@ -285,6 +300,15 @@ def test_an_interrupted_run_says_so_and_fails(door, folder, monkeypatch):
     monkeypatch.setattr(dpo, "train", interrupt)
     code, said = door(dpo, data=write(folder / "d.jsonl", [pair("a")]))
     assert code == 1 and "interrupted" in said
+
+
+def test_letters_that_a_terminal_does_not_know_are_no_trouble(monkeypatch):
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["dpo.py"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "ascii"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf8"))
+    common.main(dpo.Settings, lambda s: print(f"Grüße, {input()}", flush=True))
+    assert said.getvalue() == b"Gr\\xfc\\xdfe, caf\\ufffd\n"
 
 
 def test_a_machine_without_git_can_run(monkeypatch):

@@ -202,7 +202,7 @@ def test_further_training_starts_from_the_merged_model(run, data, tmp_path):
     (lambda t, c: t.update({k: v * torch.nan for k, v in t.items() if k.endswith("0.mlp.up_proj.lora_A.weight")}), "not finite"),
     (lambda t, c: t.update({"base_model.model.model.language_model.layers.0.mlp.up_proj.lora_magnitude_vector": torch.ones(1)}), "extra"),
     (lambda t, c: c.update(use_dora=True), "use_dora is True, and only False is known here; merge it with PEFT first"), (lambda t, c: c.update(bias="all"), "bias is 'all'"),
-    (lambda t, c: c.update(rank_pattern={"q_proj": 8}), "rank_pattern"), (lambda t, c: c.pop("r"), "has no r"),
+    (lambda t, c: c.update(rank_pattern={"q_proj": 8}), "rank_pattern"), (lambda t, c: c.pop("r"), "r is None"),
     (lambda t, c: t.clear(), "it is empty"),
     (lambda t, c: c.update(base_model_name_or_path="somebody/gone"), "its base model somebody/gone was looked for in")])
 def test_an_adapter_that_does_not_fit_is_refused_and_named(run, tmp_path, spoil, why):
@@ -233,6 +233,13 @@ def test_flags_that_contradict_each_other_are_refused(ckpt, data, tmp_path, chan
     for script in (dpo, sft):
         with pytest.raises(BadInput, match=why):
             script.run(script.Settings(**flags(ckpt, data, tmp_path / "out", **changes)))
+
+
+def test_what_is_tuned_from_an_adapter_without_a_tokenizer_has_its_base_models(ckpt, data, tmp_path):
+    dpo.run(dpo.Settings(**flags(ckpt, data, tmp_path / "out", steps=1)))
+    (tmp_path / "out" / "adapter" / "tokenizer.json").unlink()                   # PEFT writes none
+    sft.run(sft.Settings(**flags(tmp_path / "out" / "adapter", data, tmp_path / "next", steps=0, lora=0, alpha=0)))
+    assert (tmp_path / "next" / "model" / "tokenizer.json").read_bytes() == (ckpt / "tokenizer.json").read_bytes()
 
 
 def test_without_alpha_adapters_count_twice(ckpt, data, tmp_path):
@@ -322,3 +329,9 @@ def test_peft_loads_a_text_only_adapter(tmp_path):
     ids = torch.tensor([tree.prompt + tree.answers[0]])
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=ids).logits[0], our_logits(model, tree, Pixels(model.config)), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("change", ({"r": "4"}, {"r": 0}, {"lora_alpha": "8"}, {"lora_alpha": None}), ids=str)
+def test_a_rank_that_is_no_number_is_refused(change):
+    with pytest.raises(BadInput, match="not two numbers"):
+        lora.scale_of({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | change, "adapter_config.json")

@@ -124,6 +124,11 @@ def test_our_own_fields_survive_the_reading(folder):
     assert {k: record[k] for k in raw} == raw
 
 
+def test_a_question_may_ask_what_was_chosen(folder):
+    (record,), _ = read(folder, {"question_id": 1, "image": "a.png", "text": "Why was this color chosen?"})
+    assert record["messages"] == turns("<image>\nWhy was this color chosen?")
+
+
 def test_a_record_without_an_id_gets_the_files_name_and_its_place(folder):
     raw = {k: v for k, v in RECORD.items() if k != "id"}
     assert [r["id"] for r in read(folder, raw, raw)[0]] == ["data-000001", "data-000002"]
@@ -210,6 +215,9 @@ UNUSABLE = {
     "conversations of others": ({"id": "r", "conversations": [{"from": "bing", "value": "x"}]}, "human|gpt"),
     "conversations empty": ({"id": "r", "image": "a.png", "conversations": []}, "no messages"),
     "RLHF-V with a broken text": ({"id": "r", "text": '{"question": "chosen'}, "'text' field is not JSON"),
+    "RLHF-V, nested without end": ({"id": "r", "text": '{"chosen":' * 50000}, "'text' field is not JSON"),
+    "a part that lost its text": ({"id": "r", "prompt": QUESTION, "chosen": GOOD, "rejected": [
+        {"role": "assistant", "content": [{"type": "text", "text": None}]}]}, "content part of type 'text' without text"),
     "RLHF-V with a list as text": ({"id": "r", "text": '["chosen"]'}, "'text' field is not JSON"),
     "image a number": (but(images=[3]), "image 3 is not a file name"),
     "image with a zero byte": (but(images=["a\0.png"]), "is not a file name"),
@@ -240,16 +248,18 @@ def test_in_our_own_format_an_id_stands_once(folder):
 
 
 def test_a_malformed_line_is_named_by_its_number_and_the_rest_is_read(folder):
-    lines = [json.dumps(RECORD), '{"id": "x", "mess', "", json.dumps(RECORD | {"id": "s"})]
+    lines = [json.dumps(RECORD), '{"id": "x", "mess', "", json.dumps(RECORD | {"id": "s"}), '{"id":' * 50000]
     (folder / "data.jsonl").write_text("\n".join(lines))
     kept, rejects = records.read(folder / "data.jsonl")
     assert [r["id"] for r in kept] == ["r", "s"]
     assert rejects[0]["id"] == "line 2" and rejects[0]["reason"].startswith("malformed JSON (Unterminated string")
+    assert rejects[1]["id"] == "line 5" and rejects[1]["reason"].startswith("malformed JSON (maximum recursion depth")
 
 
 @pytest.mark.parametrize("name, content, why", [
     ("absent.jsonl", None, "No such file"), ("latin.jsonl", b'{"id": "\xe9"}', "not UTF-8"),
-    ("broken.json", b'[{"id": "r"}, ', "malformed JSON array")], ids=lambda x: x if isinstance(x, str) else "")
+    ("broken.json", b'[{"id": "r"}, ', "malformed JSON array"),
+    ("deep.json", b"[" * 50000, "malformed JSON array")], ids=lambda x: x if isinstance(x, str) else "")
 def test_a_file_that_cannot_be_read_at_all_is_an_error_that_names_it(folder, name, content, why):
     if content is not None:
         (folder / name).write_bytes(content)

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -354,3 +355,20 @@ def test_16_bit_weights_resume_to_the_same_bits(ckpt, data, tmp_path):
     assert complete(dpo, make("whole")) == 0 and complete(dpo, make("stopped"), stop_after(4)) == 143
     assert complete(dpo, make("stopped", resume=True)) == 0
     assert result(tmp_path / "stopped") == result(tmp_path / "whole") and rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("script", (dpo, sft), ids=("dpo", "sft"))
+def test_a_kill_between_adapter_and_merged_model_is_resumed(ckpt, data, tmp_path, script, monkeypatch):
+    settings = script.Settings(**flags(ckpt, data, tmp_path / "out", lora=4, lr=1e-2, merge=True))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resume.checkpoint, "save", lambda *_: exec("raise KeyboardInterrupt"))
+        script.run(settings)
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(BadInput, match="already holds"):
+        script.run(settings)
+    script.run(replace(settings, resume=True))
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file() and not (tmp_path / "out" / "state").exists()
+    again = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(adapter[name], again[name]) for name in adapter)
+    with pytest.raises(BadInput, match="already holds"):
+        script.run(replace(settings, resume=True))
