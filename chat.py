@@ -40,6 +40,7 @@ class Settings:
     top_p: float = 1.0           # sample from the most likely tokens of this mass
     max_new: int = 512           # longest answer in tokens
     seed: int = 0                # of the sampling
+    crop: bool = False           # centre-crop pictures instead of padding them, for a model that was trained so
     device: str = "auto"         # cpu, cuda, ...
     dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
 
@@ -51,7 +52,7 @@ class Speaker:
         folder = checkpoint.resolve(name)
         self.name, self.s, self.messages, self.images = name, s, [], []
         self.model = checkpoint.load(folder, *device_and_dtype(s.device, s.dtype))
-        self.tokens, self.pixels = Tokens(folder, self.model.config), Pixels(self.model.config)
+        self.tokens, self.pixels = Tokens(folder, self.model.config), Pixels(self.model.config, s.crop)
         if s.target and not self.tokens.steer:
             raise BadInput(f"{name} was not trained to be asked for scores; steerlm.py does that")
         if self.tokens.steer:

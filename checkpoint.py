@@ -89,9 +89,8 @@ ROPE = {"default": (), "linear": ("factor",),
 def text_config(raw: dict, where="config.json") -> TextConfig:
     only(raw, where, hidden_act="silu", attention_bias=False, mlp_bias=False)
     c = {k: raw[k] for k in TextConfig.__dataclass_fields__ if raw.get(k) is not None}
-    heads, hidden = c.get("num_attention_heads", 32), c.get("hidden_size", 4096)
-    c.setdefault("num_key_value_heads", heads)
-    c.setdefault("head_dim", hidden // heads)
+    heads = c.get("num_attention_heads", 32)
+    c = {"num_key_value_heads": heads, "head_dim": c.get("hidden_size", 4096) // heads} | c
     # transformers 5 says rope_parameters, earlier versions rope_theta and rope_scaling ("type" before "rope_type")
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
@@ -198,13 +197,13 @@ def weight_files(folder: Path) -> list[Path]:
     for pattern, index in (("*.safetensors", "model.safetensors.index.json"),
                            ("pytorch_model*.bin", "pytorch_model.bin.index.json")):
         if (folder / index).is_file():
-            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
-            absent = [n for n in names if not (folder / n).is_file()]
-            if absent:
+            if not isinstance(parts := read_json(folder / index).get("weight_map"), dict):
+                raise BadInput(f"{folder}/{index} is damaged: it has no weight_map")
+            names = sorted(set(parts.values()))
+            if absent := [n for n in names if not (folder / n).is_file()]:
                 raise BadInput(f"{folder}/{index} names files that are missing: {', '.join(absent)}")
             return [folder / n for n in names]
-        found = sorted(folder.glob(pattern))
-        if found:
+        if found := sorted(folder.glob(pattern)):
             return found
     raise BadInput(f"{folder}: no *.safetensors and no pytorch_model*.bin")
 

@@ -111,6 +111,8 @@ class Tokens:
         wanted = about.is_file() and read_json(about).get("add_bos_token")   # where tokenizer.json does not add <s> itself
         self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
         self.steer = read_json(steer) if steer.is_file() else None           # written by steerlm.py: what to ask of every answer
+        if self.steer is not None and not {"text", "grades", "target"} <= self.steer.keys():
+            raise BadInput(f"{steer} is damaged: it lacks text, grades or target; steerlm.py writes it")
         self.source = path
 
     def encode(self, text: str) -> list[int]:

@@ -16,7 +16,7 @@ before the first step: the paper's choices (arXiv:2402.10884).
 The trick. The reference is two numbers per pair, so it is computed once, by the very code that trains, and no
 second model is kept. It is stored in reference.jsonl with a fingerprint of weights, data, template, image
 processing and dtype; a stale file is refused. The contract, checked at the first step of every run: at step 0
-policy and reference agree, so the loss is ln 2 = 0.693147 and every margin is 0. A run that starts anywhere else
+policy and reference agree, so every margin is 0 and the loss ln 2 = 0.693147. A run that starts anywhere else
 is not computing what it says. And both answers hang off one prompt in one packed row (data.py), so that image
 and question are computed once per pair.
 
@@ -50,7 +50,7 @@ import lora
 import parallel
 import plan
 import resume
-from common import (BadInput, OnDisk, adamw, describe_run, device_and_dtype, each_jsonl, main, masters, schedule, set_rate, sha,
+from common import (BadInput, OnDisk, adamw, device_and_dtype, each_jsonl, main, masters, schedule, set_rate, sha,
                     sha_of, update, write_jsonl, write_whole)
 from data import (Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, share, split,
                   template, trees_digest)
@@ -217,8 +217,9 @@ def check_contract(loss: float, margins: Tensor, beta: float, dtype: torch.dtype
     rounding, by chance up or down: the loss, a mean, is allowed 1 nat, the worst margin of the batch 4. beta scales both."""
     mean, most = (1e-2, 1e-2) if dtype == torch.float32 else (1.0, 4.0)
     worst, allowed = margins.abs().max().item(), beta * most
-    verdict = f"loss {loss:.6f} (ln 2 = {math.log(2):.6f}), largest |margin| {worst:.1e} (allowed {allowed:g})"
-    if not (abs(loss - math.log(2)) < beta * mean and worst < allowed):
+    start = dpo_loss(*torch.zeros(4, 1), beta)[0].item()                 # ln 2; another loss starts elsewhere
+    verdict = f"loss {loss:.6f} ({start:.6f} for no margin), largest |margin| {worst:.1e} (allowed {allowed:g})"
+    if not (abs(loss - start) < beta * mean and worst < allowed):
         raise BadInput(f"step-0 contract broken: {verdict}; policy and reference do not see the same tokens or weights")
     print(f"step-0 contract holds: {verdict}")
 
@@ -332,8 +333,7 @@ def align(s: Settings, out: Path) -> Llava:
     for p in make_pairs(items, trees, reference, s.gap, s.seed):
         (held_out if is_held_out(p.tree.id, s.holdout) else pairs).append(p)
     steps = s.steps if s.steps >= 0 else max(1, s.epochs * len(pairs) // min(s.batch, len(pairs)))
-    if parallel.rank() == 0:
-        write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps, pairs=len(pairs)), indent=1) + "\n")
+    resume.describe(out, s, steps=steps, pairs=len(pairs))
     print(f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {len(items) - len(pairs) - len(held_out)} records "
           f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}"
           + f", projector {s.projector_lr}" * (s.projector_lr > 0 and model.config.vision is not None) + f", {device} {dtype}")

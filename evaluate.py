@@ -240,8 +240,9 @@ def stored(s: Settings, name: str) -> dict[str, list[dict]]:
 def run_miniature(s: Settings) -> None:
     out, rows = Path(s.out), {}
     device, dtype = device_and_dtype(s.device, s.dtype)
-    for ckpt in s.ckpt.split(","):
-        rows[ckpt], answers = miniature.score_checkpoint(checkpoint.resolve(ckpt), ckpt, out, device, dtype, s.split, s.target)
+    folders = {ckpt: checkpoint.resolve(ckpt) for ckpt in s.ckpt.split(",")}     # all, before the first takes its time
+    for ckpt, folder in folders.items():
+        rows[ckpt], answers = miniature.score_checkpoint(folder, ckpt, out, device, dtype, s.split, s.target)
         write_jsonl(out / f"answers-{slug(ckpt)}.jsonl", answers)
     write_whole(out / "scores.json", json.dumps(describe_run(s, scores=rows), indent=1) + "\n")
     print(json.dumps(rows) if s.json else f"{miniature.table(rows)}\nanswers and scores: {out}")

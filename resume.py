@@ -41,7 +41,7 @@ import checkpoint
 import lora
 import parallel
 from checkpoint import write_tensors
-from common import BadInput, write_whole
+from common import BadInput, describe_run, write_whole
 from model import Llava
 
 FILE_BYTES = 1 << 30                                     # of tensors held on the host at once while they are written
@@ -82,6 +82,12 @@ def check_folder(out: Path, resume: bool) -> None:
     if found and not resume:
         raise BadInput(f"{out} holds a run that was stopped after step {int(found.name[5:])}; go on with --resume, or choose "
                        "another --out")
+
+
+def describe(out: Path, s, **more) -> None:
+    """Write `out`/config.json as the run begins; where one goes on it stays, also if that one is then refused."""
+    if parallel.rank() == 0 and not (s.resume and latest(out / "state")):
+        write_whole(out / "config.json", json.dumps(describe_run(s, **more), indent=1) + "\n")
 
 
 def is_finished(out: Path, s) -> bool:

@@ -38,7 +38,7 @@ import parallel
 import plan
 import records
 import resume
-from common import BadInput, adamw, describe_run, device_and_dtype, main, masters, schedule, set_rate, sha_of, update, write_whole
+from common import BadInput, adamw, device_and_dtype, main, masters, schedule, set_rate, sha_of, update
 from data import Features, Pack, Tokens, Tree, ahead, make_tree, pack_size, read_trees, share, token_logps, trees_digest
 from model import Llava
 
@@ -175,8 +175,7 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
     model, batch = checkpoint.load(folder, device, dtype), min(s.batch, len(trees))
     pixels = Features(model, s.features, s.crop) if s.features and model.config.vision else pixels
     steps = s.steps if s.steps >= 0 else s.epochs * len(trees) // batch
-    if parallel.rank() == 0:
-        write_whole(out / "config.json", json.dumps(describe_run(s, steps=steps), indent=1) + "\n")
+    resume.describe(out, s, steps=steps)
     print(f"{len(items)} records, {len(trees)} answers to learn, {steps} steps of {batch}, lr {s.lr}"
           + f", projector {s.projector_lr}" * (s.projector_lr > 0 and model.config.vision is not None) + f", {device} {dtype}")
     weights, pictures = parallel.from_first(lambda: resume.digest(model)), sha_of(r["images_sha"] for r in items)

@@ -51,6 +51,13 @@ def test_two_turns_about_a_picture_are_what_the_benchmarks_would_read(talk, pict
     assert two == greedy(messages, record["images"], record["root"])
 
 
+def test_a_model_that_was_trained_on_cropped_pictures_is_shown_cropped_ones(talk, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat, "Pixels", lambda config, crop: asked.append(crop) or Pixels(config, crop))
+    talk(["/quit"]), talk(["/quit"], crop=True)
+    assert asked == [False, True]
+
+
 def test_answers_come_token_by_token(talk, picture, monkeypatch, capsys):
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *a, end="\n", flush=False: pieces.append((*a, end)))

@@ -257,6 +257,8 @@ BROKEN = {
     "a config with words": (lambda f: config(f, '"hidden_size": 64', '"hidden_size": [64]'), "config.json is damaged (TypeError("),
     "half a rope": (lambda f: config(f, '"rope_type": "default"', '"rope_type": "linear"'), "rope_type 'linear' needs a number as factor"),
     "no such layer": (lambda f: config(f, '"vision_feature_layer": -2', '"vision_feature_layer": -9'), "vision_feature_layer -9 of 3"),
+    "a list as weight_map": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'), "it has no weight_map"),
+    "a steer.json of nothing": (lambda f: (f / "steer.json").write_text("{}"), "steer.json is damaged: it lacks text, grades or target"),
     "a list as index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json cannot be read: it is no JSON"),
     "another model": (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "is neither LLaVA nor Llama"),
     "another image id": (lambda f: config(f, '"image_token_index": 4', '"image_token_index": 5'), "config.json says 5"),

@@ -398,6 +398,17 @@ def test_every_run_starts_at_ln_2(ckpt, data, tmp_path, capsys, pack):
     assert "step-0 contract holds: loss 0.6931" in capsys.readouterr().out
 
 
+def test_a_fork_with_another_loss_starts_where_that_loss_does(ckpt, data, tmp_path, capsys, monkeypatch):
+    """IPO (arXiv:2310.12036): (difference of log-ratios - 1 / (2 beta))^2, 25 for beta 0.1 where the ratios agree."""
+    def ipo(chosen, rejected, ref_chosen, ref_rejected, beta):
+        better, worse = chosen - ref_chosen, rejected - ref_rejected
+        return (better - worse - 1 / (2 * beta)) ** 2, beta * better.detach(), beta * worse.detach()
+    monkeypatch.setattr(dpo, "dpo_loss", ipo)
+    align(ckpt, data, tmp_path / "out", steps=3, lr=2e-5)
+    losses = [row["loss"] for row in rows_of(tmp_path / "out" / "metrics.jsonl")]
+    assert "holds: loss 25.0000" in capsys.readouterr().out and losses[2] < losses[0] - 0.1
+
+
 def test_a_run_in_bfloat16_starts_at_ln_2_too(ckpt, data, tmp_path):
     align(ckpt, data, tmp_path / "out", steps=2, dtype="bfloat16", pack=300)
     first, second = rows_of(tmp_path / "out" / "metrics.jsonl")

@@ -521,6 +521,12 @@ def test_a_checkpoint_that_is_not_there_is_noticed_before_the_first_is_asked(set
 
 # ---- the miniature ---------------------------------------------------------------------------------------------
 
+def test_a_second_checkpoint_that_is_missing_is_told_before_the_first_takes_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(miniature, "score_checkpoint", lambda *a: pytest.fail("it began"))
+    with pytest.raises(BadInput, match="--ckpt nowhere: no such folder"):
+        evaluate.run(Settings(ckpt="toy,nowhere", out=str(tmp_path)))
+
+
 def test_without_arguments_the_miniature_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(miniature, "ITEMS", {"text": 22, "exist": 4, "attribute": 4, "describe": 3, "choice": 3})
     assert code("--out", tmp_path) == (0, "")

@@ -25,7 +25,7 @@ def commands(section: str) -> list[str]:
 
 
 def test_the_readme_shows_commands_that_need_nothing():
-    assert commands("Preferences of your own")[0] == "python annotate.py" and len(commands("The rivals, and the whole experiment")) == 5
+    assert commands("Preferences of your own")[0] == "python annotate.py" and len(commands("The rivals, and the whole experiment")) == 6
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="some minutes; SLOW=1 runs it")

@@ -207,9 +207,10 @@ def copy_of(stopped, tmp_path):
     ({"beta": 0.2}, "--beta"), ({"batch": 4}, "--batch"), ({"pack": 100}, "--pack"), ({"clip": 0.5}, "--clip"), ({"gap": 3}, "--gap")])
 def test_a_state_of_other_settings_is_refused_with_the_difference(ckpt, data, stopped, tmp_path, changes, named):
     out = copy_of(stopped, tmp_path)
-    before = rows(out)
+    before, about = rows(out), (out / "config.json").read_bytes()
     with pytest.raises(BadInput, match="state of another run") as error:
         dpo.run(dpo.Settings(**flags(ckpt, data, out, lr=1e-3, pack=8192, resume=True) | changes))
+    assert (out / "config.json").read_bytes() == about, "what is refused is not written down"
     assert named in str(error.value) and rows(out) == before and resume.latest(out / "state").name == "step-00000003"
 
 
