@@ -143,7 +143,7 @@ def test_a_kill_at_every_stage_of_writing_a_state_loses_nothing(ckpt, data, tmp_
     make = lambda name, **more: script.Settings(**flags(ckpt, data, tmp_path / name, save_every=3, **changes | more))
     assert complete(script, make("whole")) == 0
     states = []
-    for k, stage in enumerate([("write_tensors", 2), ("flush_folder", 3), ("flush_folder", 4), ("write_whole", 2)]):
+    for k, stage in enumerate([("write_tensors", 2), ("flush_folder", 3), ("flush_folder", 4), ("write_whole", 3)]):
         out = tmp_path / f"killed-{k}"
         assert complete(script, make(f"killed-{k}"), partial(die_at, *stage)) == -signal.SIGKILL
         states.append(resume.latest(out / "state").name)
