@@ -183,6 +183,7 @@ def test_a_message_comes_once_and_torchrun_fails(place):
     assert done.returncode != 0 and (done.stdout + done.stderr).count("dpo.py: --data") == 1, done.stderr[-3000:]
 
 
+@slow
 def test_the_first_process_alone_draws_bars():
     bars = lambda rank: subprocess.run([sys.executable, "-c", "import common, tqdm; [x for x in tqdm.tqdm([1, 2])]"], cwd=ROOT,
                                        env=os.environ | {"RANK": rank}, capture_output=True, text=True).stderr
