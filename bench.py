@@ -13,8 +13,8 @@ that peak memory is its own. Medians, warm-up rounds dropped.
 
     pip install transformers==5.23.0 trl==1.16.0
     python bench.py                        all of it, on two threads; rows are added to results/bench.jsonl
-    python bench.py --what dpo --size 7b   on a GPU of 141 GB: the shapes of LLaVA-1.5-7B, random weights, all trained; with
-                                           --lora 128 (pip install peft==0.21.2) one of 80 GB, and another --out
+    python bench.py --what dpo --size 7b   on a GPU: the shapes of LLaVA-1.5-7B, random weights; all trained wants 118 GB by our
+                                           plan, --lora 128 (pip install peft==0.21.2; give it another --out) 67 or 23
 Previous: chat.py.
 """
 import ctypes

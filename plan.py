@@ -17,7 +17,8 @@ LoRA has a small t. With `--checkpointing on` only each block's input is kept, a
     python dpo.py --ckpt llava-1.5-7b-hf --dry_run          from config.json alone, no weights needed; for one GPU and for eight
 
 Then `begin` runs the largest pack forward and backward before the first step, with optimizer and gradients in place: it changes
-no weight and no order. The plan counts tensors; the process itself and what the allocator keeps for later come on top.
+no weight and no order. The plan counts tensors; the process itself and what the allocator keeps for later come on top. The
+operations of a step, which bench.py asks for, are counted here, too.
 
 Previous: data.py.  Next: resume.py (a run that was stopped goes on).
 """

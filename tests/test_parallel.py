@@ -108,7 +108,8 @@ def test_losses_and_weights_are_those_of_one_process(worlds, world, name):
     one, many = worlds / "1" / name, worlds / str(world) / name
     a, b = rows_of(one / "metrics.jsonl"), rows_of(many / "metrics.jsonl")
     assert [r["step"] for r in a] == [r["step"] for r in b] and list(a[0]) == list(b[0])
-    close = 3e-6 if "one pair" in name else 1e-6             # beta times the rounding of one sum of log-probs, not a mean of five
+    close = 3e-6 if "one pair" in name else 1e-6             # the norm that clips is summed in another order, the
+    # weights behind it differ in their last bits, and there is no mean over pairs to even that out
     for x, y in zip(a, b):
         assert x["loss"] == pytest.approx(y["loss"], abs=close, rel=1e-6), x["step"]
         for key in x.keys() - {"pairs_per_s", "tokens_per_s"}:
