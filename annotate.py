@@ -4,7 +4,7 @@ The recipe (arXiv:2402.10884). The model answers each image question n = 4 times
 conversation and all n answers gives each five integers from 0 to 4, and where they differ enough there is a pair. The model
 is thus taught by its own answers: nothing that it could not already say is asked of it.
 
-This file puts it together: sampling stands here, the judge's prompt in rubric.py, the calls in judge.py, pairs in pairs.py.
+This file puts it together: sampling stands here, the judge's prompt in judge/rubric.py, the calls in judge/client.py, pairs in judge/report.py.
 
 Nothing is computed or paid for twice. Answers go to answers-RANK.jsonl and replies to journal.jsonl as they come; each line is
 named by a hash of everything it depends on, so the same command goes on where it was stopped, and a changed prompt,
@@ -16,7 +16,7 @@ answers and scores, and the pictures beside it (hard links where possible), so t
     python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run                     what would judging cost?
     torchrun --nproc_per_node 8 -- annotate.py --ckpt DIR --data FILE --judge gemini:MODEL     sample on 8 GPUs, then judge
 
-Previous: pairs.py.  Next: rejection.py (the first rival).
+Previous: judge/report.py.  Next: rejection.py (the first rival).
 """
 import filecmp
 import json
@@ -34,22 +34,22 @@ import common  # first: it tells OpenMP how to wait
 from tqdm import tqdm
 
 import checkpoint
-import judge
-import pairs
+from judge import client as judge
+from judge import report as pairs
 import parallel
-import records
-import tasks
+import formats as records
+from toy import tasks
 from common import BadInput, Journal, describe_run, device_and_dtype, journal_rows, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, make_tree
 from model import Llava, generate
-from rubric import exact_reply, question, rubric, shown_order
-from wire import IMAGE_TOKENS, Question, Reply
+from judge.rubric import exact_reply, question, rubric, shown_order
+from judge.wire import IMAGE_TOKENS, Question, Reply
 
 
 @dataclass
 class Settings:
     """Sample answers to image questions, have them judged on five attributes, look at the pairs."""
-    data: str = ""               # records, questions or preference files (see records.py); empty: the miniature
+    data: str = ""               # records, questions or preference files (see formats.py); empty: the miniature
     ckpt: str = ""               # who answers; needed for records that have no answers yet
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     out: str = "runs/annotate"   # journals, records.jsonl and pictures; the same folder again: go on there
@@ -84,7 +84,7 @@ class Settings:
 class Story(Settings):
     """The miniature: 1000 questions, sampled and judged exactly. With --data FILE it is your own data that is annotated, and
     other defaults hold: python annotate.py --data FILE -h"""
-    ckpt: str = "toy"            # who answers
+    ckpt: str = "toy/llava"            # who answers
     temperature: float = 1.0     # of the sampling
     max_new: int = 48            # longest answer in tokens
     batch: int = 64              # questions answered at once

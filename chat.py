@@ -4,14 +4,14 @@ An evaluation is a number; a conversation shows what it is a number of. Turns go
 benchmarks get their tokens from (data.make_tree), so what you see here is what they saw.
 
     python chat.py                                               the shipped LLaVA-mini; /draw gives it a picture of its world
-    python chat.py --ckpt toy --vs runs/dpo/model                before and after, side by side
+    python chat.py --ckpt toy/llava --vs runs/dpo/model                before and after, side by side
     python chat.py --ckpt llava-1.5-7b-hf --image photo.jpg --temperature 0.7
 
     /image PATH    attach a picture to the next question (again for more)
     /draw          a picture of the miniature's world, and a question about it
     /reset         begin anew                                                  /quit
 
-Previous: reproduce.py.  Next: bench.py (how fast).
+Previous: reproduce.py.  Next: speed.py (how fast).
 """
 import math
 import sys
@@ -21,18 +21,18 @@ from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 import checkpoint
-import tasks
+from toy import tasks
 from common import BadInput, device_and_dtype, main
 from data import Pixels, Tokens, make_tree, target_scores
 from model import stream
-from records import check
+from formats import check
 from vision import load_image
 
 
 @dataclass
 class Settings:
     """Talk to a checkpoint, or to two."""
-    ckpt: str = "toy"            # checkpoint folder
+    ckpt: str = "toy/llava"            # checkpoint folder
     vs: str = ""                 # a second one, asked the same
     image: str = ""              # a picture for the first question
     target: str = ""             # five scores to ask a SteerLM model for; empty: what its folder says

@@ -17,7 +17,7 @@ error that lists them; nothing is guessed and nothing is left out.
 `save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained loads (a text-only
 model goes out as LlamaForCausalLM), whole or not at all.
 
-Previous: parallel.py.  Next: records.py (one record, and every file people already have).
+Previous: parallel.py.  Next: formats.py (one record, and every file people already have).
 """
 import json
 import os
@@ -184,10 +184,10 @@ def read_json(path: Path) -> dict:
 # ---- in -------------------------------------------------------------------------------------------------------
 
 def resolve(ckpt: str) -> Path:
-    """--ckpt names a folder; 'toy' and 'toy/vicuna' are the miniatures shipped beside this file."""
-    folder = HERE / ckpt if ckpt in ("toy", "toy/vicuna") else Path(ckpt)
+    """--ckpt names a folder; 'toy/llava' and 'toy/vicuna' are the miniatures shipped beside this file."""
+    folder = HERE / ckpt if ckpt in ("toy/llava", "toy/vicuna") else Path(ckpt)
     if not folder.is_dir():
-        hint = "; build it with: python toy.py" if folder.is_relative_to(HERE / "toy") else ""
+        hint = "; build it with: python -m toy.build" if folder.is_relative_to(HERE / "toy") else ""
         raise BadInput(f"--ckpt {ckpt}: no such folder{hint}")
     return folder
 

@@ -1,6 +1,6 @@
 """The boring lines, named so: flags, seeds, files that appear whole or not at all, one way to say no.
 
-Nothing here is about preferences or images; the tour of the rest begins with world.py. Every script's settings are one
+Nothing here is about preferences or images; the tour of the rest begins with toy/world.py. Every script's settings are one
 dataclass; `flags` turns its fields into --flags and its trailing comments into --help, so that default, type and help
 have one source.
 """

@@ -25,7 +25,7 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
                2 5     ->  targets c E
 
 Template: vicuna_v1, exactly (FastChat `get_prompt`, LLaVA `conv_vicuna_v1`).
-Previous: records.py.  Next: plan.py (what a step will need).
+Previous: formats.py.  Next: memory.py (what a step will need).
 """
 import bisect
 import hashlib
@@ -45,12 +45,12 @@ from torch import Tensor
 
 import kernels
 import parallel
-import records
+import formats as records
 from checkpoint import TAKE_TOKENIZER, read_config, read_json, tokenizer_folder
 from common import BadInput, OnDisk, sha
 from kernels import Mask
 from model import Config, Llava
-from records import ATTRIBUTES, image_path
+from formats import ATTRIBUTES, image_path
 from vision import load_image, preprocess
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "

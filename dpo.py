@@ -48,22 +48,22 @@ from tqdm import tqdm
 import checkpoint
 import lora
 import parallel
-import plan
+import memory as plan
 import resume
 from common import (BadInput, OnDisk, adamw, device_and_dtype, each_jsonl, main, masters, schedule, set_rate, sha,
                     sha_of, update, write_jsonl, write_whole)
 from data import (Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, share, split,
                   template, trees_digest)
 from model import Llava
-from pairs import GAP, choose_pair
+from judge.report import GAP, choose_pair
 from sft import shuffled
 
 
 @dataclass
 class Settings:
     """Direct preference optimization of a LLaVA policy (or of a text-only Llama)."""
-    ckpt: str = "toy"            # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
-    data: str = ""               # scored records or preference pairs (see records.py)
+    ckpt: str = "toy/llava"            # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
+    data: str = ""               # scored records or preference pairs (see formats.py)
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     out: str = ""                # run folder; empty: runs/dpo, or the next free runs/dpo-2, runs/dpo-3, ...
     seed: int = 0                # order of the pairs, and which worse answer is the rejected one
@@ -88,7 +88,7 @@ class Settings:
     alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
     projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or where that is 0 for adapters, the paper's 2e-5
     merge: bool = False          # adapters: also write model/, with them added to the weights
-    checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
+    checkpointing: str = "auto"  # on: keep less for backward and compute it again (memory.py); auto: where memory asks for it; off
     dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
     save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
     resume: bool = False         # go on with the run in --out where it was stopped
@@ -376,7 +376,7 @@ def run(s: Settings) -> None:
     if s.dry_run:
         return plan.dry_run(checkpoint.read_config(checkpoint.resolve(s.ckpt))[0], s)
     if not s.data:
-        raise BadInput("--data is needed: scored records or preference pairs, see records.py; without any, python story.py")
+        raise BadInput("--data is needed: scored records or preference pairs, see formats.py; without any, python story.py")
     out = run_folder(s)
     out.mkdir(parents=True, exist_ok=True)
     align(s, out)

@@ -15,10 +15,10 @@ so that its own tools read them, and each can start from somebody else's:
     python evaluate.py --compare runs/evaluate/llava runs/evaluate/dpo
 
 The rule: a failure is never a score. What could not be answered, or ended as blocked, truncated, unparseable or failed
-(judge.py), has no grade, the mean is over the rest, the coverage stands next to it, and below --coverage the command exits
+(judge/client.py), has no grade, the mean is over the rest, the coverage stands next to it, and below --coverage the command exits
 with 1. Answers and replies are journalled: kill it, run the same command, and it ends where it would have ended.
 
-Previous: compare.py.  Next: dpo.py (the remedy).
+Previous: benchmarks/compare.py.  Next: dpo.py (the remedy).
 """
 import json
 import sys
@@ -30,16 +30,16 @@ from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 import checkpoint
-import compare
-import judge
-import miniature
-from harness import Item, Prompt, answer, dump, literal, load, shown, slug, steer, with_pictures
+from benchmarks import compare
+from judge import client as judge
+from toy import items as miniature
+from benchmarks.harness import Item, Prompt, answer, dump, literal, load, shown, slug, steer, with_pictures
 from common import BadInput, Journal, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
-from compare import judged_by
+from benchmarks.compare import judged_by
 from data import Pixels, Tokens, target_scores
-from text_benchmarks import TEXT
-from vision_benchmarks import VISION, MMBench, MMVet
-from wire import Question
+from benchmarks.text import TEXT
+from benchmarks.pictures import VISION, MMBench, MMVet
+from judge.wire import Question
 
 BENCHES = TEXT | VISION
 
@@ -47,7 +47,7 @@ BENCHES = TEXT | VISION
 @dataclass
 class Settings:
     """Score checkpoints, or stored answers and judgments, on benchmarks."""
-    ckpt: str = "toy/vicuna,toy"   # checkpoint folders, comma-separated
+    ckpt: str = "toy/vicuna,toy/llava"   # checkpoint folders, comma-separated
     bench: str = "miniature"       # mt_bench, alpaca_eval, mm_vet, llava_bench, pope, mmbench, comma-separated; or miniature
     data_dir: str = ""             # official question files, a folder per benchmark (README: The benchmarks)
     out: str = "runs/evaluate"     # answers, judgments and results go here; the same folder again: go on there

@@ -181,7 +181,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.checkpointing = False         # keep only each block's input for backward, and compute the block again (plan.py)
+        self.checkpointing = False         # keep only each block's input for backward, and compute the block again (memory.py)
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend, read: Tensor | None = None) -> Tensor:
         """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the head. `read` (M,) names the

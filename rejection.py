@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import sft
 from common import BadInput, main
 from data import Tokens, Tree, make_tree
-from records import quality
+from formats import quality
 
 
 @dataclass

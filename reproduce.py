@@ -19,7 +19,7 @@ Every run is a folder that appears when it is done; the same command goes on whe
     python reproduce.py --seeds 5 --from_scratch            every stage anew per seed, about an hour
     python reproduce.py --search                            the search for learning rates
 
-Previous: figures.py.  Next: chat.py (see for yourself).
+Previous: toy/figures.py.  Next: chat.py (see for yourself).
 """
 import contextlib
 import json
@@ -39,18 +39,18 @@ from tqdm import tqdm
 
 import annotate
 import checkpoint
-import compare
+from benchmarks import compare
 import dpo
-import figures
-import miniature
+from toy import figures
+from toy import items as miniature
 import rejection
 import sft
 import steerlm
-import toy
+from toy import build as toy
 from common import BadInput, describe_run, main, read_jsonl, write_jsonl, write_whole
 from data import Tokens
-from harness import aligned, mean, slug
-from pairs import choose_pair
+from benchmarks.harness import aligned, mean, slug
+from judge.report import choose_pair
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Job(NamedTuple):
 
 
 def build(folder: Path, seed: int) -> None:
-    toy.run(toy.Settings(out=str(folder), seed=seed, width=96 if folder.name == "narrow" else 128))
+    toy.run(toy.Settings(out=str(folder.parent), seed=seed, width=96 if folder.parent.name == "narrow" else 128))
 
 
 def sample(folder: Path, ckpt: Path, seed: int) -> None:
@@ -231,15 +231,15 @@ def run(s: Settings) -> None:
     if unknown or s.seeds < 1 or s.workers < 1 or s.only not in ("", "build", "annotate", "train", "tables"):
         raise BadInput(f"--methods {s.methods}: choose among {'; '.join(RUNS)}" if unknown else
                        "--seeds and --workers must be at least 1, --only build, annotate, train or tables")
-    out, shipped, split = Path(s.out), checkpoint.resolve("toy"), "dev" if s.search else "test"
+    out, shipped, split = Path(s.out), checkpoint.resolve("toy/llava"), "dev" if s.search else "test"
     runs = SEARCH if s.search else {name: RUNS[name] for name in names}
     jobs = {"build": [], "annotate": [], "train": []}
     for seed in [0] if s.search else range(s.first, s.first + s.seeds):
         folder = out / f"{'search' if s.search else 'seed'}-{seed}"
-        ckpt = folder / "toy" if s.from_scratch else shipped
-        starts = {"Vicuna-mini": ckpt / "vicuna", "LLaVA-mini": ckpt} | {name: ckpt for name in runs if name != NARROWER}
+        ckpt = folder / "toy" / "llava" if s.from_scratch else shipped
+        starts = {"Vicuna-mini": ckpt.parent / "vicuna", "LLaVA-mini": ckpt} | {name: ckpt for name in runs if name != NARROWER}
         if NARROWER in runs and s.from_scratch and seed == s.first:          # one seed has a second size
-            starts |= {"LLaVA-mini, narrower": folder / "narrow", NARROWER: folder / "narrow"}
+            starts |= {"LLaVA-mini, narrower": folder / "narrow" / "llava", NARROWER: folder / "narrow" / "llava"}
         built = dict.fromkeys(start for start in starts.values() if start.name != "vicuna")
         jobs["build"] += [Job(start / "config.json", build, (start, seed)) for start in built]     # the shipped one stands
         jobs["annotate"].append(Job(folder / "data" / "records.jsonl", sample, (folder / "data", ckpt, seed)))

@@ -19,7 +19,7 @@ Each process of several writes its own shard; there must be as many of them agai
 With nothing there, --resume starts from the beginning, so that a scheduler may always give it. SIGTERM keeps the state at the
 next step's end and exits with 143.
 
-Previous: plan.py.  Next: sft.py (the first loss).
+Previous: memory.py.  Next: sft.py (the first loss).
 """
 import hashlib
 import json

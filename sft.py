@@ -12,10 +12,10 @@ language; tuned on a judge's golden answers it gets some of it back, and is the 
 
 What is trained: the language model and the projector, as in LLaVA's second stage; the vision tower is frozen.
 A record's `golden` answer is the target; without one the chosen answer of its pair, or its best-scored one. In
-a multi-turn conversation the earlier assistant turns are targets too. The miniature's own stages (toy.py) run
+a multi-turn conversation the earlier assistant turns are targets too. The miniature's own stages (toy/build.py) run
 through `train` below.
 
-Previous: resume.py.  Next: toy.py (the miniature, trained by this loop).
+Previous: resume.py.  Next: toy/build.py (the miniature, trained by this loop).
 """
 import json
 import math
@@ -35,8 +35,8 @@ from tqdm import tqdm
 import checkpoint
 import lora
 import parallel
-import plan
-import records
+import memory as plan
+import formats as records
 import resume
 from common import BadInput, adamw, device_and_dtype, main, masters, schedule, set_rate, sha_of, update
 from data import Features, Pack, Tokens, Tree, ahead, make_tree, pack_size, read_trees, share, token_logps, trees_digest
@@ -46,8 +46,8 @@ from model import Llava
 @dataclass
 class Settings:
     """Supervised fine-tuning on golden answers."""
-    ckpt: str = "toy"            # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
-    data: str = ""               # records, LLaVA conversations, ... (see records.py)
+    ckpt: str = "toy/llava"            # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
+    data: str = ""               # records, LLaVA conversations, ... (see formats.py)
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     out: str = "runs/sft"        # run folder
     seed: int = 0                # order of the records
@@ -67,7 +67,7 @@ class Settings:
     alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
     projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or where that is 0 for adapters, the paper's 2e-5
     merge: bool = False          # adapters: also write model/, with them added to the weights
-    checkpointing: str = "auto"  # on: keep less for backward and compute it again (plan.py); auto: where memory asks for it; off
+    checkpointing: str = "auto"  # on: keep less for backward and compute it again (memory.py); auto: where memory asks for it; off
     dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
     save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
     resume: bool = False         # go on with the run in --out where it was stopped
@@ -163,7 +163,7 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], more: 
         return plan.dry_run(checkpoint.read_config(checkpoint.resolve(s.ckpt))[0], s)
     plan.check_flags(s)
     if not s.data:
-        raise BadInput("--data is needed: records or LLaVA conversations, see records.py")
+        raise BadInput("--data is needed: records or LLaVA conversations, see formats.py")
     if resume.is_finished(out, s):
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
     resume.check_folder(out, s.resume)

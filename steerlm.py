@@ -14,7 +14,7 @@ are never in the loss: they stand in the user's turn.
 
     python steerlm.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/steerlm
 
-Previous: rejection.py.  Next: harness.py (did it help).
+Previous: rejection.py.  Next: benchmarks/harness.py (did it help).
 """
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ import checkpoint
 import sft
 from common import BadInput, main
 from data import Tokens, Tree, make_tree, steered, target_scores
-from records import ATTRIBUTES
+from formats import ATTRIBUTES
 
 FORM = "\nAnswer with " + ", ".join(f"{name} {{{name}}}" for name in ATTRIBUTES) + "."
 

@@ -7,7 +7,7 @@
 
     python story.py
 
-Previous: dpo.py.  Next: figures.py (how an experiment looks).
+Previous: dpo.py.  Next: toy/figures.py (how an experiment looks).
 """
 import json
 import time
@@ -17,7 +17,7 @@ import common  # first: it tells OpenMP how to wait
 import annotate
 import checkpoint
 import dpo
-import miniature
+from toy import items as miniature
 from common import BadInput, describe_run, device_and_dtype, main, write_whole
 from data import Tokens
 
@@ -34,15 +34,15 @@ class Settings(dpo.Settings):
 def run(s: Settings) -> None:
     if s.dry_run:
         return dpo.run(s)
-    if s.ckpt != "toy" or s.data:
+    if s.ckpt != "toy/llava" or s.data:
         raise BadInput("the story is the miniature's; your own model and data are for dpo.py, with the same flags")
     out = dpo.run_folder(s)
     out.mkdir(parents=True, exist_ok=True)
     device, dtype = device_and_dtype(s.device, s.dtype)
-    toy, began = checkpoint.resolve("toy"), time.perf_counter()
+    toy, began = checkpoint.resolve("toy/llava"), time.perf_counter()
     print("1. before: Vicuna-mini (text only) and LLaVA-mini (the same model after visual instruction tuning)")
     rows = {name: miniature.score_checkpoint(folder, name, out, device, dtype)[0]
-            for name, folder in (("Vicuna-mini", toy / "vicuna"), ("LLaVA-mini", toy))}
+            for name, folder in (("Vicuna-mini", toy.parent / "vicuna"), ("LLaVA-mini", toy))}
     print(miniature.table(rows))
 
     sampling = annotate.Story(out=str(out), prompts=s.prompts, seed=s.seed, device=s.device, dtype=s.dtype)
@@ -56,10 +56,10 @@ def run(s: Settings) -> None:
     rows["LLaVA-mini + DPO"] = miniature.measure(aligned, Tokens(toy, aligned.config), out, "aligned")[0]
     seconds = round(time.perf_counter() - began, 1)
     write_whole(out / "scores.json", json.dumps(describe_run(s, seconds=seconds, scores=rows)) + "\n")
-    print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in miniature.py)")
+    print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in toy/items.py)")
     print(miniature.table(rows))
     print(f"\nscores: {out}/scores.json   next: the same on records of your own, "
-          f"python dpo.py --ckpt toy --data {out}/records.jsonl --batch 16 --lr 1e-4")
+          f"python dpo.py --ckpt toy/llava --data {out}/records.jsonl --batch 16 --lr 1e-4")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ Calls of similar size are padded to one shape and run as a batch, so that a thou
 few calls, not a thousand. All layers of a model share the plan.
 
 References: FlashAttention (arXiv:2205.14135), FlashMask (arXiv:2410.01359) for column-range masks.
-Previous: oracle.py.  Next: kernels/flash.py (the same on a GPU).
+Previous: toy/oracle.py.  Next: kernels/flash.py (the same on a GPU).
 """
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -19,14 +19,14 @@ import annotate
 import checkpoint
 import common
 import data
-import oracle
-import pairs
-import records
-import rubric
-import tasks
+from toy import oracle
+from judge import report as pairs
+import formats as records
+from judge import rubric
+from toy import tasks
 from common import BadInput
 from conftest import meet, picture, tiny_checkpoint
-from records import ATTRIBUTES
+from formats import ATTRIBUTES
 
 
 @pytest.fixture(scope="module")

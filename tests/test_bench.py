@@ -1,4 +1,4 @@
-"""What bench.py counts and prints; it is run in small, so that it can be run at all. Speed itself is not tested.
+"""What speed.py counts and prints; it is run in small, so that it can be run at all. Speed itself is not tested.
 
     python -m pytest tests/test_bench.py -q          with SLOW=1 and TRL installed a step against it, too
 """
@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
-import bench
+import speed as bench
 import checkpoint
-import plan
-import records
+import memory as plan
+import formats as records
 from common import BadInput, read_jsonl
 from conftest import ROOT
 from data import Pixels, Tokens, Tree, make_pack, make_tree

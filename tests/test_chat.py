@@ -15,7 +15,7 @@ from annotate import sample_batch
 from common import BadInput
 from conftest import tiny_checkpoint
 from data import Pixels, Tokens
-from tasks import draw, items
+from toy.tasks import draw, items
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def picture(tmp_path_factory):
 
 
 def greedy(messages, images, root):
-    folder = checkpoint.resolve("toy")
+    folder = checkpoint.resolve("toy/llava")
     model = checkpoint.load(folder)
     record = {"id": "x", "messages": messages, "images": images, "root": root, "answers": []}
     return sample_batch(model, Tokens(folder, model.config), Pixels(model.config), [record], n=1, temperature=0.0)[0][0]["text"]
@@ -118,7 +118,7 @@ def test_unknown_words_are_counted(talk):
 def test_two_checkpoints_answer_and_one_without_eyes_is_asked_without(talk, picture):
     _, path = picture
     out = talk([f"/image {path}", "what is the opposite of big ?", "what is two plus two ?"], vs="toy/vicuna")
-    assert out[0].startswith("toy: ") and "(toy/vicuna sees no pictures" in out[1]
+    assert out[0].startswith("toy/llava: ") and "(toy/vicuna sees no pictures" in out[1]
     assert out[2:3] + out[4:] == ["the opposite of big is small ."] + [out[4]] and out[4].startswith("toy/vicuna: two plus two is four")
 
 

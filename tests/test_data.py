@@ -115,7 +115,7 @@ PIECES = ["the", " ", "  ", "a", "Circle", "0", "17", "1,000.50", "\n", "\n\n", 
 
 
 def random_text(rng: random.Random) -> str:
-    """No control token in it: records.py has refused those (three pieces can spell one)."""
+    """No control token in it: formats.py has refused those (three pieces can spell one)."""
     while True:
         text = "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 8)))
         if "</s>" not in text and "<image>" not in text:

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import records
+import formats as records
 import checkpoint
 import common
 import dpo
 import sft
-from pairs import choose_pair
+from judge.report import choose_pair
 from common import BadInput, schedule
 from conftest import picture, tiny_checkpoint
 from data import Features, Pixels, Tokens, ahead, answer_logps, make_tree, pack_size, token_logps
@@ -88,7 +88,7 @@ def rows_of(path):
 
 def loaded(ckpt, data, seed=0, **changes):
     """(model, pairs, pixels): what `align` hands to `train`."""
-    import records
+    import formats as records
     model = checkpoint.load(ckpt)
     tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
     items, _ = records.read(data)
@@ -627,7 +627,7 @@ def conversations(folder, n=5):
 
 
 def sft_trees(ckpt, path):
-    import records
+    import formats as records
     model = checkpoint.load(ckpt)
     tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
     items, _ = records.read(path)

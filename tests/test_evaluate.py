@@ -19,20 +19,20 @@ import numpy as np
 import pytest
 
 import annotate
-import harness
+from benchmarks import harness
 import checkpoint
 import common
 import evaluate
-import judge
+from judge import client as judge
 import judge_server
-import miniature
-from harness import Item, answer
+from toy import items as miniature
+from benchmarks.harness import Item, answer
 from common import BadInput, read_jsonl
 from conftest import ROOT, ended, hf_checkpoint, picture, process, randomize, tiny_checkpoint, write_tokenizer
 from data import SYSTEM, Pixels, Tokens
 from evaluate import BENCHES, Settings
 from judge_server import LASTING, Server, expected, fault_of
-from records import ATTRIBUTES
+from formats import ATTRIBUTES
 from test_evaluate_scores import MAKERS, OFFICIAL, official, write
 
 ALL = ",".join(BENCHES)
@@ -534,7 +534,7 @@ def test_without_arguments_the_miniature_runs(tmp_path, capsys, monkeypatch):
     assert head.split() == list(miniature.COLUMNS) and vicuna.split()[0] == "toy/vicuna" and vicuna.split()[-1] == "-" and "±" in llava
     said = {r["id"]: r["answers"] for r in read_jsonl(tmp_path / "answers-toy-vicuna.jsonl")}
     assert len(said) == 22 and all(len(pair) == 2 for pair in said.values())
-    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["toy"]["exist"]["n"] == 4
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["toy/llava"]["exist"]["n"] == 4
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it")

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import harness
-from harness import Item, load, mean, ratios
+from benchmarks import harness
+from benchmarks.harness import Item, load, mean, ratios
 from common import BadInput
 from conftest import picture
 from evaluate import BENCHES
-from text_benchmarks import AlpacaEval, MTBench, length_controlled
-from vision_benchmarks import POPE, LLaVABench, MMBench, MMVet
+from benchmarks.text import AlpacaEval, MTBench, length_controlled
+from benchmarks.pictures import POPE, LLaVABench, MMBench, MMVet
 
 OFFICIAL = os.environ.get("REMEDY_BENCHMARKS", "")
 official = pytest.mark.skipif(not OFFICIAL, reason="REMEDY_BENCHMARKS names no folder of official question files")

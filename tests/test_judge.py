@@ -25,15 +25,15 @@ import requests
 from PIL import Image
 
 import annotate
-import judge
+from judge import client as judge
 import judge_server
-import records
-import rubric
-import wire
+import formats as records
+from judge import rubric
+from judge import wire
 from common import BadInput, Journal
 from conftest import ROOT, ended, picture, process
 from judge_server import Server
-from wire import OpenAI, Gemini, Question, Reply
+from judge.wire import OpenAI, Gemini, Question, Reply
 
 KEY = "AIza-test-KEY_0123456789"
 SLOW = bool(os.environ.get("SLOW"))

@@ -147,7 +147,7 @@ def test_after_many_steps_the_reference_of_every_pair_is_still_that_of_the_start
     out.mkdir()
     model = dpo.align(dpo.Settings(**flags(ckpt, data, out, steps=50 if os.environ.get("SLOW") else 15, batch=5)), out)
     cached = [r["logps"] for r in rows_of(out / "reference.jsonl")]
-    import records
+    import formats as records
     fresh = checkpoint.load(ckpt)
     tokens, pixels = Tokens(ckpt, fresh.config), Pixels(fresh.config)
     trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in records.read(data)[0]]
@@ -271,7 +271,7 @@ def our_logits(model, tree, pixels):
 
 
 def trees_of(folder, config, data):
-    import records
+    import formats as records
     tokens = Tokens(folder, config)
     return [make_tree(tokens, r, [r["answers"][0]["text"]]) for r in records.read(data)[0]]
 

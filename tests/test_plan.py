@@ -1,6 +1,6 @@
 """The plan is what the allocator then says; checkpointing and the probe change memory, and nothing else.
 
-    python -m pytest tests/test_plan.py -q            with SLOW=1 also on the model of bench.py
+    python -m pytest tests/test_plan.py -q            with SLOW=1 also on the model of speed.py
 """
 import json
 import os
@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import bench
+import speed as bench
 import checkpoint
 import common
 import dpo
 import lora
-import plan
+import memory as plan
 import sft
 import steerlm
 from common import BadInput
@@ -79,7 +79,7 @@ def measured(folder, trees, budget, rank, again, dtype, steps=2):
     (0, False, torch.float32, 1024), (0, True, torch.float32, 1024), (8, False, torch.float32, 512), (8, True, torch.float32, 1024),
     (0, False, torch.bfloat16, 512)], ids=str)
 def test_the_plan_is_within_a_tenth_of_the_measured_peak_on_the_miniature(one_thread, rank, again, dtype, budget):
-    folder = checkpoint.resolve("toy")
+    folder = checkpoint.resolve("toy/llava")
     trees = trees_of(checkpoint.read_config(folder)[0], 80, 20, 12)
     peak, found = measured(folder, trees, budget, rank, again, dtype)
     assert sum(found.values()) == pytest.approx(peak, rel=0.1), found

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-import records
+import formats as records
 from common import BadInput
 from conftest import picture
 

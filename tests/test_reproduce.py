@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import annotate
-import miniature
+from toy import items as miniature
 import reproduce
 from common import BadInput, read_jsonl
 from conftest import ROOT
-from records import ATTRIBUTES
+from formats import ATTRIBUTES
 
 
 class Inline:

@@ -12,15 +12,15 @@ import torch
 import annotate
 import checkpoint
 import data
-import miniature
+from toy import items as miniature
 import rejection
 import sft
 import steerlm
-import tasks
+from toy import tasks
 from common import BadInput
 from conftest import hf_checkpoint, tiny_checkpoint
 from data import Pixels, Tokens, make_tree, steered
-from records import ATTRIBUTES
+from formats import ATTRIBUTES
 
 FORM = {"text": steerlm.FORM, "grades": list("01234"), "target": dict.fromkeys(ATTRIBUTES, 4)}
 
@@ -134,13 +134,13 @@ def test_a_form_that_cannot_work_is_refused(flags, why):
 
 def test_grades_that_the_tokenizer_does_not_know_are_refused(tmp_path):
     with pytest.raises(BadInput, match="does not tell the grades 0 1 2 3 4 apart; choose other --grades"):
-        steerlm.run(steerlm.Settings(ckpt="toy", data="x", out=str(tmp_path / "out"), steps=1))
+        steerlm.run(steerlm.Settings(ckpt="toy/llava", data="x", out=str(tmp_path / "out"), steps=1))
 
 
 def test_evaluation_asks_for_the_scores_and_says_so(tmp_path, capsys, monkeypatch):
     form = {"text": "\nanswer with {helpfulness} {correctness} {coherence} {complexity} {verbosity} .",
             "grades": ["no", "one", "two", "three", "four"], "target": dict.fromkeys(ATTRIBUTES, 4)}
-    folder = checkpoint.save(checkpoint.load("toy"), tmp_path / "steered", checkpoint.resolve("toy"), more={"steer.json": form})
+    folder = checkpoint.save(checkpoint.load("toy/llava"), tmp_path / "steered", checkpoint.resolve("toy/llava"), more={"steer.json": form})
     seen = []
     monkeypatch.setattr(miniature, "measure", lambda model, tokens, *a: seen.append(tokens.tokenizer.decode(
         make_tree(tokens, tasks.items("text", 1)[0] | {"root": ""}, []).prompt)) or ({}, []))

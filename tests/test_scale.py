@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import dpo
-import records
+import formats as records
 import sft
 from common import BadInput, OnDisk
 from conftest import tiny_checkpoint

@@ -14,9 +14,9 @@ import torch
 
 import checkpoint
 import common
-import miniature
+from toy import items as miniature
 import story
-import tasks
+from toy import tasks
 from data import Pixels, Tokens, answer_logps, make_tree, template
 from kernels import Mask
 
@@ -30,17 +30,17 @@ def scores(tmp_path_factory):
     pictures, before = tmp_path_factory.mktemp("pictures"), miniature.ITEMS
     miniature.ITEMS = FEW
     rows = {name: miniature.score_checkpoint(checkpoint.resolve(name), name, pictures, "cpu", torch.float32)[0]
-            for name in ("toy", "toy/vicuna")}
+            for name in ("toy/llava", "toy/vicuna")}
     miniature.ITEMS = before
     return {name: {column: s["mean"] for column, s in row.items()} for name, row in rows.items()}
 
 
 def test_llava_mini_sees(scores):
-    assert scores["toy"]["exist"] >= 0.85 and scores["toy"]["attribute"] >= 0.85
+    assert scores["toy/llava"]["exist"] >= 0.85 and scores["toy/llava"]["attribute"] >= 0.85
 
 
 def test_vicuna_mini_reads_and_visual_tuning_cost_it_style_and_some_content(scores):
-    before, after = scores["toy/vicuna"], scores["toy"]
+    before, after = scores["toy/vicuna"], scores["toy/llava"]
     assert before["text"] >= 9 and before["terse"] < 0.2
     assert after["text"] < before["text"] - 1 and after["terse"] > before["terse"] + 0.3
     assert after["core"] <= before["core"]
@@ -48,8 +48,8 @@ def test_vicuna_mini_reads_and_visual_tuning_cost_it_style_and_some_content(scor
 
 def test_llava_mini_looks_at_the_picture(tmp_path):
     """The same question about two pictures: the log-prob of an answer must change with the picture."""
-    model = checkpoint.load("toy")
-    tokens, pixels = Tokens(checkpoint.resolve("toy"), model.config), Pixels(model.config)
+    model = checkpoint.load("toy/llava")
+    tokens, pixels = Tokens(checkpoint.resolve("toy/llava"), model.config), Pixels(model.config)
     items = tasks.draw(tasks.items("exist", 2, "test"), tmp_path)
     question = items[0]["messages"]
     logps = []
@@ -60,7 +60,7 @@ def test_llava_mini_looks_at_the_picture(tmp_path):
 
 
 def test_the_vocabulary_covers_the_world_and_decoding_undoes_encoding():
-    tokens = Tokens(checkpoint.resolve("toy"), checkpoint.read_config(checkpoint.resolve("toy"))[0])
+    tokens = Tokens(checkpoint.resolve("toy/llava"), checkpoint.read_config(checkpoint.resolve("toy/llava"))[0])
     rng, unknown = random.Random(9), tokens.tokenizer.token_to_id("<unk>")
     for record in [tasks.text_conversation(rng) for _ in range(300)] + tasks.preference_prompts(300, 1):
         text = template(record["messages"])
@@ -75,13 +75,13 @@ def test_the_two_checkpoints_stay_under_ten_megabytes():
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it")
 def test_building_twice_gives_the_same_bytes(tmp_path):
-    """All four stages, a few steps each: python toy.py --scale 0.002."""
+    """All four stages, a few steps each: python -m toy.build --scale 0.002."""
     for name in ("one", "two"):
-        done = subprocess.run([sys.executable, ROOT / "toy.py", "--scale", "0.002", "--out", tmp_path / name],
-                              capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([sys.executable, "-m", "toy.build", "--scale", "0.002", "--out", tmp_path / name],
+                              capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     files = sorted(f.relative_to(tmp_path / "one") for f in (tmp_path / "one").rglob("*") if f.is_file())
-    assert Path("vicuna/model.safetensors") in files and Path("model.safetensors") in files
+    assert Path("vicuna/model.safetensors") in files and Path("llava/model.safetensors") in files
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
 
 
@@ -98,21 +98,21 @@ def test_the_story_runs_from_sampling_to_the_table(tmp_path, capsys, monkeypatch
         "Vicuna-mini", "LLaVA-mini", "LLaVA-mini + DPO"}
 
 
-@pytest.mark.parametrize("name", ["toy", "toy/vicuna"])
+@pytest.mark.parametrize("name", ["toy/llava", "toy/vicuna"])
 def test_transformers_loads_the_miniature_and_agrees(name):
     transformers = pytest.importorskip("transformers")
     folder = ROOT / name
-    kind = transformers.LlavaForConditionalGeneration if name == "toy" else transformers.LlamaForCausalLM
+    kind = transformers.LlavaForConditionalGeneration if name == "toy/llava" else transformers.LlamaForCausalLM
     theirs, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = checkpoint.load(folder)
     tokens = Tokens(folder, ours.config)
-    messages = [{"role": "user", "content": ("<image>\n" if name == "toy" else "") + "is there a circle ?"}]
+    messages = [{"role": "user", "content": ("<image>\n" if name == "toy/llava" else "") + "is there a circle ?"}]
     ids = torch.tensor(tokens.encode(template(messages)))
-    pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)) if name == "toy" else None
+    pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)) if name == "toy/llava" else None
     zero = torch.zeros_like(ids)
     with torch.no_grad():
         mine = ours(ids, torch.arange(len(ids)), Mask(zero, zero, zero), pixels) @ ours.head.T
-        extra = {"pixel_values": pixels} if name == "toy" else {}
+        extra = {"pixel_values": pixels} if name == "toy/llava" else {}
         his = theirs(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **extra).logits[0]
     assert (mine - his).abs().max() < 1e-4

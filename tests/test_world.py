@@ -8,10 +8,10 @@ import random
 import numpy as np
 import pytest
 
-import oracle
-import tasks
-import world
-from records import quality
+from toy import oracle
+from toy import tasks
+from toy import world
+from formats import quality
 
 KINDS = world.LOOKUPS + world.KNOWLEDGE + ("each", "choice", "describe")
 

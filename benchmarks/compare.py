@@ -6,7 +6,7 @@ number with one of the other. How long the answers are stands beside what was ju
 
     python evaluate.py --compare runs/evaluate/llava runs/evaluate/dpo --out runs/compare
 
-Previous: vision_benchmarks.py.  Next: evaluate.py (the harness).
+Previous: benchmarks/pictures.py.  Next: evaluate.py (the harness).
 """
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib
 
-from harness import aligned, load, shown
+from benchmarks.harness import aligned, load, shown
 from common import BadInput, write_whole
 
 matplotlib.use("Agg")

@@ -23,7 +23,7 @@ length, as arXiv:2404.04475 does (less its term for an instruction's difficulty,
 
 Other than officially, the judge is asked at temperature 0 where it can be, and its replies may be long.
 
-Previous: miniature.py.  Next: vision_benchmarks.py (four with pictures).
+Previous: toy/items.py.  Next: benchmarks/pictures.py (four with pictures).
 """
 import ast
 import random
@@ -31,7 +31,7 @@ import re
 
 import numpy as np
 
-from harness import UNKNOWN, Item, Prompt, find, load, mean
+from benchmarks.harness import UNKNOWN, Item, Prompt, find, load, mean
 from common import sha
 
 FASTCHAT = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"

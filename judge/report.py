@@ -14,7 +14,7 @@ every place should hold the best answer equally often.
 
     python annotate.py --data runs/annotate/records.jsonl --pairs --board board.html
 
-Previous: rubric.py.  Next: annotate.py (the whole of annotation).
+Previous: judge/rubric.py.  Next: annotate.py (the whole of annotation).
 """
 import html
 import math
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from records import ATTRIBUTES, image_path, quality
-from rubric import conversation
-from wire import jpeg
+from formats import ATTRIBUTES, image_path, quality
+from judge.rubric import conversation
+from judge.wire import jpeg
 
 GAP = 2         # smallest difference in S between chosen and rejected (the paper's rule)
 SHOWN = 300     # records on a board; a page with thousands of pictures opens nowhere

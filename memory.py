@@ -18,7 +18,7 @@ LoRA has a small t. With `--checkpointing on` only each block's input is kept, a
 
 Then `begin` runs the largest pack forward and backward before the first step, with optimizer and gradients in place: it changes
 no weight and no order. The plan counts tensors; the process itself and what the allocator keeps for later come on top. The
-operations of a step, which bench.py asks for, are counted here, too.
+operations of a step, which speed.py asks for, are counted here, too.
 
 Previous: data.py.  Next: resume.py (a run that was stopped goes on).
 """

@@ -18,7 +18,7 @@ six questions about one picture) move together, so their parts are added first, 
 the linearised cluster variance of survey statistics (arXiv:2411.00640 recommends it for benchmarks). For b = 1 and groups of
 one it is the plain standard error.
 
-Previous: steerlm.py.  Next: miniature.py (benchmarks whose truth is known).
+Previous: steerlm.py.  Next: toy/items.py (benchmarks whose truth is known).
 """
 import json
 import random
@@ -35,7 +35,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-import records
+import formats as records
 from annotate import check_room, sample_batch
 from common import BadInput, Journal, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, make_tree, target_scores

@@ -5,18 +5,18 @@ has two turns, the second leaning on the first ("now backwards ."), as in MT-Ben
 cost. Ten kinds of visual question use the very wording of a text task with one argument to be looked up, which is what
 ties the two abilities together.
 
-Everything here is a record in the format of records.py plus "truth": the scene and the turns that the judge needs.
+Everything here is a record in the format of formats.py plus "truth": the scene and the turns that the judge needs.
 A first question (or its scene) belongs to train, dev or test by a checksum of its text, so no scene and no first
 question of a benchmark was ever trained on; settings are chosen on dev, results reported on test.
 
-Previous: world.py.  Next: oracle.py (the judge).
+Previous: toy/world.py.  Next: toy/oracle.py (the judge).
 """
 import os
 import random
 from itertools import count
 from pathlib import Path
 
-from world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOME, HOMES, KNOWLEDGE, LOOKUPS, NUMBERS, OPPOSITE, SHAPES,
+from toy.world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOME, HOMES, KNOWLEDGE, LOOKUPS, NUMBERS, OPPOSITE, SHAPES,
                    Scene, Thing, add, ask, ask_exist, join, numbers, random_scene, render, say_times, sentence, split_of, turn)
 
 # ---- text tasks: two turns each; the second leans on the first ("now backwards ."), as in MT-Bench -----------
@@ -121,7 +121,7 @@ TASK_MAKERS = {"either": make_either, "compare": make_compare, "opposite": make_
                "repeat": make_repeat, "add": make_add, "list": make_list, "count": make_count, "sentence": make_sentence}
 
 
-# ---- records (the format of records.py, plus "truth", the scene and the turns the judge will need) -----------
+# ---- records (the format of formats.py, plus "truth", the scene and the turns the judge will need) -----------
 
 def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None = None,
                  image: str | None = None, seed: int = 0) -> dict:

@@ -1,9 +1,9 @@
 """What is said on the wire to a judge: a question, a reply, and how Gemini and OpenAI-style servers spell them.
 
-Pure functions between Python and JSON; nothing here sends anything (judge.py does). Every server has its own way of not
+Pure functions between Python and JSON; nothing here sends anything (judge/client.py does). Every server has its own way of not
 answering, with status 200: Gemini leaves the candidates out where the prompt was blocked, sends a candidate without content
 where the answer was, thinks until no room is left to speak, and splits its text over parts, thoughts among them. Each of
-these becomes one of judge.py's states, none of them an empty answer.
+these becomes one of judge/client.py's states, none of them an empty answer.
 
     Gemini    POST /v1beta/models/MODEL:generateContent     https://ai.google.dev/api/generate-content
     OpenAI    POST /v1/chat/completions                     also vLLM's and many others'
@@ -11,7 +11,7 @@ these becomes one of judge.py's states, none of them an empty answer.
 Deliberate: responseJsonSchema without "additionalProperties", which the endpoint refuses; no temperature for Gemini, whose
 newer models ignore or refuse it; store false, because what is judged is not ours to leave lying there.
 
-Previous: toy.py.  Next: judge.py (asking, and surviving it).
+Previous: toy/build.py.  Next: judge/client.py (asking, and surviving it).
 """
 import base64
 import re

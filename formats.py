@@ -75,7 +75,7 @@ def convert(raw: dict, where: str) -> dict:
     elif any(isinstance(raw.get(key), str) for key in ("text", "question")) or raw.get("q_a_pairs"):
         record = from_question(raw)
     else:
-        raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see records.py")
+        raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see formats.py")
     record = {key: value for key, value in raw.items() if key not in TAKEN} | record           # what we do not know travels along
     record["id"] = identity(raw, where)
     images = next((raw[key] for key in ("images", "image", "image_path", "image_file") if raw.get(key)), [])

@@ -5,7 +5,7 @@
     curves.png        text ability against the share of the data, and against the share of wrong labels
     attributes.png    how the judge's five attributes go together (the paper's Fig. 3)
     board.png         the first questions of a seeded draw, answered before and after: unpicked
-    speed.png         what bench.py measured (drawn by bench.py)
+    speed.png         what speed.py measured (drawn by speed.py)
 
 Nothing is computed here but means. reproduce.py draws at its end, and again with `python reproduce.py --only tables`.
 
@@ -20,11 +20,11 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import miniature
+from toy import items as miniature
 from common import read_jsonl
-from pairs import statistics
-from records import ATTRIBUTES
-from tasks import items
+from judge.report import statistics
+from formats import ATTRIBUTES
+from toy.tasks import items
 from vision import load_image
 
 COLORS = {"Vicuna-mini": "#777777", "LLaVA-mini": "#333333", "SFT, short answers": "#c77700", "SFT, full answers": "#1f77b4",
@@ -135,7 +135,7 @@ def save(figure, path: Path) -> Path:
 
 
 def speed(rows: list[dict]):
-    """What bench.py measured: a step's time and memory against the opponent's, and how a step's time grows."""
+    """What speed.py measured: a step's time and memory against the opponent's, and how a step's time grows."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     steps = [r for r in rows if r["bench"] == "dpo"]
     for axis, key, unit in ((axes[0], "pairs_per_s", "pairs a second"), (axes[1], "peak_mib", "peak memory, MiB")):

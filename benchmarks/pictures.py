@@ -1,6 +1,6 @@
 """Four benchmarks with pictures: MM-Vet, LLaVA-Bench in the wild, POPE, MMBench.
 
-The same functions per class as in text_benchmarks.py. What the official tool would say stands first, a repaired figure beside it.
+The same functions per class as in benchmarks/text.py. What the official tool would say stands first, a repaired figure beside it.
 
 MM-Vet (arXiv:2308.02490): 218 questions, each needing some of six abilities; a judge that sees the right answer, not the picture,
 gives 0.0 to 1.0. The official tool re-asks, and after the fifth reply that is no number writes 0.0; `parsed` leaves such
@@ -21,7 +21,7 @@ MMBench (arXiv:2307.06281): one letter out of up to four; a question counts only
 its options, rows index + k 1,000,000. Letters are found as in VLMEvalKit, by rule; what shows none is wrong, never guessed.
 `vanilla` counts the unrotated rows.
 
-Previous: text_benchmarks.py.  Next: compare.py (results side by side).
+Previous: benchmarks/text.py.  Next: benchmarks/compare.py (results side by side).
 """
 import base64
 import csv
@@ -32,9 +32,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import Item, Prompt, find, load, mean, ratios
+from benchmarks.harness import Item, Prompt, find, load, mean, ratios
 from common import BadInput, sha
-from text_benchmarks import complete, readable
+from benchmarks.text import complete, readable
 
 
 def llava_rows(items: list[Item], answers: dict, model: str) -> list[dict]:

@@ -1,6 +1,6 @@
 """The judge who cannot be wrong: what a sentence claims, whether it is true, and what that is worth.
 
-A record of tasks.py carries its questions with a full answer ("the circle is red .") and a bare one ("red").
+A record of toy/tasks.py carries its questions with a full answer ("the circle is red .") and a bare one ("red").
 Judging is then three small steps:
 
     claims     the words with content, in order: [circle, red]; all other words are grammar
@@ -12,15 +12,15 @@ Five attributes, 0 to 4 as HelpSteer (arXiv:2311.09528) has them, follow from tr
 who answers, and wrong but wordy never beats right but terse (only a description is marked by degrees). The scorers of
 the miniature benchmarks use the same two quantities.
 
-    python oracle.py           # its opinion of a few answers
+    python -m toy.oracle           # its opinion of a few answers
 
-Previous: tasks.py.  Next: kernels/attention.py (what a token may see).
+Previous: toy/tasks.py.  Next: kernels/attention.py (what a token may see).
 """
 import re
 from collections import Counter
 
-from tasks import items
-from world import CATEGORY, CONTENT, HOMES
+from toy.tasks import items
+from toy.world import CATEGORY, CONTENT, HOMES
 
 # ---- truth and form --------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ that peak memory is its own. Medians, warm-up rounds dropped.
     growth    what a step costs as answers get longer, more, and the model larger
 
     pip install transformers==5.23.0 trl==1.16.0
-    python bench.py                        all of it, on two threads; rows are added to results/bench.jsonl
-    python bench.py --what dpo --size 7b   on a GPU: the shapes of LLaVA-1.5-7B, random weights; all trained wants 118 GB by our
+    python speed.py                        all of it, on two threads; rows are added to results/bench.jsonl
+    python speed.py --what dpo --size 7b   on a GPU: the shapes of LLaVA-1.5-7B, random weights; all trained wants 118 GB by our
                                            plan, --lora 128 (pip install peft==0.21.2; give it another --out) 67 or 23
 Previous: chat.py.
 """
@@ -41,17 +41,17 @@ from tqdm import tqdm
 
 import checkpoint
 import dpo
-import figures
+from toy import figures
 import kernels
 import lora
-import records
+import formats as records
 from common import DTYPES, BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl
 from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, pack_size, template
 from kernels.attention import attention_spec, dense_mask
 from kernels.logprob import logps_spec
 from model import Config, Llava, TextConfig, generate
-from plan import attention_work, step_work
-from toy import SPECIAL, initialise, write_tokenizer
+from memory import attention_work, step_work
+from toy.build import SPECIAL, initialise, write_tokenizer
 from vision import VisionConfig
 
 

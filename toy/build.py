@@ -9,8 +9,8 @@ Stages 2 to 4 are `sft.train`, the loop that real models use; only the data and 
 written by `checkpoint.save` in the llava-hf layout, so every script loads it like any other checkpoint, and so does
 transformers:
 
-    toy/            LLaVA-mini: config.json, model.safetensors, tokenizer.json, ...
-    toy/vicuna/     Vicuna-mini, the text model it was made from
+    OUT/llava       LLaVA-mini: config.json, model.safetensors, tokenizer.json, ...
+    OUT/vicuna      Vicuna-mini, the text model it was made from
 
 Stage 4 is where the damage is done, for the natural reason: most visual questions are answered in a word, the language
 model learns that answers are short, and nothing in the data reminds it of its text skills.
@@ -18,10 +18,10 @@ model learns that answers are short, and nothing in the data reminds it of its t
 Stages 1 and 2 need nothing from each other and run as two processes of one thread each. Everything is drawn from one
 seed and every reduction has a fixed order, so the same machine and torch give the same bytes.
 
-    python toy.py                # builds toy/ where there is none
+    python -m toy.build                # builds toy/ where there is none
     python evaluate.py           # what the two can do
 
-Previous: sft.py.  Next: wire.py (what is said to a judge).
+Previous: sft.py.  Next: judge/wire.py (what is said to a judge).
 """
 import common  # first: it tells OpenMP how to wait
 import json
@@ -45,8 +45,8 @@ from tqdm import tqdm
 import checkpoint
 import kernels
 import sft
-import tasks
-import world
+from toy import tasks
+from toy import world
 from common import BadInput, main, schedule
 from data import SYSTEM, Tokens, Tree, make_pack, make_tree
 from model import Config, Llama, Llava, TextConfig
@@ -56,7 +56,7 @@ from vision import ViT, VisionConfig, preprocess
 @dataclass
 class Settings:
     """Build Vicuna-mini and LLaVA-mini."""
-    out: str = "toy"             # folder to write; it must not hold a model yet
+    out: str = "runs/toy"        # folder to write; it must not hold a model yet
     seed: int = 0                # of initialisation and data
     scale: float = 1.0           # share of every stage's steps (0.01 to see it run)
     width: int = 128             # of the language model, a multiple of 32
@@ -276,11 +276,13 @@ def run(s: Settings) -> None:
                       pool.submit(train_language, folder, s.seed, s.scale, s.width)]:
             stage.result()
     train_visual(folder, s.seed, s.scale)
-    os.replace(folder / "vicuna", folder / "llava" / "vicuna")
-    os.replace(folder / "llava", out)                                        # all of it appears at once
+    (folder / "both").mkdir()
+    for name in ("vicuna", "llava"):
+        os.replace(folder / name, folder / "both" / name)
+    os.replace(folder / "both", out)                                        # all of it appears at once
     shutil.rmtree(folder)
-    print(f"{out} and {out}/vicuna built in {(time.time() - began) / 60:.1f} minutes; what they can do: "
-          f"python evaluate.py --ckpt {out}/vicuna,{out}")
+    print(f"{out}/llava and {out}/vicuna built in {(time.time() - began) / 60:.1f} minutes; what they can do: "
+          f"python evaluate.py --ckpt {out}/vicuna,{out}/llava")
 
 
 if __name__ == "__main__":

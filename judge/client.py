@@ -22,7 +22,7 @@ makes every worker wait. What is not (a wrong key, an unknown model, an empty qu
 The key travels in a header only, redirects are not followed, .netrc is not read, and whatever a server sends back is searched
 for the key before it is printed or stored.
 
-Previous: wire.py.  Next: rubric.py (what the judge is asked).
+Previous: judge/wire.py.  Next: judge/rubric.py (what the judge is asked).
 """
 import json
 import math
@@ -42,7 +42,7 @@ import urllib3
 from tqdm import tqdm
 
 from common import BadInput, Journal
-from wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, rejected
+from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, rejected
 
 STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
 ASKS = 3                 # replies to one question before it counts as unparseable

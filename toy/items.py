@@ -1,7 +1,7 @@
 """The miniature's benchmarks, judged exactly: what a model can do in a world whose truth is known.
 
 A model is asked held-out questions and decodes greedily; every scorer is a pure function of record and answer
-(oracle.py). Text and vision stand side by side, because the finding is about the trade between them:
+(toy/oracle.py). Text and vision stand side by side, because the finding is about the trade between them:
 
     text        MT-mini: two turns without an image, the second asked after the model's *own* first answer; 1 to 10
     core        the same answers' content alone, blind to length and style: forgetting, without the style leak
@@ -13,19 +13,19 @@ A model is asked held-out questions and decodes greedily; every scorer is a pure
 
 They run with no judge and no download, which is what `python evaluate.py` does unless told otherwise.
 
-Previous: harness.py.  Next: text_benchmarks.py (the published ones).
+Previous: benchmarks/harness.py.  Next: benchmarks/text.py (the published ones).
 """
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 import checkpoint
-import oracle
-import tasks
-from harness import Item, aligned, answer, mean, shown, steer
+from toy import oracle
+from toy import tasks
+from benchmarks.harness import Item, aligned, answer, mean, shown, steer
 from common import BadInput
 from data import Pixels, Tokens
 from model import Llava
-from records import quality
+from formats import quality
 
 ITEMS = {"text": 165, "exist": 200, "attribute": 200, "describe": 100, "choice": 100}    # fixed, seeded, held out
 MAX_NEW = 48                                                                             # words; the longest truth has 36

@@ -11,7 +11,7 @@ of HelpSteer (arXiv:2311.09528). What makes such numbers worth having:
 
 The wording is ours: the paper's own prompt was never published.
 
-Previous: judge.py.  Next: pairs.py (from scores to pairs).
+Previous: judge/client.py.  Next: judge/report.py (from scores to pairs).
 """
 import json
 import random
@@ -19,11 +19,11 @@ import re
 from itertools import count, islice
 from pathlib import Path
 
-import oracle
-import records
+from toy import oracle
+import formats as records
 from common import BadInput, sha
-from records import ATTRIBUTES
-from wire import Question
+from formats import ATTRIBUTES
+from judge.wire import Question
 
 RUBRIC = """You grade answers to questions about pictures. You see the pictures, a conversation that ends with a question, and \
 several candidate answers under letters, in random order. Look at the pictures first: what a candidate says about them is \

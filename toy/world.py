@@ -7,7 +7,7 @@ renderer jitters position, radius, shade and background, so seeing is real, but 
 16 x 16 patch: what an image token has to hold is one thing, or nothing.
 
 The language has about two hundred words. A question, its full answer ("the circle is red .") and its bare
-answer ("red") are made together; that triple is all that the exact judge (oracle.py) needs. A written scene names
+answer ("red") are made together; that triple is all that the exact judge (toy/oracle.py) needs. A written scene names
 a thing in one hyphenated word ("top-left big-red-circle") and takes the very questions that an image takes, so a
 text model can learn to look things up before it sees.
 
@@ -15,7 +15,7 @@ Nothing here knows about models or training methods. Everybody draws from `rando
 into train, dev and test is a checksum of the scene or of the prompt, and a record carries its truth
 as JSON, so it can be judged after any journey through files.
 
-Previous: common.py.  Next: tasks.py (what is made of these questions).
+Previous: common.py.  Next: toy/tasks.py (what is made of these questions).
 """
 import math
 import random
