@@ -16,9 +16,11 @@ the miniature benchmarks use the same two quantities.
 
 Previous: toy/tasks.py.  Next: kernels/attention.py (what a token may see).
 """
+import json
 import re
 from collections import Counter
 
+from common import BadInput
 from toy.tasks import items
 from toy.world import CATEGORY, CONTENT, HOMES
 
@@ -95,6 +97,24 @@ def judge(record: dict, text: str) -> tuple[dict, str]:
     scores = {"helpfulness": helpful, "correctness": correct, "coherence": coherent,
               "complexity": min(4, len(claims(text))), "verbosity": sum(n > b for b in (1, 4, 8, 16))}
     return scores, f"{shape} form, {share:.0%} of the truth; the answer is: {asked['full']}"
+
+
+def exact_reply(record: dict, order: list[int], golden: bool) -> str:
+    """What the oracle says about a record's answers, in the words of a judge: the JSON that rubric.py asks for.
+
+    The answer at place p (A, B, ...) is record["answers"][order[p]]. Raises BadInput where the record is not of this world."""
+    if "truth" not in record:
+        raise BadInput(f"record {record['id']}: --judge oracle knows the truth about the miniature's records only")
+
+    candidates = []
+    for place, k in enumerate(order):
+        scores, comment = judge(record, record["answers"][k]["text"])
+        candidates.append({"id": chr(ord("A") + place), "comment": comment, **scores})
+
+    reply = {"candidates": candidates}
+    if golden:
+        reply = {"golden_answer": record["truth"]["turns"][-1]["full"], **reply}
+    return json.dumps(reply)
 
 
 # ---- benchmarks ------------------------------------------------------------------------------------
