@@ -19,6 +19,7 @@ model goes out as LlamaForCausalLM), whole or not at all.
 
 Previous: parallel.py.  Next: formats.py (one record, and every file people already have).
 """
+import hashlib
 import json
 import os
 import pickle
@@ -31,11 +32,10 @@ from typing import Callable, Iterable, Iterator
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-import lora
 import parallel
-from common import HERE, BadInput, only, sha, write_whole
+from common import HERE, BadInput, sha, write_whole
 from model import Config, Llava, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
 
@@ -43,6 +43,7 @@ SHARD_BYTES = 5 << 30
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
                    "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+                   "template.json",                         # how the model wants its prompts
                    "steer.json")                           # what a SteerLM model was trained to be asked for
 TAKE_TOKENIZER = ("no tokenizer.json in {folder}: copy it there from a llava-hf folder of the same model (for LLaVA-1.5: "
                   "llava-hf/llava-1.5-7b-hf or -13b-hf; for a text-only Llama: its own transformers folder)")
@@ -84,6 +85,13 @@ def hub_name(key: str, text_only: bool) -> str:
 
 ROPE = {"default": (), "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def only(raw: dict, where, remedy: str = "", **known) -> None:
+    """What a config file says under these names, if anything, must be the one value that this code computes. Raises BadInput."""
+    for name, value in known.items():
+        if (raw.get(name) or value) != value:
+            raise BadInput(f"{where}: {name} is {raw[name]!r}, and only {value!r} is known here{remedy}")
 
 
 def text_config(raw: dict, where="config.json") -> TextConfig:
@@ -255,8 +263,8 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     """
     folder = resolve(str(ckpt))
     if base := base_folder(folder):
-        named = ((key, canonical(lora.plain(key)), read) for key, read in tensors(folder))
-        return lora.add_adapter(load(base, device, dtype), read_json(folder / "adapter_config.json"), named, folder)
+        named = ((key, canonical(plain(key)), read) for key, read in tensors(folder))
+        return add_adapter(load(base, device, dtype), read_json(folder / "adapter_config.json"), named, folder)
     config, tower = read_config(folder)
     tied = config.text.tie_word_embeddings
     with torch.device("meta"):
@@ -291,7 +299,72 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
         model.lm_head.weight = model.language_model.embed_tokens.weight
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("vision_tower."))
+    model.dtype = dtype
     return model.eval()
+
+
+def digest(model: Llava) -> str:
+    """Names the weights a model holds, by their content."""
+    found = hashlib.sha256(repr(model.config).encode())                  # a rope_theta counts as a weight
+    for name, p in model.named_parameters():
+        found.update(name.encode())
+        found.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+# ---- PEFT's adapters ----------------------------------------------------------------------------------------
+
+def plain(key: str) -> str:
+    """PEFT's name for a tensor -> the name of the module it stands in, as a checkpoint would have it."""
+    key = re.sub(r"\.(modules_to_save|lora_[AB])\.default\b", r".\1", key.removeprefix("base_model.model."))
+    return key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def add_adapter(model: nn.Module, config: dict, named: Iterable[tuple[str, str, Callable]], where) -> nn.Module:
+    """W += scale B A for every pair of an adapter; the weights that it holds whole (its projector) take their places. `named` are
+    (PEFT's name, our name, how to read it). Raises BadInput listing what does not fit."""
+    scale, places, found, wrong = scale_of(config, where), dict(model.named_parameters()), {}, []
+    for key, ours, read in named:
+        name, _, half = ours.partition(".lora_")
+        name, value = name + ".weight" * bool(half), read()
+        if name not in places or half not in ("", "A.weight", "B.weight"):
+            wrong.append(f"extra      {key}")
+        elif not torch.isfinite(value).all():
+            wrong.append(f"not finite {key}: holds NaN or infinity")
+        else:
+            found.setdefault(name, {})[half[:1]] = value
+    for name, parts in found.items():
+        weight, shapes = places[name], {half: tuple(x.shape) for half, x in parts.items()}
+        rank = shapes.get("A", ())[:1]
+        right = {"": tuple(weight.shape), "A": (*rank, weight.shape[-1]), "B": (weight.shape[0], *rank)}
+        if ("A" in parts) != ("B" in parts) or any(shape != right[half] for half, shape in shapes.items()):
+            wrong.append(f"misshapen  {name}: {shapes}, for a weight of {right['']}")
+            continue
+        if "" in parts:                                                          # first: PEFT may store what it corrects, too
+            weight.copy_(parts[""])
+        if "A" in parts:
+            add(weight, parts["A"], parts["B"], scale)
+    if wrong or not found:
+        raise BadInput(f"{where}: the adapter does not fit its base model:\n  " + "\n  ".join(wrong[:20] or ["it is empty"]))
+    return model
+
+
+def scale_of(config: dict, where) -> float:
+    """adapter_config.json -> what B A is multiplied with. Raises BadInput for what would be computed otherwise."""
+    only(config, where, "; merge it with PEFT first", peft_type="LORA", use_dora=False, bias="none", fan_in_fan_out=False,
+         rank_pattern={}, alpha_pattern={})
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise BadInput(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, not two numbers")
+    return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+
+
+@torch.no_grad()
+def add(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """W += scale B A, in fp32, in place."""
+    delta = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
+    weight.copy_(weight.float() + delta)
 
 
 # ---- out ------------------------------------------------------------------------------------------------------
@@ -380,21 +453,21 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
     """Write `folder` whole or not at all: weights in llava-hf names, configs, tokenizer files copied along; `crop` says how
     the model was shown its images, for those who load it elsewhere. `more` are JSON files by name. Where weights are kept in
     shards, every process calls it and process 0 writes, one file's tensors at a time."""
-    folder, config = Path(folder), model.config
+    folder, config, dtype = Path(folder), model.config, getattr(model, "dtype", model.head.dtype)
     named = {hub_name(name, config.vision is None): p.detach() for name, p in model.named_parameters()}
     shards = [*in_files(named.items(), SHARD_BYTES)]
     n = len(shards)
     files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     with whole_folder(folder) if parallel.rank() == 0 else nullcontext() as aside:
         for file, shard in zip(files, shards):
-            part = {name: parallel.whole(value) for name, value in shard.items()}
+            part = {name: parallel.whole(value).to(dtype) for name, value in shard.items()}
             if aside:
                 write_tensors(part, aside / file)
         if aside:
-            documents = {"config.json": config_json(config, model.head.dtype)} | processor_json(config, crop)
+            documents = {"config.json": config_json(config, dtype)} | processor_json(config, crop)
             if n > 1:
                 documents["model.safetensors.index.json"] = {
                     "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
-                    "metadata": {"total_size": sum(x.nbytes for x in named.values())}}
+                    "metadata": {"total_size": sum(x.numel() * dtype.itemsize for x in named.values())}}
             write_documents(documents | (more or {}), aside, Path(tokenizer_from))
     return folder

@@ -21,15 +21,14 @@ too. Every script takes either folder as --ckpt.
 
 Previous: model.py.  Next: parallel.py (many processes, one result).
 """
-import re
 from dataclasses import replace
-from typing import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import BadInput, only
+import checkpoint
+from common import BadInput
 from model import Linear
 
 PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, beside adapters
@@ -72,17 +71,10 @@ def adapters(model: nn.Module) -> dict[str, Adapted]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
-@torch.no_grad()
-def add(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """W += scale B A, in fp32, in place."""
-    delta = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
-    weight.copy_(weight.float() + delta)
-
-
 def merge(model: nn.Module) -> None:
     """Fold every adapter into its weight; what is left is a model like any other."""
     for name, layer in adapters(model).items():
-        add(layer.weight, layer.lora_A, layer.lora_B, layer.scale)
+        checkpoint.add(layer.weight, layer.lora_A, layer.lora_B, layer.scale)
         with torch.device("meta"):
             plain = Linear(layer.in_features, layer.out_features)
         plain.weight = layer.weight
@@ -110,42 +102,6 @@ def to_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict]:
         "target_modules": rf".*{'' if text_only else 'language_model.*'}layers\.\d+\.({'|'.join(TARGETS)})\.({last})"}
 
 
-def plain(key: str) -> str:
-    """PEFT's name for a tensor -> the name of the module it stands in, as a checkpoint would have it."""
-    key = re.sub(r"\.(modules_to_save|lora_[AB])\.default\b", r".\1", key.removeprefix("base_model.model."))
-    return key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-
-
-@torch.no_grad()
-def add_adapter(model: nn.Module, config: dict, named: Iterable[tuple[str, str, Callable]], where) -> nn.Module:
-    """W += scale B A for every pair of an adapter; the weights that it holds whole (its projector) take their places. `named` are
-    (PEFT's name, our name, how to read it). Raises BadInput listing what does not fit."""
-    scale, places, found, wrong = scale_of(config, where), dict(model.named_parameters()), {}, []
-    for key, ours, read in named:
-        name, _, half = ours.partition(".lora_")
-        name, value = name + ".weight" * bool(half), read()
-        if name not in places or half not in ("", "A.weight", "B.weight"):
-            wrong.append(f"extra      {key}")
-        elif not torch.isfinite(value).all():
-            wrong.append(f"not finite {key}: holds NaN or infinity")
-        else:
-            found.setdefault(name, {})[half[:1]] = value
-    for name, parts in found.items():
-        weight, shapes = places[name], {half: tuple(x.shape) for half, x in parts.items()}
-        rank = shapes.get("A", ())[:1]
-        right = {"": tuple(weight.shape), "A": (*rank, weight.shape[-1]), "B": (weight.shape[0], *rank)}
-        if ("A" in parts) != ("B" in parts) or any(shape != right[half] for half, shape in shapes.items()):
-            wrong.append(f"misshapen  {name}: {shapes}, for a weight of {right['']}")
-            continue
-        if "" in parts:                                                          # first: PEFT may store what it corrects, too
-            weight.copy_(parts[""])
-        if "A" in parts:
-            add(weight, parts["A"], parts["B"], scale)
-    if wrong or not found:
-        raise BadInput(f"{where}: the adapter does not fit its base model:\n  " + "\n  ".join(wrong[:20] or ["it is empty"]))
-    return model
-
-
 def check_flags(s, stacked: bool) -> None:
     """Flags that contradict each other are refused before anything is read. `stacked`: --ckpt is an adapter itself."""
     if not s.lora and (s.alpha or s.merge):
@@ -162,11 +118,3 @@ def rates(s, full: float, adapters: float):
     return replace(s, lr=adapters, projector_lr=s.projector_lr or PROJECTOR_LR) if s.lora else replace(s, lr=full)
 
 
-def scale_of(config: dict, where) -> float:
-    """adapter_config.json -> what B A is multiplied with. Raises BadInput for what would be computed otherwise."""
-    only(config, where, "; merge it with PEFT first", peft_type="LORA", use_dora=False, bias="none", fan_in_fan_out=False,
-         rank_pattern={}, alpha_pattern={})
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise BadInput(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, not two numbers")
-    return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)

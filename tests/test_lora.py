@@ -47,7 +47,7 @@ def run(ckpt, data, tmp_path_factory):
 
 
 def logps(model, folder, data, records=None):
-    import records as reading
+    import formats as reading
     tokens, pixels = Tokens(folder, model.config), Pixels(model.config)
     trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in records or reading.read(data)[0]]
     with torch.no_grad():
@@ -334,4 +334,4 @@ def test_peft_loads_a_text_only_adapter(tmp_path):
 @pytest.mark.parametrize("change", ({"r": "4"}, {"r": 0}, {"lora_alpha": "8"}, {"lora_alpha": None}), ids=str)
 def test_a_rank_that_is_no_number_is_refused(change):
     with pytest.raises(BadInput, match="not two numbers"):
-        lora.scale_of({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | change, "adapter_config.json")
+        checkpoint.scale_of({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | change, "adapter_config.json")
