@@ -42,7 +42,7 @@ from toy import tasks
 from common import BadInput, Journal, describe_run, device_and_dtype, journal_rows, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, make_tree
 from model import Llava, generate
-from judge.rubric import exact_reply, question, rubric, shown_order
+from judge.rubric import RUBRIC, conversation, letter, shown_order
 from judge.wire import IMAGE_TOKENS, Question, Reply
 
 
@@ -189,15 +189,40 @@ def ask(record: dict, s: Settings) -> Question:
     return question(record, f"{s.judge} {s.thinking}", s.seed, s.golden)
 
 
+def question(record: dict, about: str, seed: int, golden: bool) -> Question:
+    """The one call that a record costs. `about` names the judge and its settings: with others, it is another question."""
+    order = shown_order(record, seed)
+    if len(order) > 26:
+        raise BadInput(f"record {record['id']}: has {len(order)} answers, and there are 26 letters; remove some")
+
+    candidates = []
+    for place, k in enumerate(order):
+        tag = f"candidate_{letter(place)}"
+        candidates.append(f"<{tag}>\n{record['answers'][k]['text']}\n</{tag}>")
+    text = f"The conversation:\n{conversation(record)}\n\nThe candidates:\n" + "\n".join(candidates)
+
+    system = RUBRIC.text(golden)
+    return Question(
+        key=sha(about, system, record["id"], text, record["images_sha"]),
+        id=record["id"],
+        system=system,
+        text=text,
+        images=[Path(record["root"]) / name for name in record["images"]],      # formats.py: none leads outside
+        schema=RUBRIC.schema(len(order), golden),
+        check=lambda reply: RUBRIC.read(reply, len(order), golden),
+    )
+
+
 def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
     """Every record judged -> the records with scores, states and what the judge was. The journal decides, not this run."""
     began = time.perf_counter()
     with closing(judge.Replies(out / "journal.jsonl")) as replies:
         if s.judge == "oracle":
+            from toy.oracle import exact_reply
             for record in tqdm(items, desc="judging", unit="rec", disable=None, leave=False):
                 q = ask(record, s)
                 if q.key not in replies.state:
-                    replies.keep(q, Reply("ok", exact_reply(record, s.seed, s.golden), version="exact"))
+                    replies.keep(q, Reply("ok", exact_reply(record, shown_order(record, s.seed), s.golden), version="exact"))
         else:
             client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
                                  thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
@@ -223,7 +248,7 @@ def with_scores(record: dict, q: Question, replies: judge.Replies, s: Settings) 
     answers = [{key: value for key, value in a.items() if key not in ("scores", "comment")} for a in record["answers"]]
     for k, (scores, comment) in zip(places, found["shown"] if found else []):
         answers[k] |= {"scores": scores, "comment": comment}
-    about = {"model": s.judge, "version": reply.version, "prompt_sha": sha(rubric(s.golden)), "state": reply.state,
+    about = {"model": s.judge, "version": reply.version, "prompt_sha": sha(RUBRIC.text(s.golden)), "state": reply.state,
              "order": places, "usage": reply.usage}
     return (record | {"answers": answers, "judge": about | ({} if found else {"reason": reply.reason})}
             | ({"golden": found["golden"]} if found and found["golden"] else {}))

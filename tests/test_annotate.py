@@ -164,7 +164,7 @@ def with_answers(*texts, **more):
 
 def test_the_judge_reads_rubric_conversation_and_answers_in_the_stored_order():
     record = with_answers("one", "two", "three", "four")
-    q, order = rubric.question(record, "judge", 0, False), rubric.shown_order(record, 0)
+    q, order = annotate.question(record, "judge", 0, False), rubric.shown_order(record, 0)
     assert "user: [picture 1][picture 2]\nWhich?\nassistant: This.\nuser: Why?" in q.text
     assert re.findall(r"<candidate_(.)>\n(.*)\n", q.text) == [("ABCD"[p], record["answers"][k]["text"]) for p, k in enumerate(order)]
     assert sorted(order) == [0, 1, 2, 3] and all(name in q.system for name in ATTRIBUTES)
@@ -180,7 +180,7 @@ def test_every_order_comes_up_and_is_the_records_own():
 
 def test_golden_comes_first_and_only_on_request():
     for golden in (False, True):
-        q = rubric.question(with_answers("a", "b"), "", 0, golden)
+        q = annotate.question(with_answers("a", "b"), "", 0, golden)
         assert ("golden_answer" in q.system) == ("golden_answer" in q.schema["required"]) == golden
     assert q.schema["required"][0] == "golden_answer" and q.system.index("golden_answer") < q.system.index('"candidates"')
 
@@ -191,7 +191,7 @@ def test_the_schema_is_one_that_gemini_takes():
         assert set(node) <= {"type", "properties", "required", "items", "minItems", "maxItems", "minimum", "maximum"}, node
         for child in [*node.get("properties", {}).values(), *([node["items"]] if "items" in node else [])]:
             walk(child)
-    schema = rubric.schema(5, True)
+    schema = rubric.RUBRIC.schema(5, True)
     walk(schema)
     assert schema["properties"]["candidates"]["minItems"] == schema["properties"]["candidates"]["maxItems"] == 5
 
@@ -200,12 +200,12 @@ def test_the_oracle_speaks_as_a_judge_does():
     record = tasks.preference_prompts(1, 0)[0] | {"root": ".", "images_sha": ""}
     turn = record["truth"]["turns"][-1]
     record["answers"] = [{"text": t} for t in (turn["bare"], turn["full"], "the star is green .")]
-    found = rubric.read_scores(rubric.exact_reply(record, 0, True), 3, True)
+    found = rubric.RUBRIC.read(oracle.exact_reply(record, rubric.shown_order(record, 0), True), 3, True)
     for (scores, comment), k in zip(found["shown"], rubric.shown_order(record, 0)):
         assert (scores, comment) == oracle.judge(record, record["answers"][k]["text"])
     assert found["golden"] == turn["full"]
     with pytest.raises(BadInput, match="record y: --judge oracle knows"):
-        rubric.exact_reply({"id": "y", "answers": [{"text": "a"}]}, 0, False)
+        oracle.exact_reply({"id": "y", "answers": [{"text": "a"}]}, [0], False)
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_the_miniature_end_to_end(tmp_path, capsys):
     assert {"records.jsonl", "journal.jsonl", "answers-0.jsonl", "prompts.jsonl", "pairs.json", "board.html", "trl.jsonl", "config.json", "images"} <= names
     rows = [json.loads(line) for line in open(tmp_path / "out" / "records.jsonl")]
     for row in rows:
-        assert row["judge"] == {"model": "oracle", "version": "exact", "prompt_sha": common.sha(rubric.rubric(False)), "state": "ok",
+        assert row["judge"] == {"model": "oracle", "version": "exact", "prompt_sha": common.sha(rubric.RUBRIC.text(False)), "state": "ok",
                                 "order": rubric.shown_order(row, 0), "usage": {}}
         for answer in row["answers"]:
             assert (answer["scores"], answer["comment"]) == oracle.judge(row, answer["text"])
@@ -336,7 +336,7 @@ def test_scores_of_an_earlier_judge_do_not_survive_a_new_one(prompts, tmp_path, 
     for r in raw:
         r["answers"] = [{"text": t, "scores": dict.fromkeys(ATTRIBUTES, 4), "comment": "old"} for t in ("a", "b")]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in raw))
-    monkeypatch.setattr(annotate, "exact_reply", lambda record, seed, golden: "no" if record["id"] == "p0" else json.dumps(
+    monkeypatch.setattr(oracle, "exact_reply", lambda record, order, golden: "no" if record["id"] == "p0" else json.dumps(
         {"candidates": [{"id": c, "comment": "new"} | dict.fromkeys(ATTRIBUTES, 1) for c in "AB"]}))
     annotate.run(annotate.Settings(data=str(prompts), out=str(tmp_path / "out"), judge="oracle"))
     first, second = [json.loads(line) for line in open(tmp_path / "out" / "records.jsonl")]
@@ -439,20 +439,20 @@ def test_numbers_that_cannot_be_sampled_with(ckpt, prompts, tmp_path, bad):
 
 
 def test_everything_a_question_depends_on_is_in_its_key():
-    keys = {rubric.question(with_answers("a", "b") | change, about, 0, golden).key for change, about, golden in (
+    keys = {annotate.question(with_answers("a", "b") | change, about, 0, golden).key for change, about, golden in (
         ({}, "judge", False), ({}, "other", False), ({}, "judge", True), ({"images_sha": "1"}, "judge", False), ({"id": "y"}, "judge", False),
         ({"answers": [{"text": "a"}, {"text": "c"}]}, "judge", False), ({"messages": [{"role": "user", "content": "?"}]}, "judge", False))}
     assert len(keys) == 7
 
 
 def test_as_many_answers_as_letters():
-    assert "<candidate_Z>" in rubric.question(with_answers(*map(str, range(26))), "", 0, False).text
+    assert "<candidate_Z>" in annotate.question(with_answers(*map(str, range(26))), "", 0, False).text
     with pytest.raises(BadInput, match="record x: has 27 answers"):
-        rubric.question(with_answers(*map(str, range(27))), "", 0, False)
+        annotate.question(with_answers(*map(str, range(27))), "", 0, False)
 
 
 def test_the_schema_bounds_the_grades_and_demands_them_all():
-    one = rubric.schema(2, False)["properties"]["candidates"]["items"]
+    one = rubric.RUBRIC.schema(2, False)["properties"]["candidates"]["items"]
     assert one["required"] == ["id", "comment", *ATTRIBUTES] and all((one["properties"][n]["minimum"], one["properties"][n]["maximum"]) == (0, 4) for n in ATTRIBUTES)
 
 

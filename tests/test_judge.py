@@ -320,7 +320,7 @@ def test_replies_from_before_a_kill_count(tmp_path):
 
 def test_raw_replies_can_be_read_again_by_a_better_parser(tmp_path, monkeypatch):
     data = write_data(tmp_path / "data", 5)
-    real = rubric.read_scores
+    real = rubric.RUBRIC.read
     with Server() as server:
         monkeypatch.setattr(rubric, "read_scores", lambda text, n, golden: real(text + "]", n + 1, golden))
         rows = run(data, tmp_path / "out", server)
@@ -472,7 +472,7 @@ def reply(grades=(1, 2, 3, 4, 0), n=2, **change):
 @pytest.mark.parametrize("text", [reply(), f"```json\n{reply()}\n```", f"[{reply()}]", f"Here {{it}} is: {reply()} Bye.",
                                   '{"draft": 1} ' + reply()])
 def test_a_right_reply_is_read_whatever_stands_around_it(text):
-    found = rubric.read_scores(text, 2)
+    found = rubric.RUBRIC.read(text, 2)
     assert found["golden"] is None and found["shown"] == [
         ({"helpfulness": 1, "correctness": 2, "coherence": 3, "complexity": 4, "verbosity": 0}, f"c{k}") for k in range(2)]
 
@@ -486,16 +486,16 @@ def test_a_right_reply_is_read_whatever_stands_around_it(text):
     ('{"candidates": {"A": 1}}', "not A, B"), (reply(comment="\ud800"), "surrogates"), ("{" * 5000, "no whole JSON"), ("[" * 100_000, "no whole JSON")])
 def test_a_wrong_reply_has_no_scores_at_all(text, why):
     with pytest.raises(ValueError, match=why):
-        rubric.read_scores(text, 2)
+        rubric.RUBRIC.read(text, 2)
 
 
 def test_a_golden_answer_is_wanted_where_it_was_asked_for():
     with pytest.raises(ValueError, match="no golden_answer"):
-        rubric.read_scores(reply(), 2, golden=True)
+        rubric.RUBRIC.read(reply(), 2, golden=True)
     for bad in ('"golden_answer": 3, ', '"golden_answer": " ", ', '"golden_answer": "ends</s>", '):
         with pytest.raises(ValueError, match="golden"):
-            rubric.read_scores(reply().replace("{", "{" + bad, 1), 2, golden=True)
-    assert rubric.read_scores(reply().replace("{", '{"golden_answer": "Red.", ', 1), 2, golden=True)["golden"] == "Red."
+            rubric.RUBRIC.read(reply().replace("{", "{" + bad, 1), 2, golden=True)
+    assert rubric.RUBRIC.read(reply().replace("{", '{"golden_answer": "Red.", ', 1), 2, golden=True)["golden"] == "Red."
 
 
 @pytest.mark.parametrize("name, fields", [("gemini", {"candidates": [{"content": None}]}), ("gemini", {"candidates": [7]}), ("gemini", []), ("gemini", [3]),
@@ -689,7 +689,7 @@ def test_journal_and_records_agree_about_the_state(tmp_path):
 
 def test_what_a_better_parser_has_saved_is_not_asked_again(tmp_path, monkeypatch):
     """What is ok is never asked again. --retry_failed goes by the journal's old state, pays anew, and a worse reply wins."""
-    data, real = write_data(tmp_path / "data", 3), rubric.read_scores
+    data, real = write_data(tmp_path / "data", 3), rubric.RUBRIC.read
     with Server() as server:
         monkeypatch.setattr(rubric, "read_scores", lambda text, n, golden: real(text, n + 1, golden))
         run(data, tmp_path / "out", server)
@@ -1091,7 +1091,7 @@ def test_proxies_and_certificates_of_the_environment_are_used(tmp_path, monkeypa
 
 def test_candidates_in_another_order_are_read_by_their_letters():
     rows = [{"id": name, "comment": name} | dict.fromkeys(records.ATTRIBUTES, grade) for name, grade in (("B", 1), ("A", 4))]
-    found = rubric.read_scores(json.dumps({"candidates": rows}), 2)["shown"]
+    found = rubric.RUBRIC.read(json.dumps({"candidates": rows}), 2)["shown"]
     assert [(scores["helpfulness"], comment) for scores, comment in found] == [(4, "A"), (1, "B")]
 
 
