@@ -1,22 +1,19 @@
 """A world small enough to know the truth: draw it, and ask about it.
 
 Real alignment data has one soft spot: nobody knows whether the judge is right. Here somebody does.
-A scene is a 3 x 3 board with one to four things on it; every thing has a size, a color, a shape and a
-place, and no two things of a scene share a shape or a color, so "the circle" is never ambiguous. The
-renderer jitters position, radius, shade and background, so seeing is real, but one cell is one
+A scene is a 3 x 3 board with one to four things on it; every thing has a size, a color, a shape and
+a place, and no two things of a scene share a shape or a color, so "the circle" is never ambiguous.
+The renderer jitters position, radius, shade and background, so seeing is real, but one cell is one
 16 x 16 patch: what an image token has to hold is one thing, or nothing.
 
-The language has about two hundred words. A question, its full answer ("the circle is red .") and its bare
-answer ("red") are made together; that triple is all that the exact judge (toy/oracle.py) needs. A written scene names
-a thing in one hyphenated word ("top-left big-red-circle") and takes the very questions that an image takes, so a
-text model can learn to look things up before it sees.
+The language has about two hundred words. A question, its full answer ("the circle is red .") and
+its bare answer ("red") are made together, as one `turn`; that is all that the exact judge
+(oracle.py) needs. A scene told in words names a thing in one hyphenated word ("top-left
+big-red-circle") and takes the very questions that a picture takes, so a text model can learn to
+look things up before it sees.
 
-Nothing here knows about models or training methods. Everybody draws from `random.Random`, the split
-into train, dev and test is a checksum of the scene or of the prompt, and a record carries its truth
-as JSON, so it can be judged after any journey through files.
-
-Previous: common.py.  Next: toy/tasks.py (what is made of these questions).
-"""
+Everybody draws from `random.Random` in a fixed order: the same seed, the same world. The split into
+train, dev and test is a checksum of the scene or of the question. """
 import math
 import random
 import zlib
@@ -25,37 +22,55 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-# ---- words ---------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 
 SIZES = ("big", "small")
-COLORS = {"red": (214, 45, 40), "orange": (242, 140, 30), "yellow": (238, 218, 50),
-          "green": (50, 160, 70), "blue": (45, 90, 215), "purple": (140, 60, 170)}
+COLORS = {
+    "red": (214, 45, 40),
+    "orange": (242, 140, 30),
+    "yellow": (238, 218, 50),
+    "green": (50, 160, 70),
+    "blue": (45, 90, 215),
+    "purple": (140, 60, 170),
+}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+PLACES = ("top-left", "top", "top-right",
+          "left", "center", "right",
+          "bottom-left", "bottom", "bottom-right")
+VALUES = {"size": SIZES, "color": tuple(COLORS), "shape": SHAPES, "place": PLACES}
+
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-FRUIT_OF = {"red": "cherry", "orange": "mango", "yellow": "banana", "green": "lime", "blue": "blueberry", "purple": "plum"}
-ANIMALS = ("ant", "mouse", "cat", "dog", "sheep", "horse", "elephant", "whale")     # by size
-OPPOSITE = dict(p for a, b in (("big", "small"), ("hot", "cold"), ("fast", "slow"), ("old", "new"),
-                               ("wet", "dry"), ("happy", "sad"), ("light", "dark"), ("loud", "quiet"))
-                for p in ((a, b), (b, a)))
-CATEGORY = {"colors": tuple(COLORS), "shapes": SHAPES, "fruits": tuple(FRUIT_OF.values()), "animals": ANIMALS}
+FRUIT_OF = {"red": "cherry", "orange": "mango", "yellow": "banana",
+            "green": "lime", "blue": "blueberry", "purple": "plum"}
+HOME = {"ant": "garden", "mouse": "house", "cat": "house", "dog": "park",
+        "sheep": "park", "horse": "garden", "elephant": "forest", "whale": "sea"}
+ANIMALS = tuple(HOME)                                   # the smallest first
 LETTERS = ("(a)", "(b)", "(c)")
-HOME = dict(zip(ANIMALS, ("garden", "house", "house", "park", "park", "garden", "forest", "sea")))
-# a written thing is one word that carries everything but its place, as in an image it is one patch
-COMPOUNDS = tuple(f"{s}-{c}-{h}" for s in SIZES for c in COLORS for h in SHAPES)
-# the words that can be true or false; all others are grammar
-CONTENT = frozenset((*SIZES, *COLORS, *SHAPES, *PLACES, *NUMBERS, *FRUIT_OF.values(), *ANIMALS, *OPPOSITE,
-                     *LETTERS, *COMPOUNDS, "yes", "no", "larger", "smaller"))
-HOMES = frozenset((*HOME.values(), "picture"))          # where a made-up story happens is free
+CATEGORY = {"colors": tuple(COLORS), "shapes": SHAPES,
+            "fruits": tuple(FRUIT_OF.values()), "animals": ANIMALS}
+
+OPPOSITE = {"big": "small", "small": "big", "hot": "cold", "cold": "hot",
+            "fast": "slow", "slow": "fast", "old": "new", "new": "old",
+            "wet": "dry", "dry": "wet", "happy": "sad", "sad": "happy",
+            "light": "dark", "dark": "light", "loud": "quiet", "quiet": "loud"}
+
+# A written thing is one word that carries all but its place, as in a picture it is one patch.
+COMPOUNDS = tuple(f"{size}-{color}-{shape}"
+                  for size in SIZES for color in COLORS for shape in SHAPES)
+
+# The words that can be true or false; all others are grammar. Where a story happens is free.
+CONTENT = frozenset((*SIZES, *COLORS, *SHAPES, *PLACES, *NUMBERS, *FRUIT_OF.values(), *ANIMALS,
+                     *OPPOSITE, *LETTERS, *COMPOUNDS, "yes", "no", "larger", "smaller"))
+HOMES = frozenset((*HOME.values(), "picture"))
 
 
 def join(words) -> str:
     """("a", "b", "c") -> "a , b and c"."""
-    words = list(words)
-    return words[0] if len(words) == 1 else " , ".join(words[:-1]) + " and " + words[-1]
+    *others, last = words
+    return " , ".join(others) + " and " + last if others else last
 
 
-# ---- scenes --------------------------------------------------------------------------------------------------
+# ---- scenes --------------------------------------------------------------------------------------
 
 class Thing(NamedTuple):
     size: str
@@ -69,12 +84,15 @@ Scene = tuple[Thing, ...]               # one to four things, in reading order w
 
 def split_of(key: str) -> str:
     """"train", "dev" or "test" (1/8 each for the last two), decided by the text itself."""
-    return {0: "dev", 6: "test"}.get(zlib.crc32(key.encode()) % 8, "train")
+    remainder = zlib.crc32(key.encode()) % 8
+    return {0: "dev", 6: "test"}.get(remainder, "train")
 
 
 def caption(scene: Scene) -> str:
-    """Everything there is to say: size, color, shape and place of each thing, in the scene's order."""
-    return "i see " + join(f"a {t.size} {t.color} {t.shape} at {t.place}" for t in scene) + " ."
+    """Everything there is to say: size, color, shape and place of each thing, in the scene's
+    order."""
+    things = join(f"a {t.size} {t.color} {t.shape} at {t.place}" for t in scene)
+    return f"i see {things} ."
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -86,42 +104,62 @@ def random_scene(rng: random.Random, split: str = "train", least: int = 1, most:
     while True:
         n = rng.randint(least, most)
         places = sorted(rng.sample(range(9), n))
-        scene = tuple(Thing(rng.choice(SIZES), c, h, PLACES[p]) for c, h, p in
-                      zip(rng.sample(list(COLORS), n), rng.sample(SHAPES, n), places))
+        colors = rng.sample(list(COLORS), n)
+        shapes = rng.sample(SHAPES, n)
+
+        things = []
+        for color, shape, place in zip(colors, shapes, places):
+            things.append(Thing(rng.choice(SIZES), color, shape, PLACES[place]))
+
+        scene = tuple(things)
         if split_of(caption(scene)) == split:
             return scene
 
 
 def edited(rng: random.Random, scene: Scene) -> Scene:
-    """The same scene with one attribute of one thing changed: a hard negative for contrastive training."""
-    things, i = list(scene), rng.randrange(len(scene))
+    """The same scene with one attribute of one thing changed: a hard negative for contrastive
+    training."""
+    things = list(scene)
+    i = rng.randrange(len(scene))
     field = rng.choice(Thing._fields)
-    taken = {getattr(t, field) for t in scene} if field != "size" else {scene[i].size}
-    values = {"size": SIZES, "color": tuple(COLORS), "shape": SHAPES, "place": PLACES}[field]
-    things[i] = things[i]._replace(**{field: rng.choice([v for v in values if v not in taken])})
+
+    # Two things may be of one size; everything else is taken where another thing has it.
+    taken = [getattr(t, field) for t in scene]
+    if field == "size":
+        taken = [scene[i].size]
+    free = [value for value in VALUES[field] if value not in taken]
+
+    things[i] = things[i]._replace(**{field: rng.choice(free)})
     return tuple(sorted(things, key=lambda t: PLACES.index(t.place)))
 
 
 def render(scene: Scene, seed: int) -> Image.Image:
-    """A 48 x 48 RGB picture, drawn at four times that size; `seed` moves position, radius, shade, background and noise."""
-    rng, unit = random.Random(seed), 64
-    board = Image.new("RGB", (3 * unit, 3 * unit), tuple(rng.randint(205, 235) for _ in range(3)))
+    """A 48 x 48 RGB picture, drawn at four times that size.
+
+    `seed` moves position, radius, shade, background and noise."""
+    rng = random.Random(seed)
+    cell = 64                                           # of the large drawing; 16 pixels in the end
+    background = tuple(rng.randint(205, 235) for _ in range(3))
+    board = Image.new("RGB", (3 * cell, 3 * cell), background)
     pen = ImageDraw.Draw(board)
+
     for t in scene:
-        row, col = divmod(PLACES.index(t.place), 3)
-        r = unit * (rng.uniform(.40, .46) if t.size == "big" else rng.uniform(.29, .33))
-        slack = .3 * (unit * .48 - r)                   # a thing never leaves its cell
-        x = (col + .5) * unit + rng.uniform(-slack, slack)
-        y = (row + .5) * unit + rng.uniform(-slack, slack)
+        row, column = divmod(PLACES.index(t.place), 3)
+        radius = cell * (rng.uniform(.40, .46) if t.size == "big" else rng.uniform(.29, .33))
+        slack = .3 * (.48 * cell - radius)              # a thing never leaves its cell
+        x = (column + .5) * cell + rng.uniform(-slack, slack)
+        y = (row + .5) * cell + rng.uniform(-slack, slack)
         shade = rng.uniform(.85, 1.12)
         ink = tuple(min(255, int(v * shade + rng.uniform(-8, 8))) for v in COLORS[t.color])
-        draw_shape(pen, t.shape, x, y, r, ink)
+        draw_shape(pen, t.shape, x, y, radius, ink)
+
     pixels = np.asarray(board.resize((48, 48), Image.Resampling.BOX), dtype=np.float32)
     noise = np.random.default_rng(seed).normal(0, 4, pixels.shape)
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
-def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, ink: tuple) -> None:
+def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float,
+               ink: tuple) -> None:
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
     elif shape == "square":
@@ -129,122 +167,179 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: floa
     elif shape == "cross":
         pen.rectangle((x - r, y - .3 * r, x + r, y + .3 * r), fill=ink)
         pen.rectangle((x - .3 * r, y - r, x + .3 * r, y + r), fill=ink)
-    else:                                               # triangle: 3 corners; star: 5 outer and 5 inner ones
+    else:
+        # a triangle has three corners, a star five outer and five inner ones
         radii = (r, r, r) if shape == "triangle" else (r, .4 * r) * 5
         step = 2 * math.pi / len(radii)
-        pen.polygon([(x + q * math.sin(i * step), y - q * math.cos(i * step)) for i, q in enumerate(radii)], fill=ink)
+        corners = []
+        for i, q in enumerate(radii):
+            corners.append((x + q * math.sin(i * step), y - q * math.cos(i * step)))
+        pen.polygon(corners, fill=ink)
 
 
-# ---- questions: every maker returns (question, full answer, bare answer[, extra rule for the judge]) ---------
+# ---- turns: a question with its full and its bare answer -----------------------------------------
+#
+# The sentences below answer questions about pictures and questions without any (tasks.py). This
+# shared wording is what ties the two abilities together.
+
+def turn(kind: str, question: str, full: str, bare: str, **rule) -> dict:
+    """`rule` is what the judge must know beside the answers, for lists whose order is free."""
+    return {"kind": kind, "question": question, "full": full, "bare": bare, **rule}
+
+
+def either(question: str, noun: str, color: str) -> dict:
+    return turn("either", question, f"the {noun} is {color} .", color)
+
+
+def larger(question: str, large: str, small: str) -> dict:
+    return turn("compare", question, f"the {large} is larger than the {small} .", f"the {large}")
+
+
+def opposite(question: str, word: str) -> dict:
+    full = f"the opposite of {word} is {OPPOSITE[word]} ."
+    return turn("opposite", question, full, OPPOSITE[word])
+
+
+def fruit(question: str, color: str) -> dict:
+    return turn("fruit", question, f"the {FRUIT_OF[color]} is {color} .", f"the {FRUIT_OF[color]}")
+
+
+def repeated(question: str, word: str, times: int) -> dict:
+    words = " ".join([word] * times)
+    return turn("repeat", question, f"here it is : {words} .", words)
+
+
+def plus(question: str, a: int, b: int) -> dict:
+    total = NUMBERS[a + b - 1]
+    return turn("add", question, f"{NUMBERS[a - 1]} plus {NUMBERS[b - 1]} is {total} .", total)
+
+
+def listed(question: str, category: str, words, **rule) -> dict:
+    words = join(words)
+    return turn("list", question, f"the {category} are {words} .", words, **rule)
+
+
+def counted(question: str, indices) -> dict:
+    words = join(NUMBERS[i] for i in indices)
+    return turn("count", question, f"the numbers are {words} .", words)
+
+
+def sentence(question: str, adjective: str, noun: str, home: str) -> dict:
+    full = f"once there was a {adjective} {noun} in the {home} ."
+    return turn("sentence", question, full, f"a {adjective} {noun}")
+
+
+# ---- questions about a scene, seen or written ----------------------------------------------------
 
 LOOKUPS = ("color", "size", "where", "shape", "exist", "number")
 KNOWLEDGE = ("either", "compare", "opposite", "fruit", "repeat", "add", "list", "count", "sentence")
 
 
 def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
-    """One question about a scene, seen or written."""
-    t, n = rng.choice(scene), NUMBERS[len(scene) - 1]
-    fixed = {"color": (f"what color is the {t.shape} ?", f"the {t.shape} is {t.color} .", t.color),
-             "size": (f"what size is the {t.shape} ?", f"the {t.shape} is {t.size} .", t.size),
-             "where": (f"where is the {t.shape} ?", f"the {t.shape} is at {t.place} .", t.place),
-             "shape": (f"what shape is the {t.color} one ?", f"the {t.color} one is a {t.shape} .", t.shape),
-             "number": ("how many objects are there ?", f"i see {n} object{'s' * (len(scene) > 1)} .", n),
-             "describe": ("describe the scene .", caption(scene), join(f"{u.size} {u.color} {u.shape}" for u in scene))}
-    if kind in fixed:
-        return turn(kind, *fixed[kind])
+    """One question of LOOKUPS, of KNOWLEDGE, or "describe", "each" or "choice"."""
+    thing = rng.choice(scene)
+    size, color, shape, place = thing
+
+    if kind == "color":
+        return turn(kind, f"what color is the {shape} ?", f"the {shape} is {color} .", color)
+    if kind == "size":
+        return turn(kind, f"what size is the {shape} ?", f"the {shape} is {size} .", size)
+    if kind == "where":
+        return turn(kind, f"where is the {shape} ?", f"the {shape} is at {place} .", place)
+    if kind == "shape":
+        full = f"the {color} one is a {shape} ."
+        return turn(kind, f"what shape is the {color} one ?", full, shape)
     if kind == "exist":
         return ask_exist(rng, scene, rng.random() < .5)
+    if kind == "number":
+        number = NUMBERS[len(scene) - 1]
+        noun = "objects" if len(scene) > 1 else "object"
+        return turn(kind, "how many objects are there ?", f"i see {number} {noun} .", number)
+    if kind == "describe":
+        bare = join(f"{t.size} {t.color} {t.shape}" for t in scene)
+        return turn(kind, "describe the scene .", caption(scene), bare)
     if kind == "each":
         return ask_each(rng, scene)
-    return ask_choice(rng, t) if kind == "choice" else ask_knowledge(rng, scene, kind)
-
-
-def ask_each(rng: random.Random, scene: Scene) -> dict:
-    """"name the color of the star and circle ." -> "star blue and circle red ."; in any order the asker likes.
-
-    This is how the miniature learns to look things up: right after the word "star" the next word is a property of the
-    star, so one attention head that finds the star is enough, and the longer questions build on it. Without such
-    answers the same model guesses among the things of the scene for many thousand conversations (see LOG.md)."""
-    things = rng.sample(scene, len(scene))
-    key, value = rng.choice((("shape", "color"), ("shape", "size"), ("shape", "place"), ("shape", "place"), ("color", "shape")))
-    named = join(getattr(t, key) for t in things) + (" one" if key == "color" else "")
-    return turn("each", f"name the {value} of the {named} .",
-                join(f"{getattr(t, key)} {getattr(t, value)}" for t in things) + " .",
-                join(getattr(t, value) for t in things))
+    if kind == "choice":
+        return ask_choice(rng, thing)
+    return ask_knowledge(rng, scene, kind)
 
 
 def ask_exist(rng: random.Random, scene: Scene, truth: bool) -> dict:
     """"is there a circle ?" or "is there a red one ?": object presence, as in POPE."""
-    field, values = rng.choice((("shape", SHAPES), ("color", tuple(COLORS))))
+    field = rng.choice(("shape", "color"))
     there = [getattr(t, field) for t in scene]
-    word = rng.choice(there if truth else [v for v in values if v not in there])
+    absent = [value for value in VALUES[field] if value not in there]
+    word = rng.choice(there if truth else absent)
     thing = word if field == "shape" else f"{word} one"
-    full, bare = (f"yes , there is a {thing} .", "yes") if truth else (f"no , there is no {thing} .", "no")
-    return turn("exist", f"is there a {thing} ?", full, bare)
+
+    if truth:
+        return turn("exist", f"is there a {thing} ?", f"yes , there is a {thing} .", "yes")
+    return turn("exist", f"is there a {thing} ?", f"no , there is no {thing} .", "no")
 
 
-def ask_choice(rng: random.Random, t: Thing) -> dict:
+def ask_each(rng: random.Random, scene: Scene) -> dict:
+    """"name the color of the star and circle ." -> "star blue and circle red ."; in any order.
+
+    This is how the miniature learns to look things up: right after the word "star" the next word is
+    a property of the star, so one attention head that finds the star is enough, and the longer
+    questions build on it. Without such answers the same model guesses among the things of the scene
+    for many thousand conversations (see LOG.md)."""
+    things = rng.sample(scene, len(scene))
+    by_shape = ("shape", "color"), ("shape", "size"), ("shape", "place"), ("shape", "place")
+    key, value = rng.choice((*by_shape, ("color", "shape")))
+
+    keys = [getattr(t, key) for t in things]
+    values = [getattr(t, value) for t in things]
+    named = join(keys) + (" one" if key == "color" else "")
+    answer = join(f"{k} {v}" for k, v in zip(keys, values))
+    return turn("each", f"name the {value} of the {named} .", f"{answer} .", join(values))
+
+
+def ask_choice(rng: random.Random, thing: Thing) -> dict:
+    """Three colors under letters, the right one among them."""
     options = rng.sample(list(COLORS), 3)
-    if t.color not in options:
-        options[rng.randrange(3)] = t.color
-    offer = " ".join(f"{x} {o}" for x, o in zip(LETTERS, options))
-    right = LETTERS[options.index(t.color)]
-    return turn("choice", f"what color is the {t.shape} ? {offer} . answer with the letter .",
-                f"the answer is {right} .", right)
+    if thing.color not in options:
+        options[rng.randrange(3)] = thing.color
+    right = LETTERS[options.index(thing.color)]
+
+    offer = " ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options))
+    question = f"what color is the {thing.shape} ? {offer} . answer with the letter ."
+    return turn("choice", question, f"the answer is {right} .", right)
 
 
 def ask_knowledge(rng: random.Random, scene: Scene, kind: str) -> dict:
-    """The text tasks' own wording with one argument to be looked up: what ties the two worlds together. Where all things are of
-    one size, "compare" becomes "opposite"."""
-    t, n = rng.choice(scene), len(scene)
+    """A text task's own wording with one argument to be looked up.
+
+    Where all things are of one size, "compare" becomes "opposite"."""
+    size, color, shape, _ = rng.choice(scene)
+
     if kind == "compare":
-        big, small = ([u for u in scene if u.size == s] for s in SIZES)
+        big = [t.shape for t in scene if t.size == "big"]
+        small = [t.shape for t in scene if t.size == "small"]
         if big and small:
-            pair = [rng.choice(big).shape, rng.choice(small).shape]
+            pair = [rng.choice(big), rng.choice(small)]
             one, two = rng.sample(pair, 2)
-            return turn(kind, f"which is larger , the {one} or the {two} ?",
-                        f"the {pair[0]} is larger than the {pair[1]} .", f"the {pair[0]}")
+            return larger(f"which is larger , the {one} or the {two} ?", *pair)
         kind = "opposite"
+
     if kind == "either":
-        one, two = rng.sample([t.color, rng.choice([c for c in COLORS if c != t.color])], 2)
-        return turn(kind, f"is the {t.shape} {one} or {two} ?", f"the {t.shape} is {t.color} .", t.color)
-    opposite, fruit, colors = OPPOSITE[t.size], FRUIT_OF[t.color], join(u.color for u in scene)
+        wrong = rng.choice([c for c in COLORS if c != color])
+        one, two = rng.sample([color, wrong], 2)
+        return either(f"is the {shape} {one} or {two} ?", shape, color)
     if kind == "opposite":
-        return turn(kind, f"what is the opposite of the size of the {t.shape} ?",
-                    f"the opposite of {t.size} is {opposite} .", opposite)
+        return opposite(f"what is the opposite of the size of the {shape} ?", size)
     if kind == "fruit":
-        return turn(kind, f"which fruit has the color of the {t.shape} ?", f"the {fruit} is {t.color} .", f"the {fruit}")
+        return fruit(f"which fruit has the color of the {shape} ?", color)
     if kind == "list":
-        return turn(kind, "list the colors .", f"the colors are {colors} .", colors, set=True)
+        return listed("list the colors .", "colors", (t.color for t in scene), set=True)
     if kind == "repeat":
         times = rng.choice((2, 3, 4))
-        return say_times(f"repeat the color of the {t.shape} {NUMBERS[times - 1]} times .", t.color, times)
+        question = f"repeat the color of the {shape} {NUMBERS[times - 1]} times ."
+        return repeated(question, color, times)
     if kind == "add":
         k = rng.randint(1, 5)
-        return add(f"what is the number of objects plus {NUMBERS[k - 1]} ?", n, k)
+        return plus(f"what is the number of objects plus {NUMBERS[k - 1]} ?", len(scene), k)
     if kind == "count":
-        return numbers("count from one to the number of objects .", range(n))
-    return sentence(f"write a sentence about the {t.shape} .", t.size, t.shape, "picture")
-
-
-def turn(kind: str, question: str, full: str, bare: str, **rule) -> dict:
-    return {"kind": kind, "question": question, "full": full, "bare": bare, **rule}
-
-
-def say_times(question: str, word: str, times: int) -> dict:
-    bare = " ".join([word] * times)
-    return turn("repeat", question, f"here it is : {bare} .", bare)
-
-
-def add(question: str, a: int, b: int) -> dict:
-    total = NUMBERS[a + b - 1]
-    return turn("add", question, f"{NUMBERS[a - 1]} plus {NUMBERS[b - 1]} is {total} .", total)
-
-
-def numbers(question: str, indices) -> dict:
-    words = join(NUMBERS[i] for i in indices)
-    return turn("count", question, f"the numbers are {words} .", words)
-
-
-def sentence(question: str, adjective: str, noun: str, home: str) -> dict:
-    return turn("sentence", question, f"once there was a {adjective} {noun} in the {home} .", f"a {adjective} {noun}")
+        return counted("count from one to the number of objects .", range(len(scene)))
+    return sentence(f"write a sentence about the {shape} .", size, shape, "picture")
