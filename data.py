@@ -1,18 +1,26 @@
-"""What the loss sees: template, tokens, labels, trees, packs.
+"""What the loss sees: record, template, tokens, tree, pack, and which two answers make a pair.
 
-The problem. A log-prob is only as right as the tokens it is taken over. Most published bugs in preference
-training are off-by-ones here: a slice at position 575, a lost first token, a missing </s>, a prompt tokenised
-differently in training and in generation.
+A record is a prompt and its n answers, one JSON object a line. Every stage reads and writes it:
 
-The trick: there is one way to turn a conversation into ids, and training, reference scores, sampling and
-evaluation all call it. A record becomes a *tree*: one prompt, n answers.
+    {"id": "lrv-000123",
+     "images": ["images/123.jpg"],                   the k-th <image> marker stands for images[k]
+     "messages": [{"role": "user", "content": "<image>\\nWhat is odd here?"}],      the first may be the system's
+     "answers": [{"text": "...", "finish": "stop", "scores": {"helpfulness": 4, ...}, "comment": "..."}, ...],
+     "golden": "...", "pair": [0, 1]}                answers[0] was preferred to answers[1], where the data says so
+
+The problem. A log-prob is only as right as the tokens it is taken over. Most published bugs in preference training are
+off-by-ones here: a slice at position 575, a lost first token, a missing </s>, a prompt tokenised differently in training
+and in generation.
+
+The trick. There is one way to turn a conversation into ids, and training, reference scores, sampling and evaluation all
+use it. A record becomes a *tree*: one prompt, n answers.
 
     text     A chat ... questions. USER: <image>\\nWhat color? ASSISTANT: red</s>
-    prompt   <s> A chat ... USER: [img] x 576 What color? ASSISTANT:           ids(prompt), image expanded at once
+    prompt   <s> A chat ... USER: [img] x 576 What color? ASSISTANT:           ids(prompt)
     answer   red </s>                                                          ids(prompt + " red</s>") minus ids(prompt)
 
-That the second line begins with the first is checked for every answer, so the tokens trained on are those that
-generation sees. Labels live in this expanded index space from the start; nothing is ever shifted by image size.
+That the second line begins with the first is checked for every answer, so the tokens trained on are those that generation
+sees. A tree waits with one id per picture, and is written out with one per patch when it is packed: labels never shift.
 
 A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at row 0:
 
@@ -23,125 +31,330 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
     [lo, hi)   empty   | 0..3 | 0..3       both answers see the prompt, neither sees the other
     rows       2 3 4   ->  targets a b E   the prompt's last row predicts the first token of every answer
                2 5     ->  targets c E
-
-Template: vicuna_v1, exactly (FastChat `get_prompt`, LLaVA `conv_vicuna_v1`).
-Previous: formats.py.  Next: memory.py (what a step will need).
 """
-import bisect
-import hashlib
-import os
+import random
 from array import array
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-import kernels
-import parallel
-import formats as records
-from checkpoint import TAKE_TOKENIZER, read_config, read_json, tokenizer_folder
-from common import BadInput, OnDisk, sha
+from checkpoint import TAKE_TOKENIZER, read_json, tokenizer_folder
+from common import BadInput
+from judge.rubric import RUBRIC
 from kernels import Mask
-from model import Config, Llava
-from formats import ATTRIBUTES, image_path
-from vision import load_image, preprocess
+from vision import image_path, load_image, preprocess
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+GAP = 2          # smallest difference in S between chosen and rejected (the paper's rule)
+MARKER = "<image>"
 
 
-# ---- text -----------------------------------------------------------------------------------------------------
+# ---- which answers count, and which two make a pair ------------------------------------------------------------
 
-def template(messages: list[dict]) -> str:
-    """A conversation ending with the user -> the prompt, up to and including the last "ASSISTANT:"."""
-    text = SYSTEM + " "
-    for m in messages:
-        text += f" {m['content']}</s>" if m["role"] == "assistant" else f"USER: {m['content']} ASSISTANT:"
+def usable(answer: dict) -> bool:
+    """Where the token budget cut an answer off, its end is not the model's, and must not be taught as one."""
+    return answer.get("finish") != "length"
+
+
+def scored_answers(record: dict) -> list[tuple[int, int]]:
+    """(index, S) of every usable answer that a judge has scored."""
+    return [
+        (k, RUBRIC.quality(answer))
+        for k, answer in enumerate(record["answers"])
+        if answer.get("scores") and usable(answer)
+    ]
+
+
+def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] | None:
+    """(chosen, rejected) as indices into the record's answers, or None where there is no pair.
+
+    The paper's rule (arXiv:2402.10884): chosen is the best answer, rejected a random one among those whose S is at
+    least `gap` lower. A pair given in the data stands. Ties for the best go to the first; the rejected one is drawn with
+    a seed of its own per record, so that neither order nor other records matter. Equal texts are never paired.
+    """
+    if record.get("pair"):
+        chosen, rejected = record["pair"]
+        return chosen, rejected
+    scored = scored_answers(record)
+    if not scored:
+        return None
+
+    best, top = max(scored, key=itemgetter(1))
+    texts = [answer["text"].strip() for answer in record["answers"]]
+    worse = [k for k, quality in scored if quality <= top - gap and texts[k] != texts[best]]
+    if not worse:
+        return None
+    return best, random.Random(f"{seed}/{record['id']}").choice(worse)
+
+
+# ---- template: how a checkpoint wants its prompts ----------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is spelled for a model. Nothing else in this repository knows a role's spelling or an end token."""
+    name: str
+    system: str          # the system's sentence, where a record has none of its own; empty: none
+    system_form: str     # how it is written; empty: it stands at the head of the first question
+    user: str            # a user's turn, up to where the assistant speaks
+    answer: str          # what the assistant adds, its end token included
+    between: str         # what stands behind an answer before the next turn
+    ends: tuple[str, ...]    # tokens that end an answer; the first is the one that `answer` ends with
+    ask: str = ""        # what is appended to the last question: SteerLM's wish for scores
+
+    def text(self, messages: list[dict]) -> str:
+        """Turns as they are, the last a user's -> their text."""
+        system = self.system
+        if messages[0]["role"] == "system":
+            system = messages[0]["content"]
+            messages = messages[1:]
+
+        text = ""
+        if system and self.system_form:
+            text = self.system_form.replace("{system}", system)
+        for k, message in enumerate(messages):
+            content = message["content"]
+            if k == 0 and system and not self.system_form:
+                content = f"{system}\n\n{content}"
+            if message["role"] == "assistant":
+                text += self.reply(content) + self.between
+            else:
+                text += self.user.replace("{content}", content)
+        return text
+
+    def reply(self, text: str) -> str:
+        """What an answer adds to the prompt's text."""
+        return self.answer.replace("{content}", text)
+
+    def asked(self, messages: list[dict]) -> list[dict]:
+        """The conversation as it is really asked: with `ask` behind its last question."""
+        last = messages[-1]
+        return [*messages[:-1], last | {"content": last["content"] + self.ask}]
+
+    def prompt(self, messages: list[dict]) -> str:
+        """A conversation that ends with the user -> the text up to where the assistant speaks."""
+        return self.text(self.asked(messages))
+
+
+VICUNA = Template(        # FastChat's get_prompt, LLaVA's conv_vicuna_v1, exactly
+    name="vicuna_v1",
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    system_form="{system} ",
+    user="USER: {content} ASSISTANT:",
+    answer=" {content}</s>",
+    between="",
+    ends=("</s>",),
+)
+CHATML = Template(        # Qwen, SmolLM, and many others
+    name="chatml",
+    system="",
+    system_form="<|im_start|>system\n{system}<|im_end|>\n",
+    user="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
+    answer="{content}<|im_end|>",
+    between="\n",
+    ends=("<|im_end|>", "<|endoftext|>"),
+)
+LLAMA_3 = Template(
+    name="llama_3",
+    system="",
+    system_form="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+    user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    answer="{content}<|eot_id|>",
+    between="",
+    ends=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
+)
+MISTRAL = Template(       # it has no place for the system: its sentence goes before the first question
+    name="mistral",
+    system="",
+    system_form="",
+    user="[INST] {content} [/INST]",
+    answer=" {content}</s>",
+    between="",
+    ends=("</s>",),
+)
+TEMPLATES = {template.name: template for template in (VICUNA, CHATML, LLAMA_3, MISTRAL)}
+SIGNS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3", "[INST]": "mistral"}    # a token tells its template
+
+
+def find_template(name: str, path: Path, tokenizer: Tokenizer) -> Template:
+    """--template, or what the model's folder says in template.json, or what its tokenizer's own tokens tell."""
+    if name:
+        if name not in TEMPLATES:
+            raise BadInput(f"--template {name}: choose one of {', '.join(TEMPLATES)}")
+        return TEMPLATES[name]
+
+    stored = path.with_name("template.json")
+    if stored.is_file():
+        return read_template(stored)
+    for sign, known in SIGNS.items():
+        if tokenizer.token_to_id(sign) is not None:
+            return TEMPLATES[known]
+    return VICUNA
+
+
+def read_template(path: Path) -> Template:
+    """template.json: a known name, and whatever differs from the template of that name; or every field of one's own."""
+    fields = read_json(path)
+    fields["ends"] = tuple(fields.get("ends", ()))
+    known = TEMPLATES.get(fields.get("name"))
+    if known and not fields["ends"]:
+        fields["ends"] = known.ends
+    try:
+        template = replace(known, **fields) if known else Template(**fields)
+    except TypeError as error:
+        raise BadInput(f"{path} is damaged ({error}); its fields are those of data.Template") from None
+    strings = [value for name, value in asdict(template).items() if name != "ends"]
+    if not all(isinstance(value, str) for value in [*strings, *template.ends]):
+        raise BadInput(f"{path} is damaged: every field is text, and ends a list of texts")
+    return template
+
+
+def write_scores(form: dict, scores: dict[str, int]) -> str:
+    """steer.json's form with these scores written into it, each in its own word (steerlm.py)."""
+    text = form["text"]
+    for name in RUBRIC.attributes:
+        text = text.replace("{" + name + "}", form["grades"][scores[name] - RUBRIC.lowest])
     return text
 
 
-def steered(messages: list[dict], form: dict, scores: dict) -> list[dict]:
-    """The conversation with its last question asking for these scores, in the words of `form` (steerlm.py)."""
-    words = {name: form["grades"][scores[name]] for name in ATTRIBUTES}
-    return messages[:-1] + [messages[-1] | {"content": messages[-1]["content"] + form["text"].format(**words)}]
-
-
 def target_scores(text: str) -> dict[str, int]:
-    """"4 4 4 4 0" -> the five scores to ask for. Raises BadInput where it is not that."""
+    """"4 4 4 4 0" -> the scores to ask for, by attribute. Raises BadInput where it is not that."""
     values = text.split()
-    if len(values) != 5 or not set(values) <= set("01234"):
-        raise BadInput(f"--target {text}: five numbers from 0 to 4, for {', '.join(ATTRIBUTES)}")
-    return dict(zip(ATTRIBUTES, map(int, values)))
+    names = RUBRIC.attributes
+    allowed = [str(k) for k in range(RUBRIC.lowest, RUBRIC.highest + 1)]
+    if len(values) != len(names) or not set(values) <= set(allowed):
+        raise BadInput(
+            f"--target {text}: {len(names)} numbers from {allowed[0]} to {allowed[-1]}, for {', '.join(names)}"
+        )
+    return dict(zip(names, map(int, values)))
 
+
+# ---- tokens ----------------------------------------------------------------------------------------------------
 
 class Tokens:
-    """A checkpoint's tokenizer.json with the few ids this code needs, and the image expansion.
+    """A checkpoint's tokenizer.json, its template, and the few ids that this code needs.
 
-    encode(text) is what transformers' tokenizer gives for the same file, <image> repeated once per patch (and <s> in
-    front where only tokenizer_config.json asks for it, as transformers 4 did).
+    encode(text) is what transformers' tokenizer gives for the same file (with <s> in front where only
+    tokenizer_config.json asks for it, as transformers 4 did).
     """
 
-    def __init__(self, folder: Path, config: Config):
-        folder = tokenizer_folder(Path(folder))
-        path = Path(folder) / "tokenizer.json"
+    def __init__(self, folder: Path, config, template: str = ""):
+        path = tokenizer_folder(Path(folder)) / "tokenizer.json"
         if not path.is_file():
-            raise BadInput(TAKE_TOKENIZER.format(folder=folder))
+            raise BadInput(TAKE_TOKENIZER.format(folder=path.parent))
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
+        except Exception as error:                       # the library raises a bare Exception
             raise BadInput(f"{path}: cannot be read ({error})") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.eos = self.tokenizer.token_to_id("</s>")
-        if self.eos is None:
-            raise BadInput(f"{path}: has no </s>, which ends every answer in the vicuna_v1 template")
-        self.image = self.tokenizer.token_to_id("<image>")
-        self.patches, self.room = config.vision.patches if config.vision else 0, config.text.max_position_embeddings
-        if config.vision and self.image != config.image_token:
-            raise BadInput(f"{path}: <image> is {self.image}, but config.json says {config.image_token}; "
-                           "take tokenizer.json from the llava-hf folder of the same model")
-        about, steer = path.with_name("tokenizer_config.json"), path.with_name("steer.json")
-        wanted = about.is_file() and read_json(about).get("add_bos_token")   # where tokenizer.json does not add <s> itself
-        self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
-        self.steer = read_json(steer) if steer.is_file() else None           # written by steerlm.py: what to ask of every answer
-        if self.steer is not None and not {"text", "grades", "target"} <= self.steer.keys():
-            raise BadInput(f"{steer} is damaged: it lacks text, grades or target; steerlm.py writes it")
         self.source = path
+        self.room = config.text.max_position_embeddings
+
+        # How an answer is asked for, and how it ends.
+        self.template = find_template(template, path, self.tokenizer)
+        ends = [self.tokenizer.token_to_id(token) for token in self.template.ends]
+        if ends[:1] in ([], [None]):
+            raise BadInput(
+                f"{path}: has no {' or '.join(self.template.ends)}, which ends every answer in the "
+                f"{self.template.name} template; choose another --template"
+            )
+        self.ends = tuple(end for end in ends if end is not None)
+
+        # SteerLM's form, where the model was trained to be asked for scores.
+        self.steer = None
+        stored = path.with_name("steer.json")
+        if stored.is_file():
+            form = read_json(stored)
+            if not {"text", "grades", "target"} <= form.keys():
+                raise BadInput(f"{stored} is damaged: it lacks text, grades or target; steerlm.py writes it")
+            self.template = replace(self.template, ask=write_scores(form, form["target"]))
+            self.steer = form
+
+        # Pictures.
+        self.image = self.tokenizer.token_to_id(MARKER)
+        self.patches = config.vision.patches if config.vision else 0
+        if config.vision and self.image != config.image_token:
+            raise BadInput(
+                f"{path}: {MARKER} is {self.image}, but config.json says {config.image_token}; "
+                "take tokenizer.json from the llava-hf folder of the same model"
+            )
+
+        # Control tokens: their text must not stand in anybody's words. <s> may be asked for outside tokenizer.json.
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self.special = frozenset(token.content for token in added if token.special)
+        about = path.with_name("tokenizer_config.json")
+        wanted = about.is_file() and read_json(about).get("add_bos_token")
+        self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
 
     def encode(self, text: str) -> list[int]:
+        """Ids, one per <image>."""
         ids = self.tokenizer.encode(text).ids
         if self.bos is not None and ids[:1] != [self.bos]:
-            ids = [self.bos] + ids
-        if self.image is None:
-            return ids
-        return [i for t in ids for i in ([t] * self.patches if t == self.image else [t])]
+            return [self.bos, *ids]
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
+    def steered(self, form: dict) -> "Tokens":
+        """The same, for a model that learns to be asked for scores in this form."""
+        other = copy(self)
+        other.steer = form
+        return other
 
-# ---- trees ------------------------------------------------------------------------------------------------------
+    def asking(self, scores: dict[str, int] | None) -> "Tokens":
+        """The same, with every question asking for these scores (None: for none). Raises BadInput without a form."""
+        if not self.steer:
+            raise BadInput(f"{self.source.parent} was not trained to be asked for scores; steerlm.py does that")
+        other = copy(self)
+        other.template = replace(self.template, ask=write_scores(self.steer, scores) if scores else "")
+        return other
 
-@dataclass
+    def check(self, text: str, what: str, marker: bool = False) -> None:
+        """Raises BadInput for text that the tokenizer would read as a control token. `marker`: <image> may stand in it."""
+        for token in sorted(self.special):
+            if token in text and not (marker and token == MARKER):
+                raise BadInput(f"{what} contains {token}, which the tokenizer reads as a control token; remove it")
+
+
+# ---- trees -----------------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
 class Tree:
-    """One prompt and its n answers as ids; `history` are spans [a, b) of earlier assistant turns in the prompt."""
+    """One prompt and its n answers as ids. It waits in memory with one id per picture: some hundred bytes."""
     id: str
-    prompt: list[int]
-    answers: list[list[int]]                      # each ends with </s>
-    images: list[Path] = field(default_factory=list)
-    history: list[tuple[int, int]] = field(default_factory=list)
+    prompt: array                                        # of "i"
+    answers: list[array]                                 # each ends with the template's end token
+    images: list[str] = field(default_factory=list)      # files
+    history: list[tuple[int, int]] = field(default_factory=list)     # spans [a, b) of `prompt`: earlier assistant turns
+    image: int = -1                                      # the placeholder's id,
+    patches: int = 1                                     # and how often a picture's stands in the expanded prompt
+
+    @property
+    def length(self) -> int:
+        """Of the prompt, in tokens."""
+        return len(self.prompt) + (self.patches - 1) * len(self.images)
 
     @property
     def tokens(self) -> int:
         """What it costs in a pack."""
-        return len(self.prompt) + sum(len(a) - 1 for a in self.answers)
+        return self.length + sum(len(answer) - 1 for answer in self.answers)
+
+    def ids(self) -> list[int]:
+        """The prompt as the model reads it: a picture's id once per patch."""
+        if not self.images:
+            return list(self.prompt)
+        expanded = []
+        for token in self.prompt:
+            expanded += [token] * self.patches if token == self.image else [token]
+        return expanded
 
 
 def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = False, max_length: int = 0) -> Tree:
@@ -150,44 +363,59 @@ def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = 
     history      also mark the earlier assistant turns, so that instruction tuning can score them
     max_length   longest prompt + answer in tokens; what is longer is refused, never cut (0: no limit)
     """
-    messages = steered(record["messages"], tokens.steer, tokens.steer["target"]) if tokens.steer else record["messages"]
     if record["images"] and not tokens.patches:
         raise BadInput("has images, but this checkpoint is text-only")
-    text = template(messages)
+    for k, message in enumerate(record["messages"]):
+        tokens.check(message["content"], f"message {k}", marker=message["role"] == "user")
+
+    template = tokens.template
+    messages = template.asked(record["messages"])
+    text = template.text(messages)
     prompt = tokens.encode(text)
-    tree = Tree(record["id"], prompt, [], [image_path(record["root"], name) for name in record["images"]])
-    for answer in answers:
-        tree.answers.append(after(tokens, prompt, text, f" {answer}</s>"))
-        length = len(prompt) + len(tree.answers[-1])
-        if max_length and length > max_length:
-            raise BadInput(f"is {length} tokens long (prompt {len(prompt)}, answer {len(tree.answers[-1])}), more than "
-                           f"--max_length {max_length}; shorten it or raise the limit")
+    images = [str(image_path(record["root"], name)) for name in record["images"]]
+    image = -1 if tokens.image is None else tokens.image
+    tree = Tree(record["id"], array("i", prompt), [], images, [], image, max(1, tokens.patches))
+
+    for k, answer in enumerate(answers):
+        tokens.check(answer, f"answer {k}")
+        ids = added(tokens, prompt, text, template.reply(answer))
+        tree.answers.append(array("i", ids))
+        if max_length and tree.length + len(ids) > max_length:
+            raise BadInput(
+                f"is {tree.length + len(ids)} tokens long (prompt {tree.length}, answer {len(ids)}), more than "
+                f"--max_length {max_length}; shorten it or raise the limit"
+            )
+
     if history:
-        for k, m in enumerate(messages):
-            if m["role"] == "assistant":
-                before = template(messages[:k])
+        for k, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = template.text(messages[:k])
                 start = len(tokens.encode(before))
-                tree.history.append((start, start + len(after(tokens, prompt[:start], before, f" {m['content']}</s>"))))
+                ids = added(tokens, prompt[:start], before, template.reply(message["content"]))
+                tree.history.append((start, start + len(ids)))
     return tree
 
 
-def after(tokens: Tokens, prompt: list[int], text: str, more: str) -> list[int]:
+def added(tokens: Tokens, prompt: list[int], text: str, more: str) -> list[int]:
     """The ids that `more` adds to the prompt; the prompt's own must not change, or generation would see others."""
     whole = tokens.encode(text + more)
     if whole[:len(prompt)] != prompt:
-        raise BadInput("the tokenizer merges the prompt's end with the answer's beginning, so that training would see "
-                       "other tokens than generation")
+        raise BadInput(
+            "the tokenizer merges the prompt's end with the answer's beginning, so that training would see "
+            "other tokens than generation"
+        )
     ids = whole[len(prompt):]
-    if ids[-1:] != [tokens.eos] or ids.count(tokens.eos) != 1:
-        raise BadInput("the answer must end with exactly one </s>")
+    if ids[-1:] != [tokens.ends[0]] or ids.count(tokens.ends[0]) != 1:
+        raise BadInput(f"the answer must end with exactly one {tokens.template.ends[0]}")
     return ids
 
 
-# ---- packs ------------------------------------------------------------------------------------------------------
+# ---- packs -----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Pack:
-    """Several trees in one row of T tokens. N of A answers are scored, M tokens predict them; the head has a worked example."""
+    """Several trees in one row of T tokens. N tokens of A answers are scored, M tokens predict them; the file's head has a
+    worked example."""
     ids: Tensor          # (T,)
     positions: Tensor    # (T,)
     mask: Mask           # three (T,) vectors
@@ -204,42 +432,56 @@ class Pack:
         return self.read[self.place]
 
     def to(self, device) -> "Pack":
-        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor | Mask)})
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor | Mask)}
+        return replace(self, **moved)
 
 
 def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     """Lay trees one after another. `pixels` (images of all trees in order, 3, S, S)."""
-    ids, positions, lo, hi, own, rows, targets, owner = ([] for _ in range(8))
+    ids, positions, lo, hi, own = [], [], [], [], []     # per token
+    rows, targets, owner = [], [], []                    # per scored token
     answers = 0
+
+    def lay(tokens, position: int, sees: tuple[int, int]) -> int:
+        """Append a segment whose first token stands at `position` and which sees a prompt's range -> where it begins."""
+        begin = len(ids)
+        ids.extend(tokens)
+        positions.extend(range(position, position + len(tokens)))
+        lo.extend([sees[0]] * len(tokens))
+        hi.extend([sees[1]] * len(tokens))
+        own.extend([begin] * len(tokens))
+        return begin
+
+    def score(predictors, tokens) -> None:
+        rows.extend(predictors)
+        targets.extend(tokens)
+        owner.extend([answers] * len(tokens))
+
     for tree in trees:
-        start, P = len(ids), len(tree.prompt)
-        ids += tree.prompt
-        positions += range(P)
-        lo += [0] * P
-        hi += [0] * P
-        own += [start] * P
+        start = lay(tree.ids(), 0, (0, 0))
+        end = len(ids)
         for a, b in tree.history:
-            rows += range(start + a - 1, start + b - 1)
-            targets += tree.prompt[a:b]
-            owner += [answers] * (b - a)
+            shift = start + (tree.patches - 1) * tree.prompt[:a].count(tree.image)
+            score(range(shift + a - 1, shift + b - 1), tree.prompt[a:b])
         for answer in tree.answers:
-            at, inputs = len(ids), answer[:-1]                            # </s> is predicted, never read
-            ids += inputs
-            positions += range(P, P + len(inputs))
-            lo += [start] * len(inputs)
-            hi += [start + P] * len(inputs)
-            own += [at] * len(inputs)
-            rows += [start + P - 1, *range(at, at + len(inputs))]
-            targets += answer
-            owner += [answers] * len(answer)
+            inputs = answer[:-1]                         # the end token is predicted, never read
+            begin = lay(inputs, end - start, (start, end))
+            score([end - 1, *range(begin, begin + len(inputs))], answer)
             answers += 1
-    tensor = lambda x: torch.tensor(x, dtype=torch.long)
-    return Pack(tensor(ids), tensor(positions), Mask(tensor(lo), tensor(hi), tensor(own)),
-                *tensor(rows).unique(return_inverse=True), tensor(targets), tensor(owner), answers, pixels)
+
+    mask = Mask(integers(lo), integers(hi), integers(own))
+    read, place = integers(rows).unique(return_inverse=True)
+    return Pack(
+        integers(ids), integers(positions), mask, read, place, integers(targets), integers(owner), answers, pixels
+    )
+
+
+def integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
 
 
 def split(trees: Iterable[Tree], budget: int) -> Iterator[list[Tree]]:
-    """Packs of at most `budget` tokens, in order; a tree (or what else has .tokens) longer than that is a pack of its own."""
+    """Packs of at most `budget` tokens, in order; a tree longer than that is a pack of its own."""
     pack, room = [], budget
     for tree in trees:
         if pack and tree.tokens > room:
@@ -251,117 +493,27 @@ def split(trees: Iterable[Tree], budget: int) -> Iterator[list[Tree]]:
         yield pack
 
 
-def share(trees: list[Tree], budget: int) -> list[tuple[list[Tree], bool]]:
-    """The packs of this process, and whether they count. One process: all of them. Of several each gets as many as the others, of
-    as equal size as their order allows; who has one too few computes one for the second time, and does not count it."""
-    packs, world = list(split(trees, budget)), parallel.world()
-    if world == 1:
-        return [(part, True) for part in packs]
-    each = -(-len(packs) // world)
-    smallest = bisect.bisect_left(range(1, budget), True, key=lambda size: len(list(split(trees, size))) <= each * world)
-    packs = list(split(trees, smallest + 1))
-    mine = packs[parallel.rank()::world]
-    return [(part, True) for part in mine] + [(packs[-1][:1], False)] * (each - len(mine))
+def pack_size(wanted: int, device: torch.device) -> int:
+    """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches and a laptop's memory like."""
+    if wanted:
+        return wanted
+    return 1024 if device.type == "cpu" else 8192
 
 
 class Pixels:
-    """Image files -> pixels for one model, cut as it was trained (or cropped)."""
+    """Image files -> pixels for one model, padded to a square as it was trained (or cropped)."""
 
-    def __init__(self, config: Config, crop: bool = False):
+    def __init__(self, config, crop: bool = False):
         self.size = config.vision.image_size if config.vision else 0
         self.crop = crop
 
-    def one(self, path: Path) -> Tensor:                                     # (3, S, S)
+    def one(self, path: str | Path) -> Tensor:                               # (3, S, S)
         return preprocess(load_image(path), self.size, self.crop)
 
-    def __call__(self, paths: list[Path]) -> Tensor | None:
+    def __call__(self, paths: list[str]) -> Tensor | None:
         """n files -> (n, 3, S, S), or None for no files."""
         return torch.stack([self.one(path) for path in paths]) if paths else None
 
     def pack(self, trees: list[Tree]) -> Pack:
-        return make_pack(trees, self([path for tree in trees for path in tree.images]))
-
-
-class Features(Pixels):
-    """In the place of Pixels: what the frozen tower makes of each image file, computed once and kept in a folder, under a name
-    that depends on the file, the tower's weights and the preprocessing."""
-
-    def __init__(self, model: Llava, folder: str | Path, crop: bool = False):
-        super().__init__(model.config, crop)
-        self.folder, self.tower = Path(folder), model.vision_tower
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.about = sha(repr((model.config.vision, crop, model.head.dtype)),
-                         *(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in self.tower.parameters()))
-
-    @torch.no_grad()
-    def one(self, path: Path) -> Tensor:                                     # (P, D)
-        kept = self.folder / f"{sha(self.about, path.read_bytes())}.safetensors"
-        if not kept.exists():
-            weight = self.tower.embeddings.class_embedding
-            features = self.tower(super().one(path)[None].to(weight))[0]
-            aside = kept.with_suffix(f".{os.getpid()}.part")
-            save_file({"features": features.cpu().contiguous()}, aside)
-            os.replace(aside, kept)
-        return load_file(kept)["features"]
-
-
-def ahead(make: Callable, parts: Iterable) -> Iterator[tuple]:
-    """(part, make(part)) for every part; the next one is made in a thread (images decoded) while this one is computed with."""
-    with ThreadPoolExecutor(1) as pool:
-        begun = ((part, pool.submit(make, part)) for part in parts)
-        for (part, made), _ in pairwise(chain(begun, [None])):               # the next has begun when this one is waited for
-            yield part, made.result()
-
-
-def trees_digest(trees: Iterable[Tree]) -> "hashlib._Hash":
-    """Of every token that would be trained on, in order."""
-    digest = hashlib.sha256()
-    for tree in trees:
-        digest.update(repr((tree.id, tree.history, [path.name for path in tree.images])).encode())
-        for ids in (tree.prompt, *tree.answers):
-            digest.update(array("q", ids).tobytes() + b"|")
-    return digest
-
-
-def pack_size(wanted: int, device: torch.device) -> int:
-    """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches and a laptop's memory like."""
-    return wanted or (1024 if device.type == "cpu" else 8192)
-
-
-def token_logps(model: Llava, pack: Pack) -> Tensor:
-    """log p of every scored token of a pack, (N,) fp32."""
-    hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels, pack.read)
-    return kernels.logps(hidden, model.head, pack.place, pack.targets)
-
-
-def answer_logps(model: Llava, pack: Pack) -> Tensor:
-    """sum log p(answer | prompt) of every answer of a pack, (A,) fp32 nats. SFT, DPO, the reference scores and the
-    tests all come through here."""
-    logps = token_logps(model, pack)                                     # index_put: a GPU's index_add adds in any order,
-    sums = torch.zeros(pack.answers, dtype=logps.dtype, device=logps.device)     # and no run would give the same bits twice
-    return sums.index_put((pack.owner,), logps, accumulate=True)
-
-
-# ---- from a file to trees --------------------------------------------------------------------------------------
-
-def read_trees(s, folder: Path, out: Path,
-               trees_of: Callable[[Tokens, dict, int], list[Tree]]) -> tuple[Tokens, Pixels, OnDisk, OnDisk]:
-    """The tokens and pixels of the model in `folder`, the usable records of s.data, and the trees that trees_of(tokens, record,
-    longest) makes of each, one behind the other, both on the disk of `out`; what raises BadInput there, or was refused before, is
-    reported. Raises BadInput where nothing is left."""
-    config, _ = read_config(folder)
-    tokens, pixels = Tokens(folder, config), Pixels(config, s.crop)
-    items, trees, rejects = OnDisk(out), OnDisk(out), OnDisk(out)
-    for name, record in records.stream(s.data, s.image_root, pixels.size):
-        try:
-            if isinstance(record, BadInput):
-                raise record
-            for tree in trees_of(tokens, record, s.max_length or tokens.room):
-                trees.append(tree)
-            items.append(record)
-        except BadInput as problem:
-            rejects.append({"id": name, "reason": str(problem)})
-    records.report(s.data, len(items), rejects, out if parallel.rank() == 0 else None)
-    if not items:
-        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
-    return tokens, pixels, items, trees
+        paths = [path for tree in trees for path in tree.images]
+        return make_pack(trees, self(paths))

@@ -1,43 +1,37 @@
 """The remedy: raise the log-probability of the better answer over the worse one, measured from where you started.
 
-The problem. For a question x a judge preferred answer y_w to y_l. Reinforcement learning would fit a reward to
-such pairs and then climb it, tied to the starting policy by a KL term. DPO (arXiv:2305.18290) observes that
-the best policy under a reward r is known in closed form, so r can be written by the policy itself,
+The problem. For a question x a judge preferred answer y_w to y_l. Reinforcement learning would fit a reward to such pairs and
+then climb it, tied to the starting policy by a KL term. DPO (arXiv:2305.18290) observes that the best policy under a reward r
+is known in closed form, so r can be written by the policy itself,
 
     r(x, y) = beta * (log p(y|x) - log p_ref(y|x)),
 
 and the likelihood of the judge's choice becomes a loss on the policy alone (Eq. 7):
 
-    loss = -log sigmoid( beta * [ (log p(y_w) - log p_ref(y_w)) - (log p(y_l) - log p_ref(y_l)) ] ).
+    loss = -log sigmoid( r(x, y_w) - r(x, y_l) ).
 
-Log-probs are sums over an answer's tokens and its </s> (not means), beta is 0.1, p_ref is the policy as it was
-before the first step: the paper's choices (arXiv:2402.10884).
+The difference is the *margin*. Log-probs are sums over an answer's tokens and its </s> (not means), beta is 0.1, p_ref is the
+policy as it was before the first step: the paper's choices (arXiv:2402.10884).
 
-The trick. The reference is two numbers per pair, so it is computed once, by the very code that trains, and no
-second model is kept. It is stored in reference.jsonl with a fingerprint of weights, data, template, image
-processing and dtype; a stale file is refused. The contract, checked at the first step of every run: at step 0
-policy and reference agree, so every margin is 0 and the loss ln 2 = 0.693147. A run that starts anywhere else
-is not computing what it says. And both answers hang off one prompt in one packed row (data.py), so that image
-and question are computed once per pair.
+The trick. The reference is one number per answer, so it is computed once, by the very code that trains, and no second model is
+kept. It is stored in reference.jsonl with a fingerprint of weights, data, template, image processing and dtype; a stale file
+is refused. The contract, checked at the first step of every run: at step 0 policy and reference agree, so every margin is 0
+(and DPO's loss ln 2 = 0.693147). A run that starts anywhere else is not computing what it says. And both answers hang off one
+prompt in one packed row (data.py), so that image and question are computed once per pair.
 
-Reading the curves. `margin` should rise and `loss` fall below ln 2. Both logp_chosen and logp_rejected may fall:
-the loss sees only their difference. accuracy is the share of pairs with positive margin. Watch length_chosen against
-length_rejected: a judge that likes long answers teaches length.
+Reading the curves. `margin` should rise and `loss` fall. Both logp_chosen and logp_rejected may fall: the loss sees only their
+difference. accuracy is the share of pairs with positive margin. Watch length_chosen against length_rejected: a judge that
+likes long answers teaches length.
 
     python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo
-
-Previous: evaluate.py.  Next: story.py (all of it on the miniature).
 """
 import json
 import math
 import time
 import zlib
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice, zip_longest
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 import common  # first: it tells OpenMP how to wait
 import torch
@@ -46,340 +40,348 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import lora
+import memory
 import parallel
-import memory as plan
-import resume
-from common import (BadInput, OnDisk, adamw, device_and_dtype, each_jsonl, main, masters, schedule, set_rate, sha,
-                    sha_of, update, write_jsonl, write_whole)
-from data import (Features, Pack, Pixels, Tokens, Tree, ahead, answer_logps, make_tree, pack_size, read_trees, share, split,
-                  template, trees_digest)
-from model import Llava
-from judge.report import GAP, choose_pair
-from sft import shuffled
+import train as training
+from common import BadInput, main, read_jsonl, sha, write_jsonl, write_whole
+from data import GAP, Pixels, Tokens, Tree, choose_pair, make_tree, split
+from model import Llava, answer_logps
+from train import Run
 
 
 @dataclass
-class Settings:
+class Settings(training.Settings):
     """Direct preference optimization of a LLaVA policy (or of a text-only Llama)."""
-    ckpt: str = "toy/llava"            # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
-    data: str = ""               # scored records or preference pairs (see formats.py)
-    image_root: str = ""         # folder the image names start from; empty: the data file's own
-    out: str = ""                # run folder; empty: runs/dpo, or the next free runs/dpo-2, runs/dpo-3, ...
-    seed: int = 0                # order of the pairs, and which worse answer is the rejected one
-    device: str = "auto"         # cpu, cuda, ...
-    dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
-    steps: int = -1              # optimizer steps; -1: --epochs passes; 0: stop after the reference
-    epochs: int = 3              # passes over the pairs (the paper's 3)
-    batch: int = 128             # pairs per optimizer step (the paper's 128)
+    out: str = "runs/dpo"        # run folder
     lr: float = 0.0              # peak learning rate; 0: 5e-7 for full fine-tuning (RLAIF-V's), 5e-5 for adapters (the paper's)
-    average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
+    loss: str = "sigmoid"        # sigmoid (DPO), ipo, hinge or robust: see LOSSES
     beta: float = 0.1            # how strongly the policy is tied to its start (the paper's 0.1)
+    smoothing: float = 0.0       # robust: the share of labels that are taken to be wrong, below 0.5
+    average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
     gap: int = GAP               # smallest score difference between chosen and rejected (the paper's 2)
-    warmup: float = 0.03         # share of the steps with rising learning rate (the paper's 3 %)
-    clip: float = 1.0            # largest gradient norm (the paper states none)
     holdout: float = 0.0         # share of the pairs kept out of training, to measure preference accuracy on
     reference: str = ""          # reference log-probs file; empty: <out>/reference.jsonl
-    pack: int = 0                # tokens computed at once, gradients accumulate over packs; 0: 1024 on the CPU, 8192 on a GPU
-    max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
-    crop: bool = False           # centre-crop images instead of padding them to a square
-    features: str = ""           # folder to keep the frozen vision tower's output in, between epochs and runs; empty: nowhere
-    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
-    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
-    projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or where that is 0 for adapters, the paper's 2e-5
-    merge: bool = False          # adapters: also write model/, with them added to the weights
-    checkpointing: str = "auto"  # on: keep less for backward and compute it again (memory.py); auto: where memory asks for it; off
-    dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
-    save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
-    resume: bool = False         # go on with the run in --out where it was stopped
 
 
-# ---- the loss -------------------------------------------------------------------------------------------------
+# ---- the losses -------------------------------------------------------------------------------------------------
+# (B, 2) log-probs of chosen and rejected in nats, now and under the reference -> (B,) losses, (B,) margins.
 
-def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-             beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 7 of arXiv:2305.18290. All inputs are (B,) sums of log-probs in nats.
+def margins(logps: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """By how much the policy's reward prefers the chosen answer, (B,)."""
+    rewards = beta * (logps - reference)
+    return rewards[:, 0] - rewards[:, 1]
 
-    returns the loss of every pair (B,), and the rewards beta * (logp - ref) of chosen and rejected (B,), (B,).
-    At step 0 policy and reference agree, and the loss is ln 2 whatever beta is; d loss / d margin is -1/2 there.
+
+def sigmoid(logps: Tensor, reference: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """DPO, Eq. 7 of arXiv:2305.18290: the likelihood of the judge's choice."""
+    margin = margins(logps, reference, s.beta)
+    return -F.logsigmoid(margin), margin
+
+
+def ipo(logps: Tensor, reference: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """arXiv:2310.12036, Eq. 17: the log-ratio is drawn to 1 / (2 beta), and pulled back beyond it: no pair runs away."""
+    margin = margins(logps, reference, s.beta)
+    return (margin / s.beta - 1 / (2 * s.beta)).square(), margin
+
+
+def hinge(logps: Tensor, reference: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """arXiv:2305.10425 (SLiC), arXiv:2309.06657: a pair whose margin has reached 1 teaches nothing any more."""
+    margin = margins(logps, reference, s.beta)
+    return F.relu(1 - margin), margin
+
+
+def robust(logps: Tensor, reference: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """arXiv:2403.00409: unbiased where a share `smoothing` of the labels is wrong."""
+    margin = margins(logps, reference, s.beta)
+    right = -F.logsigmoid(margin)
+    wrong = -F.logsigmoid(-margin)
+    return ((1 - s.smoothing) * right - s.smoothing * wrong) / (1 - 2 * s.smoothing), margin
+
+
+LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
+
+
+# ---- the loop -----------------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Pair(Tree):
+    """A tree with two answers: chosen, rejected."""
+    reference: tuple[float, float] = (0.0, 0.0)          # their log-probs under the policy as it was before training
+
+
+def train(run: Run, pairs: list[Pair], s: Settings) -> None:
+    for step, batch in run.steps(training.shuffled(pairs, s.seed)):
+        for part in run.packs(batch):
+            logps, reference, lengths = pair_logps(run.model, part, s)       # (B, 2) each: chosen, rejected
+            loss, margin = LOSSES[s.loss](logps, reference, s)
+            run.backward(loss.sum() / len(batch))        # the mean over the batch, however it is packed
+            rewards = s.beta * (logps - reference)
+            run.record(
+                loss=loss, margin=margin, accuracy=margin > UNDECIDED,
+                reward_chosen=rewards[:, 0], reward_rejected=rewards[:, 1],
+                logp_chosen=logps[:, 0], logp_rejected=logps[:, 1],
+                length_chosen=lengths[:, 0], length_rejected=lengths[:, 1],
+            )
+        if step == 0:
+            check_contract(run.columns(), s, run.model.dtype)
+        if step == run.first:
+            print(HEADER)
+        print(line(run.update(pairs=len(batch))))
+
+
+def pair_logps(model: Llava, part: training.Part, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of chosen and rejected now, under the reference, and the answers' lengths in tokens, (B, 2) each."""
+    logps = answer_logps(model, part.pack).view(-1, 2)   # (2 B,) -> (B, 2)
+    reference = torch.tensor([pair.reference for pair in part.items], device=logps.device)
+    lengths = torch.tensor([[len(answer) for answer in pair.answers] for pair in part.items], device=logps.device)
+    if s.average:
+        return logps / lengths, reference / lengths, lengths
+    return logps, reference, lengths
+
+
+UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
+HEADER = "  step      loss   margin  acc.   reward c / r       logp c / r     length c / r    grad        lr  pairs/s"
+
+
+def line(row: dict) -> str:
+    return (
+        f"{row['step']:6d}  {row['loss']:.6f}  {row['margin']:+.4f}  {row['accuracy']:.2f}  "
+        f"{row['reward_chosen']:+.3f} {row['reward_rejected']:+.3f}  "
+        f"{row['logp_chosen']:8.2f} {row['logp_rejected']:8.2f}  "
+        f"{row['length_chosen']:6.1f} {row['length_rejected']:6.1f}  "
+        f"{row['grad_norm']:7.2f}  {row['lr']:.2e}  {row['pairs_per_s']:6.1f}"
+    )
+
+
+def check_contract(columns: dict[str, Tensor], s: Settings, dtype: torch.dtype) -> None:
+    """At step 0 the policy is the reference, so every margin is 0. Raises BadInput where it is not.
+
+    Packs differ in shape from the reference pass, so sums of log-probs may differ in their last digits: by less than
+    0.01 nats in fp32. Where the model rounds to 16 bits some hundredths of a nat a token are rounding, by chance up or
+    down: the worst pair of a batch is allowed 4 nats, their mean 1. beta scales both.
     """
-    reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen.detach(), reward_rejected.detach()
+    most, mean = (1e-2, 1e-2) if dtype == torch.float32 else (4.0, 1.0)
+    margin = columns["margin"]
+    worst = margin.abs().max().item()
+    nothing = torch.zeros(1, 2)
+    start = LOSSES[s.loss](nothing, nothing, s)[0].item()                    # ln 2; another loss starts elsewhere
+    verdict = (
+        f"loss {columns['loss'].mean().item():.6f} ({start:.6f} for no margin), "
+        f"largest |margin| {worst:.1e} (allowed {s.beta * most:g})"
+    )
+    if not (worst < s.beta * most and abs(margin.mean().item()) < s.beta * mean):
+        raise BadInput(f"step-0 contract broken: {verdict}; policy and reference do not see the same tokens or weights")
+    print(f"step-0 contract holds: {verdict}")
 
 
-# ---- pairs ----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> dict:
+    """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
+    mine = []
+    for part in training.packs(pairs, s.pack, pixels.pack, model.device):
+        logps, reference, _ = pair_logps(model, part, s)
+        if part.counts:
+            mine += margins(logps, reference, s.beta).tolist()
 
-@dataclass
-class Pair:
-    tree: Tree                        # the prompt and two answers: chosen, rejected
-    reference: tuple[float, float]    # their log-probs under the policy as it was before training
-
-    @property
-    def tokens(self) -> int:
-        return self.tree.tokens
+    found = torch.tensor([margin for share in parallel.gather(mine) for margin in share])
+    right = (found > UNDECIDED).float() + 0.5 * (found.abs() <= UNDECIDED)
+    return {"pairs": len(pairs), "margin": round(found.mean().item(), 6) + 0.0, "accuracy": right.mean().item()}
 
 
-def make_pairs(items: Iterable[dict], trees: Iterable[Tree], reference: Iterable[list[float]], gap: int,
-               seed: int) -> Iterator[Pair]:
-    """The records that have a pair by the paper's rule (pairs.choose_pair), with what the reference says of it."""
-    for record, tree, ref in zip(items, trees, reference):
-        if chosen := choose_pair(record, gap, seed):
-            better, worse = chosen
-            yield Pair(replace(tree, answers=[tree.answers[better], tree.answers[worse]]), (ref[better], ref[worse]))
+# ---- the reference --------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def reference_logps(model: Llava, trees: list[Tree], pixels: Pixels, budget: int) -> list[list[float]]:
+    """log p of every answer under the model as it stands, a list for each tree."""
+    rank = parallel.rank()
+    world = parallel.world()
+    parts = list(split(trees, budget))
+    bar = tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False)
+    mine = []
+    for part, pack in training.prefetched(pixels.pack, parts[rank::world]):
+        sums = answer_logps(model, pack.to(model.device)).tolist()
+        mine.append(by_tree(part, sums))
+        bar.update(world * len(part))
+    bar.close()
+
+    # Process r computed packs r, r + world, r + 2 world, ...: deal them out again in that order.
+    shares = parallel.gather(mine)
+    found = []
+    for k in range(len(parts)):
+        found += shares[k % world][k // world]
+    for tree, logps in zip(trees, found):
+        if not all(map(math.isfinite, logps)):
+            raise BadInput(f"record {tree.id}: its reference log-prob is {logps}; use --dtype float32")
+    return found
+
+
+def by_tree(trees: list[Tree], sums: list[float]) -> list[list[float]]:
+    """The answers' numbers, one list per tree."""
+    found = []
+    for tree in trees:
+        found.append(sums[:len(tree.answers)])
+        sums = sums[len(tree.answers):]
+    return found
+
+
+def fingerprint(model: Llava, found: training.Reading) -> dict[str, str]:
+    """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
+    tokens, pixels = found.tokens, found.pixels
+    return {
+        "weights": checkpoint.digest(model),
+        "data": training.trees_digest(found.trees, found.pictures),
+        "template": sha(repr(tokens.template), tokens.source.read_bytes(), str(tokens.bos)),
+        "image processing": f"{pixels.size} px, {'crop' if pixels.crop else 'pad'}",
+        "dtype": str(model.dtype),
+    }
+
+
+def cached_reference(model: Llava, found: training.Reading, path: Path, budget: int, now: dict) -> list[list[float]]:
+    """reference.jsonl: computed and written where there is none, refused where its fingerprint is not `now`."""
+    note = path.with_suffix(".fingerprint.json")
+    if parallel.from_first(path.exists):
+        logps = stored_reference(path, note, found.trees, now)
+        print(f"reference: {len(logps)} records read from {path}")
+        return logps
+
+    began = time.perf_counter()
+    logps = reference_logps(model, found.trees, found.pixels, budget)
+    if parallel.rank() == 0:
+        rows = []
+        for tree, numbers in zip(found.trees, logps):
+            rows.append({"id": tree.id, "logps": numbers, "tokens": [len(answer) for answer in tree.answers]})
+        write_whole(note, json.dumps(now, indent=1) + "\n")                  # first: a file without it is refused
+        write_jsonl(path, rows)
+    answers = sum(len(numbers) for numbers in logps)
+    print(f"reference: {len(logps)} records, {answers} answers, {time.perf_counter() - began:.1f} s -> {path}")
+    return logps
+
+
+def stored_reference(path: Path, note: Path, trees: list[Tree], now: dict) -> list[list[float]]:
+    if not note.exists():
+        raise BadInput(
+            f"{path} has no {note.name} beside it that says what it was computed with; remove it or choose another "
+            "--reference"
+        )
+    try:
+        then = json.loads(note.read_text())
+        changed = [f"{key} ({then.get(key)} then, {now[key]} now)" for key in now if then.get(key) != now[key]]
+        rows = read_jsonl(path)
+        held = [(row["id"], row["tokens"], len(row["logps"])) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} or its fingerprint is damaged ({error}); remove both") from None
+    if changed:
+        raise BadInput(f"{path} is stale: it was computed with other {', '.join(changed)}; remove it or choose another --out")
+    wanted = [(tree.id, [len(answer) for answer in tree.answers], len(tree.answers)) for tree in trees]
+    if held != wanted:
+        raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
+    return [row["logps"] for row in rows]
+
+
+# ---- the script -------------------------------------------------------------------------------------------------------
 
 def is_held_out(record_id: str, share: float) -> bool:
     """By a checksum of the record's id, so that it does not depend on order, seed or the other records."""
     return zlib.crc32(record_id.encode()) % 1000 < 1000 * share
 
 
-# ---- the reference --------------------------------------------------------------------------------------------
-
-def fingerprint(model: Llava, tokens: Tokens, items: Iterable[dict], pixels: Pixels) -> dict[str, str]:
-    """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
-    data = (json.dumps([r["id"], r["messages"], [a["text"] for a in r["answers"]], r["images_sha"]]) for r in items)
-    probe = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
-    return {"weights": resume.digest(model), "data": sha_of(data),
-            "template": sha(template(probe), tokens.source.read_bytes(), str(tokens.bos), str(tokens.steer)),
-            "image processing": f"{pixels.size} px, {'crop' if pixels.crop else 'pad'}",
-            "dtype": str(model.head.dtype)}
-
-
-@torch.no_grad()
-def reference_logps(model: Llava, trees: Sequence[Tree], pixels: Pixels, budget: int) -> Iterator[list[float]]:
-    """log p of every answer under the model as it stands, a list for each tree; each process computes every N-th pack."""
-    device, rank, world, found = model.head.device, parallel.rank(), parallel.world(), []
-    bar = tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False)
-    for part, packed in ahead(pixels.pack, islice(split(trees, budget), rank, None, world)):
-        sums = answer_logps(model, packed.to(device)).tolist()
-        for tree, x in zip((tree for tree in part for _ in tree.answers), sums):
-            if not math.isfinite(x):
-                raise BadInput(f"record {tree.id}: its reference log-prob is {x}; use --dtype float32")
-        found.append(array("d", sums))
-        bar.update(world * len(part))
-    shares = parallel.gather(found)
-    every = (x for k in range(sum(map(len, shares))) for x in shares[k % world][k // world])
-    return ([next(every) for _ in tree.answers] for tree in trees)
+def make_pairs(trees: Iterable[Tree], choices: Iterable, reference: Iterable[list[float]]) -> list[Pair]:
+    """The trees that have a pair (choices: two indices, or None), with what the reference says of it."""
+    pairs = []
+    for tree, choice, logps in zip(trees, choices, reference):
+        if choice:
+            chosen, rejected = choice
+            pairs.append(Pair(
+                tree.id, tree.prompt, [tree.answers[chosen], tree.answers[rejected]], tree.images,
+                image=tree.image, patches=tree.patches, reference=(logps[chosen], logps[rejected]),
+            ))
+    return pairs
 
 
-def cached_reference(model: Llava, trees: Sequence[Tree], pixels: Pixels, path: Path, budget: int,
-                     now: dict[str, str]) -> Iterator[list[float]]:
-    """Compute and write `path` where there is none, refuse it where its fingerprint is not `now` -> its rows, read one by one."""
-    note, there = path.with_suffix(".fingerprint.json"), parallel.from_first(path.exists)
-    about = ((t.id, [len(a) for a in t.answers], len(t.answers)) for t in trees)
-    if there:
-        if not note.exists():
-            raise BadInput(f"{path} has no {note.name} beside it that says what it was computed with; remove it or choose "
-                           "another --reference")
-        try:
-            then = json.loads(note.read_text())
-            changed = [f"{key} ({then.get(key)} then, {now[key]} now)" for key in now if then.get(key) != now[key]]
-            held = ((row["id"], row["tokens"], len(row["logps"])) for row in each_jsonl(path))
-            same = bool(changed) or all(a == b for a, b in zip_longest(held, about))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path} or its fingerprint is damaged ({error}); remove both") from None
-        if changed:
-            raise BadInput(f"{path} is stale: it was computed with other {', '.join(changed)}; remove it or choose "
-                           "another --out")
-        if not same:
-            raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
-        print(f"reference: {len(trees)} records read from {path}")
-    else:
-        began = time.perf_counter()
-        logps = reference_logps(model, trees, pixels, budget)
-        if parallel.rank() == 0:
-            write_whole(note, json.dumps(now, indent=1) + "\n")              # first: a file without it is refused
-            write_jsonl(path, ({"id": id, "logps": row, "tokens": tokens} for (id, tokens, _), row in zip(about, logps)))
-        parallel.gather(None)                                                # now all can read it
-        print(f"reference: {len(trees)} records, {sum(len(t.answers) for t in trees)} answers, "
-              f"{time.perf_counter() - began:.1f} s -> {path}")
-    return (row["logps"] for row in each_jsonl(path))
+def check_flags(s: Settings) -> None:
+    if s.gap < 1 or not (0 < s.beta < math.inf and 0 <= s.holdout < 1 and 0 <= s.smoothing < 0.5):
+        raise BadInput(
+            "--gap must be at least 1, --beta positive and finite, --holdout from 0 to below 1, --smoothing to below 0.5"
+        )
+    if s.loss not in LOSSES:
+        raise BadInput(f"--loss {s.loss}: choose one of {', '.join(LOSSES)}")
+    if s.smoothing and s.loss != "robust":
+        raise BadInput("--smoothing belongs to --loss robust")
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------
+def align(s: Settings) -> Llava:
+    """--data and --ckpt -> the aligned model, in memory and in --out."""
+    check_flags(s)
+    s, device, dtype = training.door(s, full=5e-7, adapters=5e-5)
+    out = Path(s.out)
 
-AT_ONCE = 1024      # held-out pairs in memory
-UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
-COLUMNS = ("step", "loss", "margin", "accuracy", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected",
-           "length_chosen", "length_rejected", "grad_norm", "lr", "pairs_per_s")
-HEADER = "  step      loss   margin  acc.   reward c / r       logp c / r     length c / r    grad        lr  pairs/s"
+    # Of every usable record a tree with all its answers, and which two of them make a pair. The data comes first:
+    # reading weights takes longer.
+    choices = []
 
+    def all_answers(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
+        if not record["answers"]:
+            raise BadInput("has no answers")
+        tree = make_tree(tokens, record, [answer["text"] for answer in record["answers"]], max_length=longest)
+        choices.append(choose_pair(record, s.gap, s.seed))
+        return [tree]
 
-def line(m: dict) -> str:
-    return (f"{m['step']:6d}  {m['loss']:.6f}  {m['margin']:+.4f}  {m['accuracy']:.2f}  {m['reward_chosen']:+.3f} "
-            f"{m['reward_rejected']:+.3f}  {m['logp_chosen']:8.2f} {m['logp_rejected']:8.2f}  {m['length_chosen']:6.1f} "
-            f"{m['length_rejected']:6.1f}  {m['grad_norm']:7.2f}  {m['lr']:.2e}  {m['pairs_per_s']:6.1f}")
+    found = training.read(s, all_answers)
+    usable = [tree for tree, choice in zip(found.trees, choices) if choice and not is_held_out(tree.id, s.holdout)]
+    if not usable and s.steps != 0:
+        held_out = f"; and not all may be held out by --holdout {s.holdout}" if s.holdout else ""
+        raise BadInput(
+            f"{s.data}: no usable pair among {found.records} records; a pair needs two different answers whose scores S "
+            f"differ by at least --gap {s.gap}, or chosen and rejected given in the data{held_out}"
+        )
 
+    # The reference, by the very model that is then trained.
+    model = checkpoint.load(s.ckpt, device, dtype)
+    now = parallel.from_first(lambda: fingerprint(model, found))
+    logps = cached_reference(model, found, Path(s.reference or out / "reference.jsonl"), s.pack, now)
+    pairs, held_out = [], []
+    for pair in make_pairs(found.trees, choices, logps):
+        (held_out if is_held_out(pair.id, s.holdout) else pairs).append(pair)
+    found.trees.clear()                                  # what is no part of a pair is not needed any more
 
-def check_contract(loss: float, margins: Tensor, beta: float, dtype: torch.dtype) -> None:
-    """At step 0 the policy is the reference. Packs differ in shape from the reference pass, so sums of log-probs may differ
-    in their last digits: by less than 0.01 nats in fp32. Where the model rounds to 16 bits, some hundredths of a nat a token are
-    rounding, by chance up or down: the loss, a mean, is allowed 1 nat, the worst margin of the batch 4. beta scales both."""
-    mean, most = (1e-2, 1e-2) if dtype == torch.float32 else (1.0, 4.0)
-    worst, allowed = margins.abs().max().item(), beta * most
-    start = dpo_loss(*torch.zeros(4, 1), beta)[0].item()                 # ln 2; another loss starts elsewhere
-    verdict = f"loss {loss:.6f} ({start:.6f} for no margin), largest |margin| {worst:.1e} (allowed {allowed:g})"
-    if not (abs(loss - start) < beta * mean and worst < allowed):
-        raise BadInput(f"step-0 contract broken: {verdict}; policy and reference do not see the same tokens or weights")
-    print(f"step-0 contract holds: {verdict}")
-
-
-def pair_logps(model: Llava, pairs: list[Pair], pack: Pack, average: bool) -> tuple[Tensor, Tensor]:
-    """(2, B) log-probs of chosen and rejected under the policy now, and under the reference; sums, or means per token."""
-    device = model.head.device
-    policy = answer_logps(model, pack.to(device)).view(-1, 2).T
-    reference = torch.tensor([p.reference for p in pairs], device=device).T
-    lengths = torch.tensor([[len(a) if average else 1 for a in p.tree.answers] for p in pairs], device=device).T
-    return policy / lengths, reference / lengths
-
-
-def in_packs(pairs: list[Pair], pixels: Pixels, budget: int) -> Iterator[tuple[list[Pair], Pack, bool]]:
-    """The pairs of each of this process's packs, the pack, and whether it counts (data.share)."""
-    for (part, counts), packed in ahead(lambda x: pixels.pack([p.tree for p in x[0]]), share(pairs, budget)):
-        yield part, packed, counts
-
-
-def train(model: Llava, pairs: Sequence[Pair], pixels: Pixels, s: Settings, steps: int, out: Path,
-          about: dict | None = None) -> None:
-    """`steps` optimizer steps on batches of pairs, in place; one line per step to `out`/metrics.jsonl and the screen. `about`
-    says what `out`/state must agree with; without it none is kept."""
-    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
-    wide = masters(parameters)
-    state = dict(zip(names, wide))
-    optimizer = adamw(state, s.lr, s.projector_lr)
-    kept = resume.Kept(out, about, s.save_every, s.resume)
-    done = resume.restore(kept, state, parameters, optimizer)
     batch = min(s.batch, len(pairs))
-    order = islice(shuffled(pairs, s.seed), done * batch, None)
-    model.train()
-    with resume.metrics_file(kept, done) as metrics, resume.sigterm(kept) as stop, plan.room(s):
-        plan.begin(model, wide, s, (p.tree for p in pairs), pixels.pack)
-        if done:
-            print(HEADER)
-        for step in range(done, steps):
-            began, rate = time.perf_counter(), schedule(step, steps, s.warmup)
-            set_rate(optimizer, rate)
-            members, seen = [next(order) for _ in range(batch)], []
-            for part, packed, counts in in_packs(members, pixels, s.pack):
-                policy, ref = pair_logps(model, part, packed, s.average)
-                losses, reward_chosen, reward_rejected = dpo_loss(*policy, *ref, s.beta)
-                parallel.backward(model, counts * losses.sum() / batch)  # the mean over the batch, however it is packed
-                seen += [torch.stack([losses.detach(), reward_chosen, reward_rejected, *policy.detach()])] * counts
-            parallel.sum_gradients(model, wide, any(p.tree.images for p in members))
-            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(wide, s.clip or math.inf)).item()
-            seen = parallel.gather(torch.cat(seen or [torch.empty(5, 0)], 1).cpu())
-            losses, reward_chosen, reward_rejected, logp_chosen, logp_rejected = torch.cat(seen, 1)
-            margins, lengths = reward_chosen - reward_rejected, [[len(a) for a in p.tree.answers] for p in members]
-            loss = losses.mean().item()
-            if not math.isfinite(loss + norm):
-                raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or use --dtype float32")
-            if step == 0:
-                check_contract(loss, margins, s.beta, model.head.dtype)
-                print(HEADER)
-            update(optimizer, wide, parameters)
-            values = (step + 1, loss, margins.mean().item(), (margins > UNDECIDED).float().mean().item(),
-                      reward_chosen.mean().item(), reward_rejected.mean().item(), logp_chosen.mean().item(),
-                      logp_rejected.mean().item(), *(sum(x) / batch for x in zip(*lengths)), norm, s.lr * rate,
-                      batch / (time.perf_counter() - began))
-            row = dict(zip(COLUMNS, values))
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            print(line(row))
-            resume.keep(kept, step + 1, steps, stop, state, optimizer, metrics)
-    model.eval()
-
-
-@torch.no_grad()
-def preference(model: Llava, pairs: Sequence[Pair], pixels: Pixels, s: Settings) -> dict:
-    """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
-    margins, left = [], iter(pairs)
-    while some := list(islice(left, AT_ONCE)):
-        for part, packed, counts in in_packs(some, pixels, s.pack):
-            policy, ref = pair_logps(model, part, packed, s.average)
-            margins += (s.beta * ((policy - ref)[0] - (policy - ref)[1])).tolist() * counts
-    margins = [m for part in parallel.gather(margins) for m in part]
-    right = sum(1.0 if m > UNDECIDED else 0.5 if m >= -UNDECIDED else 0.0 for m in margins)
-    return {"pairs": len(pairs), "margin": round(sum(margins) / len(pairs), 6) + 0.0, "accuracy": right / len(pairs)}
-
-
-# ---- the script -----------------------------------------------------------------------------------------------
-
-def all_answers(tokens: Tokens, record: dict, limit: int) -> list[Tree]:
-    if not record["answers"]:
-        raise BadInput("has no answers")
-    return [make_tree(tokens, record, [a["text"] for a in record["answers"]], max_length=limit)]
-
-
-def align(s: Settings, out: Path) -> Llava:
-    """--data and --ckpt -> the aligned model, in memory and in `out`/model."""
-    plan.check_flags(s)
-    if s.gap < 1 or not (0 < s.beta < math.inf and 0 <= s.holdout < 1):
-        raise BadInput("--gap must be at least 1, --beta positive and finite, --holdout from 0 to below 1")
-    device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
-    s = lora.rates(replace(s, pack=pack_size(s.pack, device)), full=5e-7, adapters=5e-5)
-    resume.check_folder(out, s.resume)
-    folder = checkpoint.resolve(s.ckpt)
-    lora.check_flags(s, checkpoint.base_folder(folder) is not None)
-    tokens, pixels, items, trees = read_trees(s, folder, out, all_answers)       # before the weights: reading those takes longer
-    if s.steps != 0 and not any(choose_pair(r, s.gap, s.seed) and not is_held_out(r["id"], s.holdout) for r in items):
-        raise BadInput(f"{s.data}: no usable pair among {len(items)} records; a pair needs two different answers whose "
-                       f"scores S differ by at least --gap {s.gap}, or chosen and rejected given in the data"
-                       + f"; and not all may be held out by --holdout {s.holdout}" * (s.holdout > 0))
-    model = checkpoint.load(folder, device, dtype)
-    pixels = Features(model, s.features, s.crop) if s.features and model.config.vision else pixels
-    now = parallel.from_first(lambda: fingerprint(model, tokens, items, pixels))
-    reference = cached_reference(model, trees, pixels, Path(s.reference or out / "reference.jsonl"), s.pack, now)
-    pairs, held_out = OnDisk(out), OnDisk(out)
-    for p in make_pairs(items, trees, reference, s.gap, s.seed):
-        (held_out if is_held_out(p.tree.id, s.holdout) else pairs).append(p)
-    steps = s.steps if s.steps >= 0 else max(1, s.epochs * len(pairs) // min(s.batch, len(pairs)))
-    resume.describe(out, s, steps=steps, pairs=len(pairs))
-    print(f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {len(items) - len(pairs) - len(held_out)} records "
-          f"without one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, lr {s.lr}"
-          + f", projector {s.projector_lr}" * (s.projector_lr > 0 and model.config.vision is not None) + f", {device} {dtype}")
+    steps = s.steps
+    if steps < 0:
+        steps = max(1, s.epochs * len(pairs) // batch)
+    training.describe(s, steps=steps, pairs=len(pairs))
+    without = found.records - len(pairs) - len(held_out)
+    projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
+    print(
+        f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {without} records without one; {steps} steps of "
+        f"{batch}, beta {s.beta}, lr {s.lr}{projector}, {device} {dtype}"
+    )
     if steps == 0:
         return model
-    del items, trees                                                     # what is no part of a pair is not needed any more
-    before = preference(model, held_out, pixels, s) if held_out else None
-    if s.lora:                                                           # behind the reference: B = 0, but A is new
-        lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
-    else:
-        parallel.shard(model)
-    taught = trees_digest(p.tree for p in pairs)
-    for p in pairs:
-        taught.update(array("f", p.reference).tobytes())
-    about = resume.about(asdict(s), **now | {"data": taught.hexdigest()[:16]}, processes=parallel.world())
-    train(model, pairs, pixels, s, steps, out, about)
-    after = preference(model, held_out, pixels, s) if held_out else None
-    if held_out and parallel.rank() == 0:
-        write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
-        print(f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
-              f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({len(held_out)} pairs)")
-    print(f"model: {resume.finish(model, out, folder, s)}   metrics: {out}/metrics.jsonl")
+
+    before = preference(model, held_out, found.pixels, s) if held_out else None
+    taught = sha(training.trees_digest(pairs), *(repr(pair.reference) for pair in pairs))
+    with training.begin(s, model, pairs, found.pixels.pack, steps, now | {"data": taught}) as run:
+        train(run, pairs, s)
+    if held_out:
+        report_held_out(before, preference(model, held_out, found.pixels, s), out)
+    print(f"model: {training.finish(run, found.tokens)}   metrics: {out}/metrics.jsonl")
     return model
 
 
-def run_folder(s: Settings) -> Path:
-    """--out, or the next free runs/dpo; a finished run is never written over."""
-    if s.resume and not s.out:
-        raise BadInput("--resume needs --out, the folder of the run to go on with")
-    if s.out:
-        if resume.is_finished(Path(s.out), s):
-            raise BadInput(f"{s.out} already holds an aligned model; choose another --out (its reference can be used "
-                           f"again: --reference {s.out}/reference.jsonl)")
-        return Path(s.out)
-    names = ["runs/dpo"] + [f"runs/dpo-{k}" for k in range(2, 10000)]
-    return next(Path(name) for name in names if not Path(name).exists() or not any(Path(name).iterdir()))
+def report_held_out(before: dict, after: dict, out: Path) -> None:
+    if parallel.rank() == 0:
+        write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
+    print(
+        f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
+        f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({after['pairs']} pairs)"
+    )
 
 
 def run(s: Settings) -> None:
     if s.dry_run:
-        return plan.dry_run(checkpoint.read_config(checkpoint.resolve(s.ckpt))[0], s)
-    if not s.data:
-        raise BadInput("--data is needed: scored records or preference pairs, see formats.py; without any, python story.py")
-    out = run_folder(s)
-    out.mkdir(parents=True, exist_ok=True)
-    align(s, out)
+        config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
+        return memory.dry_run(config, s)
+    align(s)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ import torch
 
 import parallel
 from common import DTYPES, BadInput
-from data import Pack, Tree, pack_size, split, token_logps
+from data import Pack, Tree, pack_size, split
 from kernels import Mask, logprob
-from model import Config, Llava
+from model import Config, Llava, token_logps
 
 PICTURED = 700           # tokens of a pair with a picture, where there is no data to ask
 ROOM = 0.9               # the share of free memory that a plan may fill; the allocator wants some for itself
@@ -147,13 +147,13 @@ def table(config: Config, s, dtype: torch.dtype, device: torch.device, world: in
 
 def choose(model: Llava, s, pack: Pack, packs: int) -> bool:
     """Print the plan for the largest pack of the data; is activation checkpointing on?"""
-    world, device, dtype = parallel.world(), model.head.device, model.head.dtype
+    world, device, dtype = parallel.world(), model.head.device, model.dtype
     free = free_bytes(device) // (world if device.type == "cpu" else 1)
     calls = pack.mask.plan[0] if device.type == "cpu" else []
     looked = (sum(c.q_rows.numel() for c in calls), sum(c.k_rows.numel() for c in calls)) if calls else None
     said, totals = table(model.config, s, dtype, device, world, free, len(pack.ids), scored=len(pack.rows), looked=looked,
                          packs=packs, images=0 if pack.pixels is None else len(pack.pixels))
-    again = s.checkpointing == "on" or s.checkpointing == "auto" and totals[False] > ROOM * free
+    again = s.checkpointing
     print(said + f"\n  checkpointing is {'on' if again else 'off'}"
           + "; even so it may not fit: lower --pack, train adapters (--lora), or start more processes" * (totals[again] > free))
     return again
@@ -161,7 +161,6 @@ def choose(model: Llava, s, pack: Pack, packs: int) -> bool:
 
 def dry_run(config: Config, s) -> None:
     """The plan without data or weights; for a GPU, unless --device cpu says otherwise."""
-    check_flags(s)
     try:
         device = torch.device("cuda" if s.device == "auto" else s.device)
     except RuntimeError as error:
@@ -178,7 +177,7 @@ def dry_run(config: Config, s) -> None:
 
 # ---- and tried -------------------------------------------------------------------------------------------------------
 
-def begin(model: Llava, masters: list, s, trees: Iterable[Tree], make_pack: Callable[[list[Tree]], Pack]) -> None:
+def begin(model: Llava, s, trees: Iterable[Tree], make_pack: Callable[[list[Tree]], Pack]) -> None:
     """Say the plan of a run over `trees`, set checkpointing, and compute the largest pack, forward and backward, with all else in
     place: twice, since a second one meets the first one's gradients. It counts nothing, so no weight and no moment changes."""
     parts = list(split(heapq.nlargest(s.batch, trees, key=lambda t: t.tokens), s.pack))
@@ -186,7 +185,7 @@ def begin(model: Llava, masters: list, s, trees: Iterable[Tree], make_pack: Call
     model.language_model.checkpointing = choose(model, s, pack, len(parts))
     for _ in parts[:2]:
         parallel.backward(model, 0 * token_logps(model, pack.to(model.head.device)).sum())
-    for p in masters:
+    for p in model.parameters():
         p.grad = None
 
 
@@ -199,15 +198,5 @@ def room(s) -> Iterator[None]:
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
         raise BadInput(f"out of memory with packs of {s.pack} tokens; lower --pack"
-                       + ", set --checkpointing on" * (s.checkpointing != "on")
+                       + ", set --checkpointing" * (not s.checkpointing)
                        + ", train adapters (--lora 128)" * (not s.lora) + ", or start more processes (parallel.py)") from None
-
-
-def check_flags(s) -> None:
-    """What makes no sense for any method is refused before anything is read."""
-    if s.checkpointing not in ("auto", "on", "off"):
-        raise BadInput(f"--checkpointing {s.checkpointing}: auto, on or off")
-    if min(s.batch, s.epochs) < 1 or min(s.pack, s.max_length, s.lora) < 0 or not s.clip >= 0 or not all(
-            0 <= x < math.inf for x in (s.lr, s.projector_lr, s.warmup, s.alpha)) or abs(s.seed) >= 1 << 63:
-        raise BadInput("--batch and --epochs must be at least 1; --pack, --max_length, --lora and --clip must not be negative; "
-                       "--lr, --projector_lr, --warmup and --alpha neither that nor infinite; --seed is a number of 64 bits")

@@ -7,18 +7,16 @@ commonly go wrong: each process averages over its own part (the loss then depend
 left while the others wait for it, and a weight that only some of them used has a gradient only there.
 
 The trick. (1) A batch is drawn as if there were one process, and every loss is divided by the size of the *global* batch before
-backward, so gradients are summed, never averaged. (2) All take the same number of packs (data.share); who has none left computes
+backward, so gradients are summed, never averaged. (2) All take the same number of packs (train.share); who has none left computes
 one again and counts it with weight 0. (3) Weights that a pack did not use get a zero.
 
-    full fine-tuning   FSDP2's fully_shard (arXiv:2304.11277): each process keeps 1/N of every trained weight, its master,
-                       gradient and moments; a block's weights are brought together just before it runs, and let go behind it.
-                       Embedding, projector, norm and head are one group, whole in forward and backward: the loss reads the head
+    full fine-tuning   FSDP2's fully_shard (arXiv:2304.11277): each process keeps 1/N of every trained weight, its gradient and
+                       its moments, in fp32; a block's weights are brought together, in the precision that the model computes
+                       in, just before it runs, and let go behind it. Embedding, projector, norm and head are one group
     LoRA               what trains is small: every process has all of it, and gradients are summed once per step
 
 Every process loads the weights and computes its share of the reference before anything is cut; then memory falls to 1/N. gloo
 connects CPUs, NCCL GPUs. Process 0 alone prints and writes.
-
-Previous: lora.py.  Next: checkpoint.py (weights in and out).
 """
 import datetime
 import os
@@ -48,19 +46,22 @@ def start(device: str) -> str:
         return device
     if device == "cuda" or device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    backend = "gloo"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
-        kind = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(kind, timeout=datetime.timedelta(hours=12))      # one reads data while others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))   # one reads data while others wait
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
 
 
 def seat() -> tuple[int, int]:
-    """(rank, world) of those who have met; alone before that, and where nobody meets."""
-    return (rank(), world()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    """(rank, world) of those who have met; (0, 1) before that, and where nobody meets."""
+    if dist.is_available() and dist.is_initialized():
+        return rank(), world()
+    return 0, 1
 
 
 def gather(mine: Any) -> list:
@@ -83,15 +84,23 @@ def from_first(make: Callable[[], Any]) -> Any:
 # ---- full fine-tuning: shards ----------------------------------------------------------------------------------
 
 def shard(model: nn.Module) -> None:
-    """Keep 1/N of every trained weight here. The frozen tower stays whole: it is small, and needs no moments."""
-    if world() == 1:
-        return
-    how = {"mesh": init_device_mesh(model.head.device.type, (world(),)),
-           "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}        # 16-bit gradients are summed in fp32
+    """Keep 1/N of every trained weight here, in fp32. The frozen tower stays whole: it is small, and needs no moments.
+
+    A block is raised to fp32 just before it is cut, so that no process ever holds all weights in fp32.
+    """
+    mesh = init_device_mesh(model.device.type, (world(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if model.dtype == torch.float32 else model.dtype,
+        reduce_dtype=torch.float32,                                              # 16-bit gradients are summed in fp32
+        cast_forward_inputs=False,                                               # angles stay fp32
+    )
     for block in model.language_model.layers:
-        fully_shard(block, **how)
+        fully_shard(block.float(), mesh=mesh, mp_policy=policy)
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    fully_shard(model, **how, ignored_params=frozen, reshard_after_forward=False)
+    for p in model.parameters():
+        if p not in frozen and p.dtype != torch.float32:
+            p.data = p.data.float()
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)                               # a sum: the loss was divided already
@@ -117,7 +126,8 @@ def local(x: Tensor) -> Tensor:
 def backward(model: nn.Module, loss: Tensor) -> None:
     """loss.backward(). In shards every process must bring a gradient for the same weights, pictures in its pack or not."""
     if sharded(model) and model.config.vision:
-        loss = loss + 0 * sum(p.sum() for p in model.multi_modal_projector.parameters())
+        for p in model.multi_modal_projector.parameters():
+            loss = loss + 0 * p.sum()
     loss.backward()
 
 
@@ -126,15 +136,16 @@ def sum_gradients(model: nn.Module, trained: list[Tensor], pictures: bool) -> No
     gradient, as it would in one process. `pictures`: does the global batch have any?"""
     if sharded(model):                                                           # they are summed already
         if not pictures and model.config.vision:
-            spare = {p for p in model.multi_modal_projector.parameters()}
-            for master, p in zip(trained, [p for p in model.parameters() if p.requires_grad]):
-                master.grad = None if p in spare else master.grad
+            for p in model.multi_modal_projector.parameters():
+                p.grad = None
         return
     if world() == 1:
         return
+
     used = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=trained[0].device)
     dist.all_reduce(used)
     for p, count in zip(trained, used.tolist()):
         if count:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)

@@ -10,16 +10,13 @@ Ties are drawn with a seed of the record's own; answers that the token budget cu
 scores is skipped, counted and listed.
 
     python rejection.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/rejection
-
-Previous: annotate.py.  Next: steerlm.py (the second rival).
 """
 import random
 from dataclasses import dataclass
 
 import sft
 from common import BadInput, main
-from data import Tokens, Tree, make_tree
-from formats import quality
+from data import Tokens, Tree, make_tree, scored_answers
 
 
 @dataclass
@@ -31,19 +28,22 @@ class Settings(sft.Settings):
 
 def best(record: dict, least: int = 0, seed: int = 0) -> int:
     """The index of the answer with the largest S; ties are drawn. Raises BadInput where there is none of at least `least`."""
-    scored = {k: quality(a) for k, a in enumerate(record["answers"]) if a.get("scores") and a.get("finish") != "length"}
+    scored = scored_answers(record)
     if not scored:
         raise BadInput("has no whole answer with scores")
-    top = max(scored.values())
+    top = max(quality for _, quality in scored)
     if top < least:
         raise BadInput(f"its best answer has S = {top}, less than --least {least}")
-    return random.Random(f"{seed}/{record['id']}").choice([k for k, s in scored.items() if s == top])
+    tied = [k for k, quality in scored if quality == top]
+    return random.Random(f"{seed}/{record['id']}").choice(tied)
 
 
 def run(s: Settings) -> None:
-    def trees_of(tokens: Tokens, record: dict, limit: int) -> list[Tree]:
-        return [make_tree(tokens, record, [record["answers"][best(record, s.least, s.seed)]["text"]], max_length=limit)]
-    sft.fit(s, trees_of)
+    def best_tree(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
+        answer = record["answers"][best(record, s.least, s.seed)]
+        return [make_tree(tokens, record, [answer["text"]], max_length=longest)]
+
+    sft.fit(s, best_tree)
 
 
 if __name__ == "__main__":

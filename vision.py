@@ -15,8 +15,6 @@ Preprocessing decides as much as the weights do: LLaVA-1.5 pads to a square with
 nothing is cut off), then resizes with Pillow's bicubic filter, then normalises. Centre-crop, which several
 evaluation kits use instead, is there on request. For 8-bit RGB files the pixels equal those of
 transformers' image processor; transparency is shown on white, EXIF turns are made, 16 bits are scaled.
-
-Previous: kernels/__init__.py.  Next: model.py (a Llama that reads these vectors).
 """
 from dataclasses import dataclass
 from io import BytesIO
@@ -87,11 +85,17 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
+        D = c.hidden_size
         self.heads = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:                  # (N*P, D)
-        q, k, v = (proj(x).view(len(x), self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_proj(x).view(len(x), self.heads, -1)                  # (N*P, H, K)
+        k = self.k_proj(x).view(len(x), self.heads, -1)
+        v = self.v_proj(x).view(len(x), self.heads, -1)
         return self.out_proj(attention(q, k, v, mask).flatten(1))        # (N*P, H, K) -> (N*P, D)
 
 
@@ -109,8 +113,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.self_attn, self.mlp = SelfAttention(c), MLP(c)
-        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.hidden_size, c.layer_norm_eps) for _ in range(2))
+        self.self_attn = SelfAttention(c)
+        self.mlp = MLP(c)
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), mask)
@@ -152,15 +158,16 @@ def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
     Source: LLaVA `expand2square` + CLIPImageProcessor; equal to transformers' LlavaImageProcessor(do_pad=True).
     """
     w, h = image.size
-    if not crop:
+    if crop:
+        short = min(w, h)
+        w, h = int(size * w / short), int(size * h / short)                          # the shorter edge becomes `size`
+        left, top = (w - size) // 2, (h - size) // 2
+        image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
+    else:
         side = max(w, h)
         square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in CLIP_MEAN))
         square.paste(image, ((side - w) // 2, (side - h) // 2))
         image = square.resize((size, size), Image.BICUBIC)
-    else:
-        w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)    # shorter edge = size
-        left, top = (w - size) // 2, (h - size) // 2
-        image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
     x = np.asarray(image).astype(np.float64) * (1 / 255)                             # (S, S, 3)
     x = (x.astype(np.float32) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()                         # (3, S, S)
@@ -169,13 +176,34 @@ def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
 def to_rgb(image: Image.Image) -> Image.Image:
     """What a person sees in any viewer, as 8-bit RGB: EXIF turned upright, transparency on white, 16 bits scaled."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I") or image.mode == "F":               # 16-bit grey; Pillow would clip it at 255
-        grey = np.asarray(image).astype(np.float64)
-        top = 1.0 if image.mode == "F" and grey.max() <= 1 else 65535.0 if grey.max() > 255 or image.mode != "F" else 255.0
-        image = Image.fromarray((grey / top * 255).round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = grey_8_bit(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def grey_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit and floating-point grey, scaled; Pillow would clip it at 255."""
+    grey = np.asarray(image).astype(np.float64)
+    white = 65535.0
+    if image.mode == "F" and grey.max() <= 255:
+        white = 1.0 if grey.max() <= 1 else 255.0
+    return Image.fromarray((grey / white * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def image_path(root: Path, name) -> Path:
+    """The file that an image's name stands for; a name that leads out of `root` (.., absolute, symlink) is refused."""
+    if not isinstance(name, str):
+        raise BadInput(f"image {str(name)[:60]} is not a file name; write embedded images to files and name those")
+    root = Path(root).resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:                 # a zero byte, a loop of symlinks
+        raise BadInput(f"image {name!r} is not a file name ({error})") from None
+    if not path.is_relative_to(root):
+        raise BadInput(f"image {name} leads outside {root}; move it inside or set --image_root")
+    return path
 
 
 def load_image(path: Path, small: int = 0) -> Image.Image:
@@ -191,17 +219,22 @@ def load_image(path: Path, small: int = 0) -> Image.Image:
 
 
 def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
+    """The bytes of an image file -> RGB; `name` and `small` as for load_image."""
     try:
         image = Image.open(BytesIO(data))
         w, h = image.size
-        if w * h <= MAX_PIXELS and max(w, h) <= MAX_SIDE:
-            if small:
-                image.draft("RGB", (small, small))
-            image.load()
-            return to_rgb(image)
+        if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
+            raise BadInput(
+                f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side that "
+                "are allowed; shrink it first"
+            )
+        if small:
+            image.draft("RGB", (small, small))
+        image.load()
+        return to_rgb(image)
+    except BadInput:
+        raise
     except UnidentifiedImageError:
         raise BadInput(f"image {name}: is not an image file that Pillow knows; replace or remove it") from None
-    except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
+    except Exception as error:           # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
         raise BadInput(f"image {name}: cannot be decoded ({error}); replace or remove it") from None
-    raise BadInput(f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side that are "
-                   "allowed; shrink it first")

@@ -1,0 +1,621 @@
+"""What every training loop shares: settings, data, packs, gradients, metrics, state. The loops stand in their own files.
+
+`Run` is a handle, not a trainer: it never decides what happens next. A loop reads
+
+    for step, batch in run.steps(order):               # goes on where a stopped run was
+        for part in run.packs(batch):                  # as many tokens at once as fit; this process's share
+            loss = ...                                 # what the file is about
+            run.backward(loss / len(batch))            # the mean over the batch, however it is packed
+            run.record(loss=...)
+        run.update(pairs=len(batch))                   # clip, step, one line of metrics, state
+
+The problem. A process is killed at any moment: by a scheduler, a full disk, a power cut. What a step depends on is the trained
+weights, Adam's two moments and step count, and which items come next.
+
+The trick is to have nothing else. The order of the items and the learning rate are functions of seed and step, and there is no
+dropout. So a state is three tensors per trained weight and one number, and a run that goes on from it ends with the very bits
+of one that was never stopped (same machine, same number of processes):
+
+    config.json     settings, versions, hardware, commit          metrics.jsonl, metrics.png     one line per step, drawn
+    model/          llava-hf layout; with --lora adapter/, PEFT's            rejects.jsonl       what could not be used, and why
+    state/step-00000100/    state.json: the step, and what this run is       process-0.pt        the tensors
+
+A state appears whole or not at all (written aside, flushed to disk, renamed), and only then are older ones removed. What the
+run is, its settings, weights and data, is kept with it and compared: a state is never continued under other flags.
+
+    python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo --save_every 50
+    python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo --save_every 50 --resume
+
+With nothing there --resume starts from the beginning, so that a scheduler may always give it. SIGTERM keeps the state at the
+end of the step and exits with 143.
+"""
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import common  # first: it tells OpenMP how to wait
+import torch
+from torch import Tensor
+
+import checkpoint
+import formats
+import lora
+import memory
+import parallel
+from common import BadInput, describe_run, device_and_dtype, sha_of, write_whole
+from data import Pack, Pixels, Tokens, Tree, pack_size, split
+from model import Llava
+
+PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, where adapters train beside the projector
+
+
+@dataclass
+class Settings:
+    """What every training script can be told."""
+    ckpt: str = "toy/llava"      # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
+    data: str = ""               # records, preference pairs, LLaVA conversations, ... (see formats.py)
+    image_root: str = ""         # folder the image names start from; empty: the data file's own
+    out: str = ""                # run folder
+    template: str = ""           # vicuna_v1, chatml, llama_3 or mistral; empty: what the checkpoint's own files tell
+    seed: int = 0                # order of the records, and every other choice
+    device: str = "auto"         # cpu, cuda, ...
+    dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
+    steps: int = -1              # optimizer steps; -1: --epochs passes
+    epochs: int = 3              # passes over the data (the paper's 3)
+    batch: int = 128             # records per optimizer step (the paper's 128)
+    lr: float = 0.0              # peak learning rate; 0: the method's own, for full fine-tuning or for adapters
+    projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or beside adapters the paper's 2e-5
+    warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
+    clip: float = 1.0            # largest gradient norm (LLaVA's default); 0: none
+    pack: int = 0                # tokens computed at once, gradients add up over packs; 0: 1024 on the CPU, 8192 on a GPU
+    max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
+    crop: bool = False           # centre-crop images instead of padding them to a square
+    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
+    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
+    checkpointing: bool = False  # keep less for backward and compute it again; the memory plan says whether it is needed
+    dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
+    save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
+    resume: bool = False         # go on with the run in --out where it was stopped
+
+
+WITHOUT_INFLUENCE = {"ckpt", "data", "image_root", "out", "reference", "device", "resume", "save_every", "dry_run", "checkpointing"}
+
+
+# ---- the order of things, and how fast --------------------------------------------------------------------------
+
+def shuffled(items: Sequence, seed: int) -> Iterator:
+    """Pass over the items again and again, each pass in a seeded order of its own."""
+    epoch = 0
+    while True:
+        order = array("q", range(len(items)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for k in order:
+            yield items[k]
+        epoch += 1
+
+
+def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) -> float:
+    """Learning-rate factor of step 0, 1, ..., steps-1: linear warm-up over a share of the steps, then cosine."""
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def adamw(
+    trained: dict[str, Tensor], lr: float, projector_lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW for tensors by name: the projector may have a peak rate of its own (0: the others'), vectors do not decay."""
+    groups = defaultdict(list)                                   # (peak rate, decay) -> tensors
+    for name, p in trained.items():
+        in_projector = name.startswith("multi_modal_projector.")
+        peak = projector_lr if projector_lr and in_projector else lr
+        decay = weight_decay if p.ndim > 1 else 0.0
+        groups[peak, decay].append(p)
+    described = [
+        {"params": tensors, "peak": peak, "weight_decay": decay} for (peak, decay), tensors in groups.items()
+    ]
+    optimizer = torch.optim.AdamW(described, lr=lr, betas=betas, fused=True)
+
+    # The moments are in place before the first step: what a run needs is taken at once, and can be kept.
+    for p in trained.values():
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+# ---- packs --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Part:
+    """What is computed at once: some trees (or pairs), laid out."""
+    items: list
+    pack: Pack
+    counts: bool = True      # False where this process only keeps the others company
+
+
+def prefetched(make: Callable, parts: Iterable) -> Iterator[tuple]:
+    """(part, make(part)) of every part; the next one is made in a thread (images decoded) while this one is computed with."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for part in parts:
+            begun = part, pool.submit(make, part)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = begun
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def share(items: list, budget: int) -> list[tuple[list, bool]]:
+    """The packs of this process, and whether they count; items have `tokens`, a pack at most `budget` of them.
+
+    One process: all of them. Of several each gets as many as the others, of as equal size as their order allows; who
+    has one too few computes one for the second time, and does not count it.
+    """
+    world = parallel.world()
+    parts = list(split(items, budget))
+    if world == 1:
+        return [(part, True) for part in parts]
+
+    # The smallest budget at which no process needs more packs than now: the packs are then as equal as can be.
+    each = -(-len(parts) // world)
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(list(split(items, middle))) <= each * world:
+            high = middle
+        else:
+            low = middle + 1
+    parts = list(split(items, low))
+
+    mine = [(part, True) for part in parts[parallel.rank()::world]]
+    spare = (parts[-1][:1], False)
+    return mine + [spare] * (each - len(mine))
+
+
+def packs(items: list, budget: int, pack_of: Callable[[list], Pack], device: torch.device) -> Iterator[Part]:
+    """This process's share of a batch, at most `budget` tokens at once."""
+    def lay(part: tuple[list, bool]) -> Pack:
+        return pack_of(part[0])
+
+    for (members, counts), pack in prefetched(lay, share(items, budget)):
+        yield Part(members, pack.to(device), counts)
+
+
+# ---- the handle of a loop -------------------------------------------------------------------------------------------
+
+class Run:
+    """A model, its optimizer, and where the run stands.
+
+    pack_of    lays out a list of items (trees, pairs: things with `tokens` and `images`)
+    steps      how many there are in all
+    rate       rate(step, steps) scales the learning rate
+    out        folder of metrics and state; None: neither is kept
+    depends    what a state must agree with, beside the settings; None: no state is kept
+    """
+
+    def __init__(
+        self,
+        model: Llava,
+        s: Settings,
+        pack_of: Callable[[list], Pack],
+        *,
+        steps: int,
+        batch: int = 0,
+        rate: Callable[[int, int], float] | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        out: Path | None = None,
+        depends: dict | None = None,
+    ):
+        # A weight that trains is kept in fp32: in 16 bits it could not take small steps (model.py).
+        for p in model.parameters():
+            if p.requires_grad and p.dtype != torch.float32:
+                p.data = p.data.float()
+        self.model = model
+        self.settings = s
+        self.pack_of = pack_of
+        self.total = steps
+        self.batch = batch or s.batch
+        self.rate = rate or (lambda step, steps: schedule(step, steps, s.warmup))
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(self.trained, s.lr, s.projector_lr, betas, weight_decay)
+        self.out = out
+        self.depends = depends
+        self.done = 0                                    # steps
+        self.stop = threading.Event()                    # SIGTERM came
+        self.metrics = open(os.devnull, "w")
+
+    def steps(self, order: Iterable) -> Iterator[tuple[int, list]]:
+        """(step, its batch) for every step that is not done yet; `order` gives the items from step 0 on."""
+        self.first = self.done
+        order = islice(order, self.done * self.batch, None)
+        self.model.train()
+        for step in range(self.done, self.total):
+            self.began = time.perf_counter()
+            self.members = list(islice(order, self.batch))
+            self.recorded = defaultdict(list)
+            yield step, self.members
+        self.model.eval()
+
+    def packs(self, batch: list) -> Iterator[Part]:
+        budget = pack_size(self.settings.pack, self.model.device)
+        for part in packs(batch, budget, self.pack_of, self.model.device):
+            self.counts = part.counts
+            yield part
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this pack's gradients; a pack that does not count adds zeros."""
+        parallel.backward(self.model, loss if self.counts else 0 * loss)
+
+    def record(self, **columns: Tensor) -> None:
+        """Values of this pack's items, for metrics: each name one vector."""
+        if self.counts:
+            for name, values in columns.items():
+                self.recorded[name].append(values.detach().float().cpu())
+
+    def columns(self) -> dict[str, Tensor]:
+        """What all processes recorded of this batch."""
+        mine = {name: torch.cat(vectors) for name, vectors in self.recorded.items()}
+        together = defaultdict(list)
+        for share in parallel.gather(mine):
+            for name, vector in share.items():
+                together[name].append(vector)
+        return {name: torch.cat(vectors) for name, vectors in together.items()}
+
+    def update(self, **amounts: float) -> dict:
+        """Clip, step, write one line, keep a state when it is time -> the line: step, the mean of every recorded column,
+        grad_norm, lr, and each amount of work (pairs=16), also per second (pairs_per_s). Raises BadInput for a NaN."""
+        row = {"step": self.done + 1}
+        for name, column in self.columns().items():
+            row[name] = column.mean().item()
+
+        trained = list(self.trained.values())
+        pictured = any(item.images for item in self.members)
+        parallel.sum_gradients(self.model, trained, pictured)
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(trained, self.settings.clip or math.inf)).item()
+        if not math.isfinite(row["loss"] + norm):
+            raise BadInput(
+                f"step {row['step']}: loss {row['loss']}, gradient norm {norm}; lower --lr, or use --dtype float32"
+            )
+
+        factor = self.rate(self.done, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+
+        row |= {"grad_norm": norm, "lr": self.settings.lr * factor}
+        seconds = time.perf_counter() - self.began
+        for name, amount in amounts.items():
+            row |= {name: amount, f"{name}_per_s": amount / seconds}
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        self.keep()
+        return row
+
+    # ---- state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything an update reads and writes, this process's part of it."""
+        found = {}
+        for name, p in self.trained.items():
+            found[f"weight/{name}"] = parallel.local(p.detach())
+            for key, value in self.optimizer.state[p].items():
+                found[f"{key}/{name}"] = parallel.local(value)
+        return found
+
+    def about(self) -> dict:
+        """What a state must agree with: every setting that the weights depend on, and what the caller names."""
+        settings = {f"--{k}": v for k, v in asdict(self.settings).items() if k not in WITHOUT_INFLUENCE}
+        return settings | self.depends | {"processes": parallel.world()}
+
+    def keep(self) -> None:
+        """At the end of a step: is it time to keep the state, or to stop? After the last one there is the model itself."""
+        if self.out is None or self.done == self.total:
+            return
+        stop = any(parallel.gather(self.stop.is_set()))
+        due = self.settings.save_every and self.done % self.settings.save_every == 0
+        if self.depends is not None and (stop or due):
+            if parallel.rank() == 0:
+                os.fsync(self.metrics.fileno())          # the state counts on these rows
+            self.save()
+        if stop:
+            print(f"stopped by SIGTERM after step {self.done} of {self.total}; go on with --resume")
+            sys.exit(143)
+
+    def save(self) -> None:
+        """Keep the state in out/state, then forget older ones. Every process calls it. Raises BadInput on a full disk."""
+        folder = self.out / "state"
+        aside = folder / "next.part"
+        target = folder / f"step-{self.done:08d}"
+        rank = parallel.rank()
+        try:
+            if rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            parallel.gather(None)                        # the folder is there
+            if rank == 0 or parallel.sharded(self.model):
+                with open(aside / f"process-{rank}.pt", "wb") as file:
+                    torch.save(self.tensors(), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            parallel.gather(None)                        # everybody's part is on the disk
+            if rank == 0:
+                note = {"step": self.done, "about": self.about()}
+                write_whole(aside / "state.json", json.dumps(note, indent=1) + "\n")
+                flush_folder(aside)
+                os.replace(aside, target)
+                flush_folder(folder)
+                for old in folder.glob("step-*"):
+                    if old != target:
+                        shutil.rmtree(old, ignore_errors=True)
+        except (OSError, RuntimeError) as error:         # torch raises the latter where its file cannot be written
+            shutil.rmtree(aside, ignore_errors=True)
+            kept = latest_state(self.out)
+            before = f"that after step {int(kept.name[5:])} is whole" if kept else "there is no earlier one"
+            raise BadInput(
+                f"the state after step {self.done} cannot be written to {folder} ({error}); {before}; "
+                "make room, then go on with --resume"
+            ) from None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring weights and moments to where the kept state left them. Raises BadInput for another run's, or a damaged one."""
+        folder = latest_state(self.out)
+        if folder is None:
+            print(f"nothing to resume in {self.out}: starting at step 1")
+            return
+        try:
+            note = json.loads((folder / "state.json").read_text())
+            step = note["step"]
+            then = note["about"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{folder} is damaged ({error!r}); remove it") from None
+        now = json.loads(json.dumps(self.about()))       # as it was written: tuples are lists there
+        changed = [f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in {**then, **now} if then.get(key) != now.get(key)]
+        if changed:
+            raise BadInput(
+                f"{folder} is the state of another run: other {', '.join(changed)}; give the flags and files of that "
+                "run, or choose another --out"
+            )
+
+        path = folder / f"process-{parallel.rank() if parallel.sharded(self.model) else 0}.pt"
+        places = self.tensors()
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if found.keys() != places.keys():
+                raise ValueError("it holds other tensors than this run has")
+            for name, place in places.items():
+                if found[name].shape != place.shape:
+                    raise ValueError(f"{name} has another shape")
+                place.copy_(found[name])
+        except Exception as error:                       # torn, gone, another name or shape: torch raises many types
+            raise BadInput(f"{path} is damaged ({' '.join(str(error).split())[:200]}); remove {folder}") from None
+        self.done = step
+        print(f"resumed after step {step}: {folder}")
+
+
+def latest_state(out: Path) -> Path | None:
+    return max((out / "state").glob("step-" + 8 * "[0-9]"), default=None)
+
+
+def flush_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+# ---- before the loop ------------------------------------------------------------------------------------------------
+
+def door(s: Settings, full: float, adapters: float) -> tuple[Settings, torch.device, torch.dtype]:
+    """What cannot work is refused before anything is read -> the settings with every default filled in, where and in which
+    precision to compute. `full` and `adapters` are the method's own peak learning rates."""
+    check_numbers(s)
+    if not s.data:
+        raise BadInput("--data is needed: records, preference pairs or conversations, see formats.py")
+    out = Path(s.out)
+    if (out / "model").exists() or (out / "adapter").exists():
+        raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
+    stopped = latest_state(out)
+    if stopped and not s.resume:
+        raise BadInput(
+            f"{out} holds a run that was stopped after step {int(stopped.name[5:])}; go on with --resume, or choose "
+            "another --out"
+        )
+    if s.alpha and not s.lora:
+        raise BadInput("--alpha is about adapters: give --lora, their rank")
+    if s.lora and checkpoint.base_folder(checkpoint.resolve(s.ckpt)):
+        raise BadInput(
+            f"--ckpt {s.ckpt} is an adapter, and PEFT loads none on top of another; merge it first: "
+            f"python lora.py --ckpt {s.ckpt} --out MODEL"
+        )
+
+    device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
+    s = replace(s, pack=pack_size(s.pack, device))
+    if not s.lr and s.lora:
+        s = replace(s, lr=adapters, projector_lr=s.projector_lr or PROJECTOR_LR)
+    elif not s.lr:
+        s = replace(s, lr=full)
+    out.mkdir(parents=True, exist_ok=True)
+    return s, device, dtype
+
+
+def check_numbers(s: Settings) -> None:
+    rates = (s.lr, s.projector_lr, s.warmup, s.alpha)
+    if min(s.batch, s.epochs) < 1 or min(s.pack, s.max_length, s.lora) < 0 or not s.clip >= 0:
+        raise BadInput("--batch and --epochs must be at least 1; --pack, --max_length, --lora and --clip not negative")
+    if not all(0 <= rate < math.inf for rate in rates) or abs(s.seed) >= 1 << 63:
+        raise BadInput("--lr, --projector_lr, --warmup and --alpha: 0 or more, and finite; --seed: a number of 64 bits")
+
+
+@dataclass
+class Reading:
+    """What came out of a data file."""
+    tokens: Tokens
+    pixels: Pixels
+    trees: list[Tree]
+    records: int         # usable ones
+    pictures: str        # a hash of all pictures' bytes, in order
+
+
+def read(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]]) -> Reading:
+    """--data -> what is to be learned from each record, by trees_of(tokens, record, longest).
+
+    Where that raises BadInput, or the record was refused before, it is listed with its reason. Raises BadInput where
+    nothing is left.
+    """
+    folder = checkpoint.resolve(s.ckpt)
+    config, _ = checkpoint.read_config(folder)
+    tokens = Tokens(folder, config, s.template)
+    pixels = Pixels(config, s.crop)
+    trees, pictures, rejects = [], [], []
+    for name, record in formats.stream(s.data, s.image_root, pixels.size):
+        try:
+            if isinstance(record, BadInput):
+                raise record
+            trees += trees_of(tokens, record, s.max_length or tokens.room)
+            pictures.append(record["images_sha"])
+        except BadInput as problem:
+            rejects.append({"id": name, "reason": str(problem)})
+
+    formats.report(s.data, len(pictures), rejects, Path(s.out) if parallel.rank() == 0 else None)
+    if not trees:
+        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {s.out}/rejects.jsonl")
+    return Reading(tokens, pixels, trees, len(pictures), sha_of(pictures))
+
+
+def trees_digest(trees: Iterable[Tree], pictures: str = "") -> str:
+    """Names what would be trained on: every token, in order."""
+    digest = hashlib.sha256(pictures.encode())
+    for tree in trees:
+        names = [Path(path).name for path in tree.images]
+        digest.update(repr((tree.id, tree.history, names)).encode())
+        for ids in (tree.prompt, *tree.answers):
+            digest.update(ids.tobytes() + b"|")
+    return digest.hexdigest()[:16]
+
+
+# ---- around the loop --------------------------------------------------------------------------------------------------
+
+@contextmanager
+def begin(
+    s: Settings, model: Llava, items: list, pack_of: Callable[[list], Pack], steps: int, depends: dict
+) -> Iterator[Run]:
+    """Inside: a Run over `items` in --out, its largest pack tried, its state restored with --resume. Metrics go to their
+    file, SIGTERM lets a step finish, memory that is not there is a message. Behind it the weights are in model.dtype again."""
+    if s.lora:
+        lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
+    elif parallel.world() > 1:
+        parallel.shard(model)
+    run = Run(model, s, pack_of, steps=steps, batch=min(s.batch, len(items)), out=Path(s.out), depends=depends)
+    if s.resume:
+        run.restore()
+
+    before = None
+    if threading.current_thread() is threading.main_thread():                    # only there are signals heard
+        before = signal.signal(signal.SIGTERM, lambda *_: run.stop.set())
+    try:
+        with memory.room(s), open_metrics(run.out, run.done) as run.metrics:
+            memory.begin(model, s, items, pack_of)
+            yield run
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    if not parallel.sharded(model):
+        for p in run.trained.values():
+            p.data = p.data.to(model.dtype)
+
+
+def open_metrics(out: Path, done: int):
+    """Open for the rows after step `done`; rows that a killed process wrote beyond it are cut off, so each step has one."""
+    if parallel.rank():
+        return open(os.devnull, "w")
+    path = out / "metrics.jsonl"
+    if not done:
+        return open(path, "w", encoding="utf8")
+
+    lines = []
+    if path.exists():
+        lines = path.read_text(encoding="utf8").splitlines(keepends=True)[:done]
+    if [json.loads(line)["step"] for line in lines] != list(range(1, done + 1)):
+        raise BadInput(f"{path} does not hold the rows of steps 1 to {done}; put it back, or remove {out}/state")
+    write_whole(path, lines)
+    return open(path, "a", encoding="utf8")
+
+
+def describe(s: Settings, **more) -> None:
+    """Write config.json as the run begins; where one goes on it stays, also if that one is then refused."""
+    out = Path(s.out)
+    if parallel.rank() == 0 and not (s.resume and latest_state(out)):
+        write_whole(out / "config.json", json.dumps(describe_run(s, **more), indent=1) + "\n")
+
+
+def finish(run: Run, tokens: Tokens, documents: dict[str, dict] | None = None) -> Path:
+    """Write what a run leaves, model/ or adapter/, draw its metrics, forget its state. Every process calls it.
+    `documents` are JSON files that go with the model."""
+    s = run.settings
+    source = checkpoint.resolve(s.ckpt)
+    documents = {"template.json": asdict(replace(tokens.template, ask=""))} | (documents or {})
+    if s.lora:
+        result = run.out / "adapter"
+        if parallel.rank() == 0:
+            lora.save_adapter(run.model, result, source, s.crop, documents)
+    else:
+        result = checkpoint.save(run.model, run.out / "model", source, s.crop, documents)
+    if parallel.rank() == 0:
+        draw_metrics(run.out)
+        shutil.rmtree(run.out / "state", ignore_errors=True)
+    return result
+
+
+def draw_metrics(out: Path) -> None:
+    """metrics.jsonl -> metrics.png: one small plot per column, chosen and rejected together."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = common.read_jsonl(out / "metrics.jsonl")
+    if not rows:
+        return
+    plots = defaultdict(list)                            # title -> columns
+    for name in rows[0]:
+        if name != "step":
+            plots[name.removesuffix("_chosen").removesuffix("_rejected")].append(name)
+    across = 4
+    down = -(-len(plots) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3 * across, 2.2 * down), squeeze=False)
+    for axis in axes.flat[len(plots):]:
+        axis.axis("off")
+    steps = [row["step"] for row in rows]
+    for axis, (title, names) in zip(axes.flat, plots.items()):
+        for name in names:
+            axis.plot(steps, [row[name] for row in rows], linewidth=1, label=name.removeprefix(f"{title}_"))
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=7)
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "metrics.png", dpi=120)
+    plt.close(figure)
