@@ -538,6 +538,7 @@ def begin(
         before = signal.signal(signal.SIGTERM, lambda *_: run.stop.set())
     try:
         with memory.room(s), open_metrics(run.out, run.done) as run.metrics:
+            model.language_model.checkpointing = s.checkpointing
             memory.begin(model, s, items, pack_of)
             yield run
     finally:
