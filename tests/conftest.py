@@ -189,6 +189,48 @@ def images_dir(tmp_path_factory):
     return folder
 
 
+# ---- records ---------------------------------------------------------------------------------------------------
+
+def scores(quality: int) -> dict:
+    """Five scores whose quality S is this, from 0 to 12."""
+    helpfulness = min(4, quality)
+    correctness = min(4, max(0, quality - 4))
+    return {"helpfulness": helpfulness, "correctness": correctness, "coherence": quality - helpfulness - correctness,
+            "complexity": 1, "verbosity": 2}
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[k % 2], "content": content} for k, content in enumerate(contents)]
+
+
+# question, pictures, (answer, quality); the fourth's answers are too close to make a pair
+RECORDS = [
+    ("<image>\nWhat color is it?", ["a.png"], [("The circle is red.", 10), ("No.", 3), ("Blue", 5), ("It is red.", 9)]),
+    ("What is 17 plus 25?", [], [("41", 2), ("17 plus 25 is 42.", 12)]),
+    ("<image>\n<image>\nCompare.", ["a.png", "b.png"], [("They are the same.", 4), ("One is wide, one is tall.", 8)]),
+    ("Is there a dog?", [], [("Yes.", 6), ("No, there is no dog.", 7)]),
+    ("<image>\nHow many?", ["b.png"], [("Three.", 11), ("12 small birds, or 50 of them.", 5), ("2", 0)]),
+    ("Write a poem.", [], [("The sea is wide, the sea is deep.", 9), ("no", 1)]),
+]
+
+
+def write_data(folder, name="data.jsonl", rows=RECORDS):
+    """A file of scored records with their pictures beside it; returns its Path."""
+    folder.mkdir(exist_ok=True)
+    picture(40, 30, seed=0).save(folder / "a.png")
+    picture(20, 40, seed=1).save(folder / "b.png")
+    records = []
+    for k, (question, images, answers) in enumerate(rows):
+        judged = [{"text": text, "scores": scores(quality)} for text, quality in answers]
+        records.append({"id": f"r{k}", "images": images, "messages": turns(question), "answers": judged})
+    (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / name
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
