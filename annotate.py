@@ -41,7 +41,8 @@ import formats as records
 from toy import tasks
 from common import BadInput, Journal, describe_run, device_and_dtype, journal_rows, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, make_tree
-from model import Llava, generate
+from generate import answer_seed, check_room, sample_answers
+from model import Llava
 from judge.rubric import RUBRIC, conversation, letter, shown_order
 from judge.wire import IMAGE_TOKENS, Question, Reply
 

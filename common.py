@@ -5,8 +5,6 @@ their trailing comments into --help, so that default, type and help have one sou
 """
 import argparse
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import inspect
 import json
@@ -15,7 +13,6 @@ import platform
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -194,79 +191,3 @@ def sha_of(parts: Iterable[bytes | str]) -> str:
         digest.update(len(data).to_bytes(8, "big"))      # ("ab", "c") is not ("a", "bc")
         digest.update(data)
     return digest.hexdigest()[:16]
-
-
-# ---- journals --------------------------------------------------------------------------------------------------
-
-def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(where it ends, row) of every row in a journal; a last line that a kill has torn is left out. Raises BadInput."""
-    end = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line)
-                row["key"]
-            except (ValueError, KeyError, TypeError):
-                raise BadInput(f"{path}: line {number} is damaged; remove that line and run again") from None
-            end += len(line)
-            yield end, row
-
-
-class Journal:
-    """A file of JSON lines that survives kill -9: a row is on the disk before `append` returns, a torn last line is cut off
-    when the file is opened again, one process writes at a time. Any thread may append.
-
-    Rows have a "key"; `journal[key]` is the last row of that key. It is read back from the disk: memory holds only
-    where each row begins.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.begins = {}                                 # key -> where its row begins
-        self.size = 0
-        self.lock = threading.Lock()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadInput(
-                f"{self.path} is being written by another process; wait for it, or choose another --out"
-            ) from None
-        for end, row in journal_rows(self.path):
-            self.note(row, end)
-        os.ftruncate(self.fd, self.size)
-
-    def note(self, row: dict, end: int) -> None:
-        if self.seen(row):
-            self.begins[row["key"]] = self.size
-        self.size = end
-
-    def seen(self, row: dict) -> bool:
-        """Called once for every row, found or appended: does it stand for its key from now on?"""
-        return True
-
-    def append(self, row: dict) -> None:
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        with self.lock:
-            try:
-                if os.write(self.fd, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            except OSError:
-                os.ftruncate(self.fd, self.size)         # no half line for the next one to grow onto
-                raise
-            self.note(row, self.size + len(line))
-        os.fsync(self.fd)                                # outside the lock: file systems join what waits for the disk
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.begins
-
-    def __getitem__(self, key: str) -> dict:
-        with open(self.path, "rb") as file:
-            file.seek(self.begins[key])
-            return json.loads(file.readline())
-
-    def close(self) -> None:
-        os.close(self.fd)

@@ -1,0 +1,235 @@
+"""From a prompt to n answers: KV cache, decoding, sampling.
+
+The problem. Preference data wants several answers to each prompt, and for LLaVA-1.5 the prompt is 576 image tokens and
+a question: most of the work, and the same for all of its answers.
+
+The trick. The prompt's keys and values are computed and stored once per record, not once per answer. Prompts of many
+records go through the model as one packed row without padding (`prefill`); then every step decodes one token per answer
+against its record's prompt and its own past (`Cache.decode`, kernels.decode).
+
+An answer depends on its prompt and its own seed, not on what else is in the batch: a row's draw is the inverse of its
+cumulative distribution at the row's own random number. So a run that was stopped goes on with the same answers.
+
+Legend: R records, n answers per record, T tokens in a row, D model width, H query heads, G key/value heads, K head width,
+V vocabulary.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from common import BadInput, sha
+from kernels import Mask
+from model import Llava, product
+
+
+# ---- one token --------------------------------------------------------------------------------------------------
+
+def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
+    """One token per row of logits (B, V). `u` (B,) are the rows' own uniform numbers in [0, 1).
+
+    temperature 0 takes the best token; otherwise the inverse of the cumulative distribution at u, so that a
+    row's draw depends on nothing but its logits and its own random numbers. top_p keeps the smallest set of
+    most likely tokens whose mass reaches it (arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)                               # (B, V)
+    if top_p < 1:
+        top, order = probs.sort(dim=-1, descending=True, stable=True)
+        before = top.cumsum(-1) - top
+        top = top.masked_fill(before >= top_p, 0)                            # what stands before it suffices already
+        probs = torch.zeros_like(probs).scatter(-1, order, top)
+    cdf = probs.cumsum(-1)
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def stream(
+    model: Llava,
+    prompts: list[list[int]],
+    pixels: list[Tensor | None],
+    *,
+    n: int = 1,
+    max_new: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seeds: list[list[int]] | None = None,
+    ends: tuple[int, ...] = (2,),
+) -> Iterator[Tensor]:
+    """n answers to each of R prompts, one token (R*n,) of each per step; ends[0] from an answer's end on.
+
+    prompts   R lists of ids, placeholders expanded    pixels   R times (images, 3, S, S) or None
+    seeds     (R, n) ints, an answer's own; the text of an answer depends on its prompt and its seed, not on what
+              else is in the batch (up to floating-point rounding of batched matrix products)
+    ends      the tokens that end an answer
+    The prompt is computed once for its n answers.
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must not be negative, and top_p {top_p} must lie in (0, 1]")
+    R = len(prompts)
+    seeds = seeds or [list(range(n)) for _ in range(R)]
+    uniform = []
+    for seed in (seed for row in seeds for seed in row):
+        uniform.append(torch.rand(max_new, generator=torch.Generator().manual_seed(seed)))
+    uniform = torch.stack(uniform).to(model.device)                          # (R*n, max_new)
+    ending = torch.tensor(ends, device=model.device)
+
+    cache, hidden = prefill(model, prompts, pixels, n)
+    hidden = hidden.repeat_interleave(n, 0)                                  # (R*n, D): the last prompt token's
+    length = cache.prompt_len.repeat_interleave(n)                           # (R*n,) the next token's position
+    active = torch.ones(R * n, dtype=torch.bool, device=model.device)
+    for step in range(max_new):
+        logits = product(hidden, model.head).float()                         # (R*n, V)
+        token = sample_token(logits, temperature, top_p, uniform[:, step])
+        token = token.masked_fill(~active, ends[0])
+        yield token
+
+        active = active & ~torch.isin(token, ending)
+        if step == max_new - 1 or not active.any():
+            return
+        hidden = model.language_model(model.embed_text(token), length + step, cache.decode)
+
+
+@dataclass
+class Answer:
+    ids: list[int]        # without the token that ended it
+    finish: str           # "stop" where the model ended it, "length" where the budget did
+
+
+def generate(
+    model: Llava,
+    prompts: list[list[int]],
+    pixels: list[Tensor | None],
+    *,
+    n: int = 1,
+    ends: tuple[int, ...] = (2,),
+    **how,
+) -> list[list[Answer]]:
+    """n whole answers to each of R prompts; arguments as for `stream`."""
+    said = [[] for _ in range(len(prompts) * n)]
+    for token in stream(model, prompts, pixels, n=n, ends=ends, **how):
+        for ids, one in zip(said, token.tolist()):
+            ids.append(one)
+    answers = [until(ids, ends) for ids in said]
+    return [answers[r * n:(r + 1) * n] for r in range(len(prompts))]
+
+
+def until(ids: list[int], ends: tuple[int, ...]) -> Answer:
+    for k, token in enumerate(ids):
+        if token in ends:
+            return Answer(ids[:k], "stop")
+    return Answer(ids, "length")
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------
+
+class Cache:
+    """Keys and values of R ragged prompts, stored once each, and of their R x n growing answers."""
+
+    def __init__(self, layers: int, prompt_len: list[int], n: int, device):
+        self.R = len(prompt_len)
+        self.n = n
+        self.prompt_len = torch.tensor(prompt_len, device=device)            # (R,)
+        self.prompt = [None] * layers                                        # (keys, values) of each layer
+        self.own = [None] * layers
+        self.filled = [0] * layers
+        at = torch.arange(max(prompt_len), device=device)
+        starts = self.prompt_len.cumsum(0) - self.prompt_len
+        self.rows = starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1)             # (R, P) into the pack
+
+    def keep_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
+        keys = k[self.rows].transpose(1, 2).contiguous()                     # (T, G, K) -> (R, G, P, K)
+        values = v[self.rows].transpose(1, 2).contiguous()
+        self.prompt[layer] = keys, values
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The `attend` of one new token per answer: file its k and v away, then look at everything it may see."""
+        used = self.filled[layer]
+        new = [x.view(self.R, self.n, 1, *x.shape[1:]).permute(0, 3, 1, 2, 4) for x in (k, v)]   # (R, G, n, 1, K)
+        if self.own[layer] is None:
+            self.own[layer] = [x.new_zeros(*x.shape[:3], 32, x.shape[-1]) for x in new]
+        elif used == self.own[layer][0].shape[3]:                            # full: double the room
+            self.own[layer] = [torch.cat([x, torch.zeros_like(x)], 3) for x in self.own[layer]]
+        for store, x in zip(self.own[layer], new):
+            store[:, :, :, used:used + 1] = x
+        self.filled[layer] = used + 1
+
+        q = q.view(self.R, self.n, *q.shape[1:])                             # (R, n, H, K)
+        gathered = kernels.decode(q, self.prompt[layer], self.own[layer], self.prompt_len, used + 1)
+        return gathered.flatten(0, 1)                                        # (R*n, H, K)
+
+
+def prefill(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None], n: int) -> tuple[Cache, Tensor]:
+    """One packed pass over all prompts -> their cache and the hidden state (R, D) of each one's last token."""
+    for prompt, images in zip(prompts, pixels, strict=True):                 # embed only sees their sum
+        need = prompt.count(model.config.image_token)
+        have = 0 if images is None else len(images) * model.config.vision.patches
+        if need != have:
+            raise ValueError(f"a prompt has {need} image placeholders, but the pictures given for it fill {have}")
+
+    device = model.device
+    lengths = [len(prompt) for prompt in prompts]
+    size = torch.tensor(lengths)
+    last = (size.cumsum(0) - 1).to(device)                                   # (R,)
+    own = (size.cumsum(0) - size).repeat_interleave(size)                    # (T,) where my prompt starts
+    positions = (torch.arange(len(own)) - own).to(device)
+    mask = Mask(torch.zeros_like(own), torch.zeros_like(own), own).to(device)
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    shown = [images for images in pixels if images is not None]
+    x = model.embed(ids, torch.cat(shown).to(device) if shown else None)
+    cache = Cache(len(model.language_model.layers), lengths, n, device)
+
+    def attend(layer, q, k, v):
+        cache.keep_prompt(layer, k, v)
+        return kernels.attention(q, k, v, mask)
+
+    return cache, model.language_model(x, positions, attend, last)           # (R, D)
+
+
+# ---- sampling: n answers to each record ----------------------------------------------------------------------------
+
+def answer_seed(seed: int, record_id: str, k: int) -> int:
+    """The k-th answer's own seed: the same whatever stands before or beside it in the file."""
+    return int(sha(str(seed), record_id, str(k))[:15], 16)
+
+
+def sample_answers(
+    model: Llava,
+    tokens,
+    pixels,
+    trees: list,
+    *,
+    n: int = 4,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new: int = 1024,
+    seed: int = 0,
+) -> list[list[dict]]:
+    """n answers {"text", "finish"} to the prompt of each data.Tree; finish is "stop", or "length" where max_new cut it off.
+    `tokens` and `pixels` are the data.Tokens and data.Pixels of this model."""
+    seeds = [[answer_seed(seed, tree.id, k) for k in range(n)] for tree in trees]
+    prompts = [tree.ids() for tree in trees]
+    pictures = [pixels(tree.images) for tree in trees]
+    found = generate(
+        model, prompts, pictures,
+        n=n, max_new=max_new, temperature=temperature, top_p=top_p, seeds=seeds, ends=tokens.ends,
+    )
+    texts = []
+    for answers in found:
+        texts.append([{"text": tokens.decode(answer.ids), "finish": answer.finish} for answer in answers])
+    return texts
+
+
+def check_room(longest: int, room: int) -> None:
+    """Raises BadInput where prompt and answer may take more positions than a model was built for."""
+    if longest > room:
+        raise BadInput(
+            f"prompt and answer may take {longest} tokens, more than the model was built for ({room}); shorten it or "
+            "lower --max_new"
+        )
