@@ -1,46 +1,48 @@
 """Talk to a checkpoint about pictures, in a terminal; or to two at once.
 
-An evaluation is a number; a conversation shows what it is a number of. Turns go through the very function that training and
-benchmarks get their tokens from (data.make_tree), so what you see here is what they saw.
+An evaluation is a number; a conversation shows what it is a number of. Turns go through the very
+function that training and benchmarks get their tokens from (data.make_tree), so what you see here is
+what they saw.
 
-    python chat.py                                               the shipped LLaVA-mini; /draw gives it a picture of its world
-    python chat.py --ckpt toy/llava --vs runs/dpo/model                before and after, side by side
+    python chat.py                                      the shipped LLaVA-mini
+    python chat.py --vs runs/dpo/model                  before and after, side by side
     python chat.py --ckpt llava-1.5-7b-hf --image photo.jpg --temperature 0.7
 
     /image PATH    attach a picture to the next question (again for more)
     /draw          a picture of the miniature's world, and a question about it
-    /reset         begin anew                                                  /quit
-
-Previous: reproduce.py.  Next: speed.py (how fast).
+    /reset         begin anew
+    /quit
 """
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 import checkpoint
-from toy import tasks
 from common import BadInput, device_and_dtype, main
 from data import Pixels, Tokens, make_tree, target_scores
-from model import stream
 from formats import check
+from model import stream
+from toy import tasks
 from vision import load_image
 
 
 @dataclass
 class Settings:
     """Talk to a checkpoint, or to two."""
-    ckpt: str = "toy/llava"            # checkpoint folder
+    ckpt: str = "toy/llava"      # checkpoint folder
     vs: str = ""                 # a second one, asked the same
     image: str = ""              # a picture for the first question
+    template: str = ""           # how prompts are spelled; empty: as the checkpoint's folder tells
     target: str = ""             # five scores to ask a SteerLM model for; empty: what its folder says
     temperature: float = 0.0     # 0: the likeliest token always
     top_p: float = 1.0           # sample from the most likely tokens of this mass
     max_new: int = 512           # longest answer in tokens
     seed: int = 0                # of the sampling
-    crop: bool = False           # centre-crop pictures instead of padding them, for a model that was trained so
+    crop: bool = False           # centre-crop pictures, for a model that was trained so
     device: str = "auto"         # cpu, cuda, ...
     dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
 
@@ -50,42 +52,62 @@ class Speaker:
 
     def __init__(self, name: str, s: Settings):
         folder = checkpoint.resolve(name)
-        self.name, self.s, self.messages, self.images = name, s, [], []
+        self.name = name
+        self.s = s
         self.model = checkpoint.load(folder, *device_and_dtype(s.device, s.dtype))
-        self.tokens, self.pixels = Tokens(folder, self.model.config), Pixels(self.model.config, s.crop)
-        if s.target and not self.tokens.steer:
-            raise BadInput(f"{name} was not trained to be asked for scores; steerlm.py does that")
-        if self.tokens.steer:
-            self.tokens.steer["target"] |= target_scores(s.target) if s.target else {}
-            print(f"{name}: every question asks for {', '.join(f'{k} {v}' for k, v in self.tokens.steer['target'].items())}")
+        self.pixels = Pixels(self.model.config, s.crop)
+        self.tokens = Tokens(folder, self.model.config, s.template)
+        if s.target:
+            self.tokens = self.tokens.asking(target_scores(s.target))
+        if self.tokens.template.ask:
+            print(f"{name}: every question ends with {self.tokens.template.ask!r}")
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages, self.images = [], []
 
     def say(self, question: str, images: list[str]) -> None:
-        """Print the answer as it comes, and remember both. Raises BadInput; then nothing is remembered."""
-        s, limit = self.s, self.model.config.text.max_position_embeddings
+        """Print the answer as it comes, and remember both. Raises BadInput, and then remembers nothing."""
         if images and not self.tokens.patches:
             print(f"({self.name} sees no pictures, and is asked without)")
-            images, question = [], question.replace("<image>", "")
-        text = question if "<image>" in question else "<image>\n" * len(images) + question
+            images = []
+            question = question.replace("<image>", "")
+        if "<image>" not in question:
+            question = "<image>\n" * len(images) + question
+
         record = {"id": self.name, "root": "/", "images": self.images + images,
-                  "messages": self.messages + [{"role": "user", "content": text}]}
+                  "messages": [*self.messages, {"role": "user", "content": question}]}
         check(record)
         tree = make_tree(self.tokens, record, [])
-        room = min(s.max_new, limit - len(tree.prompt))
+        prompt = tree.ids()
+        room = min(self.s.max_new, self.tokens.room - len(prompt))
         if room < 1:
-            raise BadInput(f"{self.name}: {len(tree.prompt)} tokens so far, and it was built for {limit}; /reset")
-        strange = tree.prompt.count(self.tokens.tokenizer.token_to_id("<unk>"))
+            raise BadInput(f"{self.name}: {len(prompt)} tokens so far, and it was built for "
+                           f"{self.tokens.room}; /reset")
+        strange = prompt.count(self.tokens.tokenizer.token_to_id("<unk>"))
         if strange:
             print(f"({self.name} does not know {strange} of these words)")
+
+        said, finished = self.answer(prompt, self.pixels(tree.images), room)
+        print("" if finished else f" ... (cut after {room} tokens)")
+        self.messages = [*record["messages"], {"role": "assistant", "content": said}]
+        self.images = record["images"]
+
+    def answer(self, prompt: list[int], pixels, room: int) -> tuple[str, bool]:
+        """Print what the model says, token by token -> its text, and whether it came to an end."""
         ids, said = [], ""
-        for token in stream(self.model, [tree.prompt], [self.pixels(tree.images)], max_new=room, temperature=s.temperature,
-                            top_p=s.top_p, seeds=[[s.seed + len(self.messages)]], eos=self.tokens.eos):
-            ids += token.tolist()
-            now = self.tokens.decode([i for i in ids if i != self.tokens.eos])
-            if not now.endswith("\ufffd"):                                   # half a character: wait for the rest
-                print(now[len(said):], end="", flush=True)
-                said = now
-        print("" if ids[-1:] == [self.tokens.eos] else f" ... (cut after {room} tokens)")
-        self.messages, self.images = record["messages"] + [{"role": "assistant", "content": said}], record["images"]
+        seed = self.s.seed + len(self.messages)
+        tokens = stream(self.model, [prompt], [pixels], max_new=room, seeds=[[seed]],
+                        temperature=self.s.temperature, top_p=self.s.top_p, ends=self.tokens.ends)
+        for token in tokens:
+            if token.item() in self.tokens.ends:
+                return said, True
+            ids.append(token.item())
+            text = self.tokens.decode(ids)
+            if not text.endswith("\ufffd"):             # half a character: wait for the rest
+                print(text[len(said):], end="", flush=True)
+                said = text
+        return said, False
 
 
 def attach(path: str, size: int) -> str:
@@ -95,44 +117,60 @@ def attach(path: str, size: int) -> str:
     return str(path.relative_to("/"))
 
 
-def run(s: Settings) -> None:
-    if s.max_new < 1 or not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1 or abs(s.seed) >= 1 << 62:
-        raise BadInput("--max_new must be at least 1, --temperature not negative, --top_p above 0 and at most 1, "
-                       "--seed below 2^62")
-    speakers = [Speaker(name, s) for name in (s.ckpt, s.vs) if name]
-    size = max(speaker.pixels.size for speaker in speakers)
-    images, drawn = [attach(s.image, size)] if s.image else [], 0
-    print("a question and return; /image PATH, /draw, /reset, /quit")
+def draw(k: int) -> Path:
+    """The miniature's k-th picture; prints what is in it and something to ask."""
+    record = tasks.items("attribute", k + 1)[k]
+    folder = Path(tempfile.mkdtemp())
+    tasks.draw([record], folder)
+    path = folder / record["images"][0]
+    print(f"{path}: {tasks.written(tasks.scene_of(record)).removeprefix('scene : ')}")
+    print(f"try: {record['truth']['turns'][0]['question']}")
+    return path
+
+
+def lines() -> Iterator[str]:
+    """What the user types, until there is no more."""
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            yield input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        word, _, rest = line.partition(" ")
+
+
+def run(s: Settings) -> None:
+    sensible = {"max_new": s.max_new > 0, "temperature": 0 <= s.temperature < math.inf,
+                "top_p": 0 < s.top_p <= 1, "seed": abs(s.seed) < 1 << 62}
+    for name, fine in sensible.items():
+        if not fine:
+            raise BadInput(f"--{name} {getattr(s, name)} makes no sense")
+
+    speakers = [Speaker(name, s) for name in (s.ckpt, s.vs) if name]
+    size = max(speaker.pixels.size for speaker in speakers)
+    images = [attach(s.image, size)] if s.image else []
+    drawn = 0
+    print("a question and return; /image PATH, /draw, /reset, /quit")
+
+    for line in lines():
+        command, _, rest = line.partition(" ")
         try:
-            match word:
-                case "":
-                    pass
-                case "/quit":
-                    return
-                case "/image":
-                    images.append(attach(rest, size))
-                case "/draw":
-                    record = tasks.draw(tasks.items("attribute", drawn + 1)[drawn:], Path(tempfile.mkdtemp()))[0]
-                    path, drawn = Path(record["root"]) / record["images"][0], drawn + 1
-                    images.append(attach(str(path), size))
-                    print(f"{path}: {tasks.written(tasks.scene_of(record))[8:]}\ntry: {record['truth']['turns'][0]['question']}")
-                case "/reset":
-                    images = []
-                    for speaker in speakers:
-                        speaker.messages, speaker.images = [], []
-                case _ if word.startswith("/"):
-                    raise BadInput(f"{word}: choose /image, /draw, /reset or /quit")
-                case _:
-                    asked, images = images, []
-                    for speaker in speakers:
-                        print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
-                        speaker.say(line, asked)
+            if command == "/quit":
+                return
+            if command == "/image":
+                images.append(attach(rest, size))
+            elif command == "/draw":
+                images.append(attach(str(draw(drawn)), size))
+                drawn += 1
+            elif command == "/reset":
+                images = []
+                for speaker in speakers:
+                    speaker.reset()
+            elif command.startswith("/"):
+                raise BadInput(f"{command}: choose /image, /draw, /reset or /quit")
+            elif line:
+                asked, images = images, []
+                for speaker in speakers:
+                    print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
+                    speaker.say(line, asked)
         except BadInput as problem:
             print(problem)
 

@@ -11,7 +11,7 @@ import pytest
 from toy import oracle
 from toy import tasks
 from toy import world
-from formats import quality
+from judge.rubric import RUBRIC
 
 KINDS = world.LOOKUPS + world.KNOWLEDGE + ("each", "choice", "describe")
 
@@ -22,7 +22,7 @@ def questions(kind, n=100, seed=0):
 
 
 def S(record, text):
-    return quality({"scores": oracle.judge(record, text)[0]})
+    return RUBRIC.quality({"scores": oracle.judge(record, text)[0]})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +73,7 @@ def test_benchmark_items_are_fixed_distinct_and_survive_json(bench):
         again = json.loads(json.dumps(record))
         answers = [t["full"] for t in again["truth"]["turns"]]
         if bench == "text":
-            assert oracle.score_text(again, answers)["score"] == 10
+            assert oracle.score_text(again, answers)["text"] == 10
         else:
             assert oracle.score(bench, again, answers[-1]) == 1
 
@@ -118,8 +118,8 @@ def test_a_style_leak_and_forgetting_are_told_apart():
     turns = record["truth"]["turns"]
     terse = oracle.score_text(record, [t["bare"] for t in turns])
     wrong = oracle.score_text(record, ["the whale is larger than the whale ."] * 2)
-    assert terse["core"] == 1 and terse["terse"] == 1 and 7 < terse["score"] < 8
-    assert wrong["core"] == 0 and wrong["score"] == 1
+    assert terse["core"] == 1 and terse["terse"] == 1 and 7 < terse["text"] < 8
+    assert wrong["core"] == 0 and wrong["text"] == 1
 
 
 def test_a_picture_depends_on_its_seed_and_things_stay_in_their_cells():

@@ -1,9 +1,9 @@
 """The miniature from nothing: four training stages, the ones real models go through, in minutes on two cores.
 
-    1  vision tower     pictures against captions, contrastive (CLIP's loss)                    -> ViT
-    2  language model   text conversations, next token                                          -> Vicuna-mini
-    3  projector        descriptions of pictures; tower and language model frozen               (LLaVA's stage 1)
-    4  visual tuning    short-answer questions about pictures; language model and projector     -> LLaVA-mini
+    1  vision tower     pictures against captions, contrastive (CLIP's loss)                 -> ViT
+    2  language model   text conversations, next token                                       -> Vicuna-mini
+    3  projector        descriptions of pictures; tower and language model frozen            (LLaVA's stage 1)
+    4  visual tuning    short-answer questions about pictures; language model and projector  -> LLaVA-mini
 
 Stages 2 to 4 are `sft.train`, the loop that real models use; only the data and what is frozen differ. The result is
 written by `checkpoint.save` in the llava-hf layout, so every script loads it like any other checkpoint, and so does
@@ -18,23 +18,20 @@ model learns that answers are short, and nothing in the data reminds it of its t
 Stages 1 and 2 need nothing from each other and run as two processes of one thread each. Everything is drawn from one
 seed and every reduction has a fixed order, so the same machine and torch give the same bytes.
 
-    python -m toy.build                # builds toy/ where there is none
-    python evaluate.py           # what the two can do
-
-Previous: sft.py.  Next: judge/wire.py (what is said to a judge).
+    python -m toy.build --out runs/toy
+    python evaluate.py --ckpt runs/toy/vicuna,runs/toy/llava            # what the two can do
 """
 import common  # first: it tells OpenMP how to wait
 import json
 import math
 import multiprocessing
-import os
 import random
-import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -45,38 +42,43 @@ from tqdm import tqdm
 import checkpoint
 import kernels
 import sft
-from toy import tasks
-from toy import world
-from common import BadInput, main, schedule
-from data import SYSTEM, Tokens, Tree, make_pack, make_tree
+from common import BadInput, main, write_whole
+from data import VICUNA, Tokens, Tree, make_pack, make_tree
 from model import Config, Llama, Llava, TextConfig
+from toy import tasks, world
+from train import Run, schedule
 from vision import ViT, VisionConfig, preprocess
 
 
 @dataclass
 class Settings:
     """Build Vicuna-mini and LLaVA-mini."""
-    out: str = "runs/toy"        # folder to write; it must not hold a model yet
+    out: str = "runs/toy"        # folder to write; it must not be there yet
     seed: int = 0                # of initialisation and data
     scale: float = 1.0           # share of every stage's steps (0.01 to see it run)
     width: int = 128             # of the language model, a multiple of 32
 
+    def steps(self, full: int) -> int:
+        return max(2, int(full * self.scale))
 
-# ---- sizes and initialisation ---------------------------------------------------------------------------------
 
-VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=48,
-                      patch_size=16)
+# ---- sizes and initialisation ------------------------------------------------------------------------
+
+VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+                      image_size=48, patch_size=16)
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
 def language(width: int, layers: int = 4, words: int = 0) -> TextConfig:
-    return TextConfig(words, width, 2 * width, layers, width // 32, width // 32, head_dim=32, rms_norm_eps=1e-5,
+    heads = width // 32
+    return TextConfig(words, width, 2 * width, layers, heads, heads, head_dim=32, rms_norm_eps=1e-5,
                       max_position_embeddings=512, tie_word_embeddings=True)
 
 
 def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
-    """Matrices from a normal distribution, biases 0, norms 1, every tensor drawn in order from one seed. A vision tower's
-    positions start larger: the norm that follows would drown them in the patches otherwise."""
+    """Matrices from a normal distribution, biases 0, norms 1, every tensor drawn in order from one seed.
+
+    A vision tower's positions start larger: the norm that follows would drown them in the patches otherwise."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         if "position_embedding" in name or "class_embedding" in name:
@@ -93,16 +95,19 @@ def write_tokenizer(folder: Path, words: list[str], fixed: tuple = ()) -> None:
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens([AddedToken(w, normalized=False) for w in fixed])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in fixed])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
-             "pad_token": "<pad>", "image_token": "<image>", "clean_up_tokenization_spaces": False}
-    common.write_whole(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")     # for transformers
+
+    for_transformers = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>",
+        "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>", "clean_up_tokenization_spaces": False}
+    write_whole(folder / "tokenizer_config.json", json.dumps(for_transformers, indent=1) + "\n")
 
 
-# ---- stage 1: the vision tower --------------------------------------------------------------------------------
+# ---- stage 1: the vision tower -----------------------------------------------------------------------
 
 def pixels_of(scene: world.Scene, seed: int) -> Tensor:
     return preprocess(world.render(scene, seed), VISION.image_size)
@@ -116,53 +121,64 @@ def class_vector(vit: ViT, pixels: Tensor) -> Tensor:
 def caption_vector(llama: Llama, captions: list[list[int]]) -> Tensor:
     """The last token's hidden state of each caption. N lists of ids -> (N, D)."""
     pack = make_pack([Tree("", ids, []) for ids in captions])
-    attend = lambda layer, q, k, v: kernels.attention(q, k, v, pack.mask)
-    hidden = llama(llama.embed_tokens(pack.ids), pack.positions, attend)
-    return hidden[torch.tensor([len(ids) for ids in captions]).cumsum(0) - 1]
+    last = torch.tensor([len(ids) for ids in captions]).cumsum(0) - 1
+
+    def attend(layer, q, k, v):
+        return kernels.attention(q, k, v, pack.mask)
+
+    return llama(llama.embed_tokens(pack.ids), pack.positions, attend)[last]
 
 
-def train_tower(folder: Path, seed: int, scale: float) -> None:
-    """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each caption its picture. Half
-    of a batch are edits of the other half, one attribute changed, so that the details have to be seen."""
+def train_tower(parts: Path, s: Settings) -> None:
+    """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each caption its picture.
+
+    Half of a batch are edits of the other half, one attribute changed, so that the details have to be seen."""
     torch.set_num_threads(1)
-    steps, batch, lr = max(2, int(700 * scale)), 128, 2e-3
-    tokens, vit = Tokens(folder, Config(language(64))), ViT(VISION)
+    steps, batch, lr = s.steps(700), 128, 2e-3
+    tokens = Tokens(parts, Config(language(64)))
+    vit = ViT(VISION)
     llama = Llama(language(64, 2, tokens.tokenizer.get_vocab_size()))
     heads = nn.ModuleList([nn.Linear(VISION.hidden_size, 64, bias=False), nn.Linear(64, 64, bias=False)])
     for k, module in enumerate((vit, llama, heads)):
-        initialise(module, seed * 10 + k)
-    scale_log = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-    parameters = [*vit.parameters(), *llama.parameters(), *heads.parameters(), scale_log]
+        initialise(module, s.seed * 10 + k)
+    sharpness = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    parameters = [*vit.parameters(), *llama.parameters(), *heads.parameters(), sharpness]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
-    rng, right = random.Random(f"tower/{seed}"), torch.arange(batch)
+    rng = random.Random(f"tower/{s.seed}")
+    right = torch.arange(batch)
     bar = tqdm(range(steps), desc="1 vision tower", unit="step", position=1, leave=False, disable=None)
     for step in bar:
-        scenes = [s for _ in range(batch // 2) for s in pair_of_scenes(rng)]
-        pixels = torch.stack([pixels_of(s, rng.randrange(2**31)) for s in scenes])
-        captions = [tokens.encode(world.caption(s)) for s in scenes]
+        scenes = []
+        for _ in range(batch // 2):
+            scenes += pair_of_scenes(rng)
+        pixels = torch.stack([pixels_of(scene, rng.randrange(2**31)) for scene in scenes])
+        captions = [tokens.encode(world.caption(scene)) for scene in scenes]
+
         image = F.normalize(heads[0](class_vector(vit, pixels)), dim=-1)     # (N, 64)
         text = F.normalize(heads[1](caption_vector(llama, captions)), dim=-1)
-        logits = scale_log.exp().clamp(max=100) * image @ text.T             # (N, N)
+        logits = sharpness.exp().clamp(max=100) * image @ text.T             # (N, N)
         loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, steps, 0.1, 0.02)
+
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 0.1, 0.02)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}, right {(logits.argmax(1) == right).float().mean():.2f}")
-    torch.save(vit.state_dict(), folder / "tower.pt")
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+    torch.save(vit.state_dict(), parts / "tower.pt")
 
 
 def pair_of_scenes(rng: random.Random) -> tuple[world.Scene, world.Scene]:
     """A scene and an edit of it, both from the training split: the tower sees no held-out scene either."""
     scene = world.random_scene(rng)
-    while world.is_held_out(edit := world.edited(rng, scene)):
-        pass
-    return scene, edit
+    while True:
+        edit = world.edited(rng, scene)
+        if not world.is_held_out(edit):
+            return scene, edit
 
 
-# ---- stage 2: the language model ------------------------------------------------------------------------------
+# ---- stage 2: the language model -----------------------------------------------------------------------
 
 def wsd(step: int, steps: int) -> float:
     """Warm-up, stable, decay: linear up over 5 % of the steps, flat, linear down over the last 40 %."""
@@ -175,8 +191,8 @@ def as_tree(tokens: Tokens, record: dict) -> Tree:
 
 
 def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
-    """Text conversations, `total` of them. First the written scenes hold one thing, where there is nothing to search for:
-    a model that can already read an answer off then learns where to look for it."""
+    """Text conversations, `total` of them. First the written scenes hold one thing, where there is nothing to search
+    for: a model that can already read an answer off then learns where to look for it."""
     rng = random.Random(f"text/{seed}")
     for k in range(total):
         share = k / total
@@ -184,10 +200,11 @@ def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
         yield as_tree(tokens, tasks.text_conversation(rng, most=most))
 
 
-def birth(model: Llava, tokens: Tokens) -> None:
-    """Where the language model starts. "big-red-circle" begins as the sum of its parts, so that words which share a part
-    begin alike; and an attention head begins by looking for what resembles it (keys as queries) and passing on what it
-    sees (output as values' transpose). All of it is free to change; it shortens the wait for the first look-up (LOG.md)."""
+def give_birth(model: Llava, tokens: Tokens) -> None:
+    """Where the language model starts; all of it is free to change, and shortens the wait for the first look-up (LOG.md).
+
+    "big-red-circle" begins as the sum of its parts, so that words which share a part begin alike. An attention head
+    begins by looking for what resembles it (keys as queries) and passing on what it sees (output as values' transpose)."""
     word = tokens.tokenizer.token_to_id
     with torch.no_grad():
         table = model.language_model.embed_tokens.weight
@@ -195,36 +212,40 @@ def birth(model: Llava, tokens: Tokens) -> None:
             parts = [word(part) for part in compound.split("-")]
             table[word(compound)] = table[parts].sum(0) / len(parts) ** 0.5
         for block in model.language_model.layers:
-            block.self_attn.k_proj.weight.copy_(block.self_attn.q_proj.weight)
-            block.self_attn.o_proj.weight.copy_(block.self_attn.v_proj.weight.T)
+            attention = block.self_attn
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
-def train_language(folder: Path, seed: int, scale: float, width: int) -> None:
+def train_language(parts: Path, s: Settings, out: Path) -> None:
     torch.set_num_threads(1)
-    steps, batch = max(2, int(2000 * scale)), 16
-    tokens = Tokens(folder, Config(language(width)))
-    model = Llava(Config(language(width, words=tokens.tokenizer.get_vocab_size()), None, -1))
-    initialise(model, seed * 10 + 5)
-    birth(model, tokens)
-    sft.train(model, text_trees(tokens, seed, steps * batch), make_pack, steps=steps, batch=batch, lr=2e-3, rate=wsd,
-              betas=(0.9, 0.98), weight_decay=0.1, name="2 language model")
-    checkpoint.save(model, folder / "vicuna", folder)
+    steps, batch = s.steps(2000), 16
+    tokens = Tokens(parts, Config(language(s.width)))
+    model = Llava(Config(language(s.width, words=tokens.tokenizer.get_vocab_size()), None, -1))
+    initialise(model, s.seed * 10 + 5)
+    give_birth(model, tokens)
+    run = Run(model, sft.Settings(lr=2e-3, batch=batch), make_pack, steps=steps, rate=wsd, betas=(0.9, 0.98),
+              weight_decay=0.1)
+    sft.train(run, text_trees(tokens, s.seed, steps * batch), "2 language model")
+    checkpoint.save(model, out, parts)
 
 
-# ---- stages 3 and 4: projector and visual tuning --------------------------------------------------------------
+# ---- stages 3 and 4: projector and visual tuning ---------------------------------------------------------
 
-def visual_trees(tokens: Tokens, seed: str, kinds) -> Iterator[Tree]:
-    """Endless conversations about pictures; kinds(rng) -> (question kinds, answered briefly?)."""
+def visual_trees(tokens: Tokens, seed: str, draw_kinds) -> Iterator[Tree]:
+    """Endless conversations about pictures; draw_kinds(rng) -> (question kinds, answered briefly?)."""
     rng = random.Random(seed)
     while True:
-        scene, look = world.random_scene(rng), rng.randrange(2**31)
-        asked, brief = kinds(rng)
-        tree = as_tree(tokens, tasks.conversation("", [world.ask(rng, scene, kind) for kind in asked], brief, scene, "picture"))
+        scene = world.random_scene(rng)
+        look = rng.randrange(2**31)
+        kinds, brief = draw_kinds(rng)
+        turns = [world.ask(rng, scene, kind) for kind in kinds]
+        tree = as_tree(tokens, tasks.conversation("", turns, brief, scene, "picture"))
         tree.images = [(scene, look)]                                        # drawn in memory, no file
         yield tree
 
 
-def drawn(trees: list[Tree]):
+def pack_of(trees: list[Tree]):
     return make_pack(trees, torch.stack([pixels_of(*image) for tree in trees for image in tree.images]))
 
 
@@ -236,52 +257,57 @@ def tuning_kinds(rng: random.Random) -> tuple[tuple, bool]:
     """LLaVA-1.5's mixture in miniature: mostly short answers, some descriptions, some multiple choice, no text."""
     if rng.random() < 0.14:
         return ("describe",), False
-    kinds = tuple("choice" if rng.random() < 0.06 else rng.choice(world.KNOWLEDGE if rng.random() < 0.5 else world.LOOKUPS)
-                  for _ in range(3))
-    return kinds, rng.random() < 0.9
+    kinds = []
+    for _ in range(3):
+        if rng.random() < 0.06:
+            kinds.append("choice")
+        else:
+            kinds.append(rng.choice(world.KNOWLEDGE if rng.random() < 0.5 else world.LOOKUPS))
+    return tuple(kinds), rng.random() < 0.9
 
 
-def train_visual(folder: Path, seed: int, scale: float) -> None:
+def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    vicuna = checkpoint.load(folder / "vicuna")
-    config = Config(vicuna.config.text, VISION, image_token=4)
-    tokens, model = Tokens(folder, config), Llava(config)
-    model.language_model = vicuna.language_model
-    model.lm_head.weight = model.language_model.embed_tokens.weight
-    model.vision_tower.load_state_dict(torch.load(folder / "tower.pt", weights_only=True))
-    initialise(model.multi_modal_projector, seed * 10 + 6)
+    language_model = checkpoint.load(vicuna).language_model
+    config = Config(language_model.config, VISION, image_token=SPECIAL.index("<image>"))
+    tokens, model = Tokens(parts, config), Llava(config)
+    model.language_model = language_model
+    model.lm_head.weight = language_model.embed_tokens.weight
+    model.vision_tower.load_state_dict(torch.load(parts / "tower.pt", weights_only=True))
+    initialise(model.multi_modal_projector, s.seed * 10 + 6)
+
     model.vision_tower.requires_grad_(False)
     model.language_model.requires_grad_(False)
-    sft.train(model, visual_trees(tokens, f"projector/{seed}", caption_kinds), drawn, steps=max(2, int(600 * scale)),
-              batch=24, lr=3e-3, betas=(0.9, 0.98), name="3 projector")
+    run = Run(model, sft.Settings(lr=3e-3, batch=24), pack_of, steps=s.steps(600), betas=(0.9, 0.98))
+    sft.train(run, visual_trees(tokens, f"projector/{s.seed}", caption_kinds), "3 projector")
+
     model.language_model.requires_grad_(True)
-    sft.train(model, visual_trees(tokens, f"tuning/{seed}", tuning_kinds), drawn, steps=max(2, int(400 * scale)),
-              batch=16, lr=3e-4, betas=(0.9, 0.98), name="4 visual tuning")
-    checkpoint.save(model, folder / "llava", folder)
+    run = Run(model, sft.Settings(lr=3e-4, batch=16), pack_of, steps=s.steps(400), betas=(0.9, 0.98))
+    sft.train(run, visual_trees(tokens, f"tuning/{s.seed}", tuning_kinds), "4 visual tuning")
+    checkpoint.save(model, out, parts)
 
 
-# ---- the script -----------------------------------------------------------------------------------------------
+# ---- the script ------------------------------------------------------------------------------------------
 
 def run(s: Settings) -> None:
-    out, began = Path(s.out), time.time()
     if s.width < 32 or s.width % 32:
         raise BadInput(f"--width {s.width}: a multiple of 32")
+    out, began = Path(s.out), time.time()
     if out.exists():
         raise BadInput(f"{out} is already there; remove it first (rm -r {out})")
-    folder = out.with_name(out.name + ".building")
-    shutil.rmtree(folder, ignore_errors=True)
-    write_tokenizer(folder, tasks.vocabulary(), (SYSTEM, "USER:", "ASSISTANT:"))         # the template: three tokens
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for stage in [pool.submit(train_tower, folder, s.seed, s.scale),
-                      pool.submit(train_language, folder, s.seed, s.scale, s.width)]:
-            stage.result()
-    train_visual(folder, s.seed, s.scale)
-    (folder / "both").mkdir()
-    for name in ("vicuna", "llava"):
-        os.replace(folder / name, folder / "both" / name)
-    os.replace(folder / "both", out)                                        # all of it appears at once
-    shutil.rmtree(folder)
-    print(f"{out}/llava and {out}/vicuna built in {(time.time() - began) / 60:.1f} minutes; what they can do: "
+
+    with TemporaryDirectory() as folder, checkpoint.whole_folder(out) as aside:
+        parts = Path(folder)
+        write_tokenizer(parts, tasks.vocabulary(), (VICUNA.system, "USER:", "ASSISTANT:"))   # three words
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            tower = pool.submit(train_tower, parts, s)
+            language_model = pool.submit(train_language, parts, s, aside / "vicuna")
+            tower.result()
+            language_model.result()
+        train_visual(parts, s, aside / "vicuna", aside / "llava")
+
+    minutes = (time.time() - began) / 60
+    print(f"{out}/llava and {out}/vicuna built in {minutes:.1f} minutes; what they can do: "
           f"python evaluate.py --ckpt {out}/vicuna,{out}/llava")
 
 

@@ -153,7 +153,7 @@ def score_text(record: dict, answers: list[str]) -> dict:
         core += right
         terse += shape == "bare"
         words += len(text.split())
-    return {"score": mark / 2, "core": core / 2, "terse": terse / 2, "words": words / 2}
+    return {"text": mark / 2, "core": core / 2, "terse": terse / 2, "words": words / 2}
 
 
 def score(bench: str, record: dict, text: str) -> float:
