@@ -109,7 +109,7 @@ class Pair(Tree):
     reference: tuple[float, float] = (0.0, 0.0)          # their log-probs under the policy as it was before training
 
 
-def train(run: Run, pairs: list[Pair], s: Settings) -> None:
+def train(run: Run, pairs: list[Pair], s: Settings):
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
             logps, reference, lengths = pair_logps(run.model, part, s)       # (B, 2) each: chosen, rejected
@@ -153,7 +153,7 @@ def line(row: dict) -> str:
     )
 
 
-def check_contract(columns: dict[str, Tensor], s: Settings, dtype: torch.dtype) -> None:
+def check_contract(columns: dict[str, Tensor], s: Settings, dtype: torch.dtype):
     """At step 0 the policy is the reference, so every margin is 0. Raises BadInput where it is not.
 
     Packs differ in shape from the reference pass, so sums of log-probs may differ in their last digits: by less than
@@ -265,17 +265,18 @@ def stored_reference(path: Path, note: Path, trees: list[Tree], now: dict) -> li
         )
     try:
         then = json.loads(note.read_text())
-        changed = [f"{key} ({then.get(key)} then, {now[key]} now)" for key in now if then.get(key) != now[key]]
+        changed = training.differences(then, now)
         rows = read_jsonl(path)
-        held = [(row["id"], row["tokens"], len(row["logps"])) for row in rows]
+        held = [(row["id"], row["tokens"]) for row in rows]
+        logps = [row["logps"] for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} or its fingerprint is damaged ({error}); remove both") from None
     if changed:
-        raise BadInput(f"{path} is stale: it was computed with other {', '.join(changed)}; remove it or choose another --out")
-    wanted = [(tree.id, [len(answer) for answer in tree.answers], len(tree.answers)) for tree in trees]
-    if held != wanted:
+        raise BadInput(f"{path} is stale: it was computed with other {changed}; remove it or choose another --out")
+    wanted = [(tree.id, [len(answer) for answer in tree.answers]) for tree in trees]
+    if held != wanted or [len(numbers) for numbers in logps] != [len(tree.answers) for tree in trees]:
         raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
-    return [row["logps"] for row in rows]
+    return logps
 
 
 # ---- the script -------------------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def make_pairs(trees: Iterable[Tree], choices: Iterable, reference: Iterable[lis
     return pairs
 
 
-def check_flags(s: Settings) -> None:
+def check_flags(s: Settings):
     if s.gap < 1 or not (0 < s.beta < math.inf and 0 <= s.holdout < 1 and 0 <= s.smoothing < 0.5):
         raise BadInput(
             "--gap must be at least 1, --beta positive and finite, --holdout from 0 to below 1, --smoothing to below 0.5"
@@ -368,7 +369,7 @@ def align(s: Settings) -> Llava:
     return model
 
 
-def report_held_out(before: dict, after: dict, out: Path) -> None:
+def report_held_out(before: dict, after: dict, out: Path):
     if parallel.rank() == 0:
         write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
     print(
@@ -377,7 +378,7 @@ def report_held_out(before: dict, after: dict, out: Path) -> None:
     )
 
 
-def run(s: Settings) -> None:
+def run(s: Settings):
     if s.dry_run:
         config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
         return memory.dry_run(config, s)

@@ -167,30 +167,16 @@ def prefetched(make: Callable, parts: Iterable) -> Iterator[tuple]:
 
 
 def share(items: list, budget: int) -> list[tuple[list, bool]]:
-    """The packs of this process, and whether they count; items have `tokens`, a pack at most `budget` of them.
+    """The packs of this process, at most `budget` tokens each, and whether they count.
 
-    One process: all of them. Of several each gets as many as the others, of as equal size as their order allows; who
-    has one too few computes one for the second time, and does not count it.
+    Of N processes each takes every N-th item. All must compute equally many packs, for they wait for each other: who
+    has fewer than another computes one item again, and does not count it.
     """
     world = parallel.world()
-    parts = list(split(items, budget))
-    if world == 1:
-        return [(part, True) for part in parts]
-
-    # The smallest budget at which no process needs more packs than now: the packs are then as equal as can be.
-    each = -(-len(parts) // world)
-    low, high = 1, budget
-    while low < high:
-        middle = (low + high) // 2
-        if len(list(split(items, middle))) <= each * world:
-            high = middle
-        else:
-            low = middle + 1
-    parts = list(split(items, low))
-
-    mine = [(part, True) for part in parts[parallel.rank()::world]]
-    spare = (parts[-1][:1], False)
-    return mine + [spare] * (each - len(mine))
+    shares = [list(split(items[r::world], budget)) for r in range(world)]
+    mine = [(part, True) for part in shares[parallel.rank()]]
+    missing = max(map(len, shares)) - len(mine)
+    return mine + [(items[:1], False)] * missing
 
 
 def packs(items: list, budget: int, pack_of: Callable[[list], Pack], device: torch.device) -> Iterator[Part]:
@@ -264,11 +250,11 @@ class Run:
             self.counts = part.counts
             yield part
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor):
         """Add this pack's gradients; a pack that does not count adds zeros."""
         parallel.backward(self.model, loss if self.counts else 0 * loss)
 
-    def record(self, **columns: Tensor) -> None:
+    def record(self, **columns: Tensor):
         """Values of this pack's items, for metrics: each name one vector."""
         if self.counts:
             for name, values in columns.items():
@@ -331,7 +317,7 @@ class Run:
         settings = {f"--{k}": v for k, v in asdict(self.settings).items() if k not in WITHOUT_INFLUENCE}
         return settings | self.depends | {"processes": parallel.world()}
 
-    def keep(self) -> None:
+    def keep(self):
         """At the end of a step: is it time to keep the state, or to stop? After the last one there is the model itself."""
         if self.out is None or self.done == self.total:
             return
@@ -345,7 +331,7 @@ class Run:
             print(f"stopped by SIGTERM after step {self.done} of {self.total}; go on with --resume")
             sys.exit(143)
 
-    def save(self) -> None:
+    def save(self):
         """Keep the state in out/state, then forget older ones. Every process calls it. Raises BadInput on a full disk."""
         folder = self.out / "state"
         aside = folder / "next.part"
@@ -381,7 +367,7 @@ class Run:
             ) from None
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore(self):
         """Bring weights and moments to where the kept state left them. Raises BadInput for another run's, or a damaged one."""
         folder = latest_state(self.out)
         if folder is None:
@@ -393,12 +379,10 @@ class Run:
             then = note["about"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{folder} is damaged ({error!r}); remove it") from None
-        now = json.loads(json.dumps(self.about()))       # as it was written: tuples are lists there
-        changed = [f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in {**then, **now} if then.get(key) != now.get(key)]
-        if changed:
+        if changed := differences(then, self.about()):
             raise BadInput(
-                f"{folder} is the state of another run: other {', '.join(changed)}; give the flags and files of that "
-                "run, or choose another --out"
+                f"{folder} is the state of another run: other {changed}; give the flags and files of that run, or "
+                "choose another --out"
             )
 
         path = folder / f"process-{parallel.rank() if parallel.sharded(self.model) else 0}.pt"
@@ -417,11 +401,17 @@ class Run:
         print(f"resumed after step {step}: {folder}")
 
 
+def differences(then: dict, now: dict) -> str:
+    """What was otherwise then, in words; empty: nothing."""
+    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    return ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in keys)
+
+
 def latest_state(out: Path) -> Path | None:
     return max((out / "state").glob("step-" + 8 * "[0-9]"), default=None)
 
 
-def flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path):
     fd = os.open(folder, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
@@ -462,7 +452,7 @@ def door(s: Settings, full: float, adapters: float) -> tuple[Settings, torch.dev
     return s, device, dtype
 
 
-def check_numbers(s: Settings) -> None:
+def check_numbers(s: Settings):
     rates = (s.lr, s.projector_lr, s.warmup, s.alpha)
     if min(s.batch, s.epochs) < 1 or min(s.pack, s.max_length, s.lora) < 0 or not s.clip >= 0:
         raise BadInput("--batch and --epochs must be at least 1; --pack, --max_length, --lora and --clip not negative")
@@ -566,7 +556,7 @@ def open_metrics(out: Path, done: int):
     return open(path, "a", encoding="utf8")
 
 
-def describe(s: Settings, **more) -> None:
+def describe(s: Settings, **more):
     """Write config.json as the run begins; where one goes on it stays, also if that one is then refused."""
     out = Path(s.out)
     if parallel.rank() == 0 and not (s.resume and latest_state(out)):
@@ -591,32 +581,26 @@ def finish(run: Run, tokens: Tokens, documents: dict[str, dict] | None = None) -
     return result
 
 
-def draw_metrics(out: Path) -> None:
+def draw_metrics(out: Path):
     """metrics.jsonl -> metrics.png: one small plot per column, chosen and rejected together."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = common.read_jsonl(out / "metrics.jsonl")
-    if not rows:
-        return
     plots = defaultdict(list)                            # title -> columns
-    for name in rows[0]:
-        if name != "step":
-            plots[name.removesuffix("_chosen").removesuffix("_rejected")].append(name)
-    across = 4
-    down = -(-len(plots) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3 * across, 2.2 * down), squeeze=False)
-    for axis in axes.flat[len(plots):]:
-        axis.axis("off")
-    steps = [row["step"] for row in rows]
+    for name in rows[0] if rows else []:
+        plots[name.removesuffix("_chosen").removesuffix("_rejected")].append(name)
+    figure, axes = plt.subplots(3, 4, figsize=(12, 6.6))
     for axis, (title, names) in zip(axes.flat, plots.items()):
         for name in names:
-            axis.plot(steps, [row[name] for row in rows], linewidth=1, label=name.removeprefix(f"{title}_"))
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1, label=name)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=7)
+    for axis in axes.flat[len(plots):]:
+        axis.axis("off")
     figure.tight_layout()
     figure.savefig(out / "metrics.png", dpi=120)
     plt.close(figure)
