@@ -169,11 +169,11 @@ LLAMA_3 = Template(
     between="",
     ends=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
 )
-MISTRAL = Template(       # it has no place for the system: its sentence goes before the first question
+MISTRAL = Template(       # as tokenizers with an [INST] of their own read it; the system's sentence goes to the first question
     name="mistral",
     system="",
     system_form="",
-    user="[INST] {content} [/INST]",
+    user="[INST] {content}[/INST]",
     answer=" {content}</s>",
     between="",
     ends=("</s>",),
