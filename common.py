@@ -37,7 +37,7 @@ class BadInput(ValueError):
 
 # ---- a script: settings from flags, trouble as one message ---------------------------------------------------
 
-def main(settings: type, run) -> None:
+def main(settings: type, run):
     """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with 1."""
     # A letter that the terminal cannot show is spelled out; it is no reason for a traceback.
     if hasattr(sys.stdin, "reconfigure"):
@@ -151,7 +151,7 @@ def describe_run(settings, **more) -> dict:
 
 # ---- files -----------------------------------------------------------------------------------------------------
 
-def write_whole(path: Path, text: str | Iterable[str]) -> None:
+def write_whole(path: Path, text: str | Iterable[str]):
     """The file appears complete or not at all: written aside, flushed to disk, renamed. Text, or pieces of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
     os.replace(aside, path)
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict]):
     write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

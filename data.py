@@ -36,7 +36,7 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -199,18 +199,16 @@ def find_template(name: str, path: Path, tokenizer: Tokenizer) -> Template:
 
 
 def read_template(path: Path) -> Template:
-    """template.json: a known name, and whatever differs from the template of that name; or every field of one's own."""
+    """template.json: fields of a Template; those it leaves out are those of the known one that it names."""
     fields = read_json(path)
-    fields["ends"] = tuple(fields.get("ends", ()))
-    known = TEMPLATES.get(fields.get("name"))
-    if known and not fields["ends"]:
-        fields["ends"] = known.ends
+    known = TEMPLATES.get(str(fields.get("name")))
     try:
         template = replace(known, **fields) if known else Template(**fields)
+        template = replace(template, ends=tuple(template.ends))
     except TypeError as error:
         raise BadInput(f"{path} is damaged ({error}); its fields are those of data.Template") from None
-    strings = [value for name, value in asdict(template).items() if name != "ends"]
-    if not all(isinstance(value, str) for value in [*strings, *template.ends]):
+    texts = [value for name, value in vars(template).items() if name != "ends"]
+    if not all(isinstance(text, str) for text in [*texts, *template.ends]):
         raise BadInput(f"{path} is damaged: every field is text, and ends a list of texts")
     return template
 
@@ -225,14 +223,15 @@ def write_scores(form: dict, scores: dict[str, int]) -> str:
 
 def target_scores(text: str) -> dict[str, int]:
     """"4 4 4 4 0" -> the scores to ask for, by attribute. Raises BadInput where it is not that."""
-    values = text.split()
     names = RUBRIC.attributes
-    allowed = [str(k) for k in range(RUBRIC.lowest, RUBRIC.highest + 1)]
-    if len(values) != len(names) or not set(values) <= set(allowed):
+    try:
+        scores = dict(zip(names, map(int, text.split()), strict=True))
+        RUBRIC.check(scores, "--target")
+    except ValueError:
         raise BadInput(
-            f"--target {text}: {len(names)} numbers from {allowed[0]} to {allowed[-1]}, for {', '.join(names)}"
-        )
-    return dict(zip(names, map(int, values)))
+            f"--target {text}: {len(names)} numbers from {RUBRIC.lowest} to {RUBRIC.highest}, for {', '.join(names)}"
+        ) from None
+    return scores
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
@@ -317,7 +316,7 @@ class Tokens:
         other.template = replace(self.template, ask=write_scores(self.steer, scores) if scores else "")
         return other
 
-    def check(self, text: str, what: str, marker: bool = False) -> None:
+    def check(self, text: str, what: str, marker: bool = False):
         """Raises BadInput for text that the tokenizer would read as a control token. `marker`: <image> may stand in it."""
         for token in sorted(self.special):
             if token in text and not (marker and token == MARKER):
@@ -452,7 +451,7 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
         own.extend([begin] * len(tokens))
         return begin
 
-    def score(predictors, tokens) -> None:
+    def score(predictors, tokens):
         rows.extend(predictors)
         targets.extend(tokens)
         owner.extend([answers] * len(tokens))

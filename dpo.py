@@ -345,16 +345,12 @@ def align(s: Settings) -> Llava:
         (held_out if is_held_out(pair.id, s.holdout) else pairs).append(pair)
     found.trees.clear()                                  # what is no part of a pair is not needed any more
 
-    batch = min(s.batch, len(pairs))
-    steps = s.steps
-    if steps < 0:
-        steps = max(1, s.epochs * len(pairs) // batch)
+    steps = training.count_steps(s, pairs)
     training.describe(s, steps=steps, pairs=len(pairs))
     without = found.records - len(pairs) - len(held_out)
-    projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
     print(
-        f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {without} records without one; {steps} steps of "
-        f"{batch}, beta {s.beta}, lr {s.lr}{projector}, {device} {dtype}"
+        f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {without} records without one; "
+        f"{steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, {training.rates(s, model)}"
     )
     if steps == 0:
         return model

@@ -143,7 +143,7 @@ class Cache:
         starts = self.prompt_len.cumsum(0) - self.prompt_len
         self.rows = starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1)             # (R, P) into the pack
 
-    def keep_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def keep_prompt(self, layer: int, k: Tensor, v: Tensor):
         keys = k[self.rows].transpose(1, 2).contiguous()                     # (T, G, K) -> (R, G, P, K)
         values = v[self.rows].transpose(1, 2).contiguous()
         self.prompt[layer] = keys, values
@@ -226,7 +226,7 @@ def sample_answers(
     return texts
 
 
-def check_room(longest: int, room: int) -> None:
+def check_room(longest: int, room: int):
     """Raises BadInput where prompt and answer may take more positions than a model was built for."""
     if longest > room:
         raise BadInput(

@@ -58,7 +58,7 @@ class Journal:
             self.note(row, end)
         os.ftruncate(self.fd, self.size)
 
-    def note(self, row: dict, end: int) -> None:
+    def note(self, row: dict, end: int):
         if self.seen(row):
             self.begins[row["key"]] = self.size
         self.size = end
@@ -67,7 +67,7 @@ class Journal:
         """Called once for every row, found or appended: does it stand for its key from now on?"""
         return True
 
-    def append(self, row: dict) -> None:
+    def append(self, row: dict):
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         with self.lock:
             try:
@@ -87,5 +87,5 @@ class Journal:
             file.seek(self.begins[key])
             return json.loads(file.readline())
 
-    def close(self) -> None:
+    def close(self):
         os.close(self.fd)

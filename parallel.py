@@ -83,7 +83,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 # ---- full fine-tuning: shards ----------------------------------------------------------------------------------
 
-def shard(model: nn.Module) -> None:
+def shard(model: nn.Module):
     """Keep 1/N of every trained weight here, in fp32. The frozen tower stays whole: it is small, and needs no moments.
 
     A block is raised to fp32 just before it is cut, so that no process ever holds all weights in fp32.
@@ -123,7 +123,7 @@ def local(x: Tensor) -> Tensor:
 
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
-def backward(model: nn.Module, loss: Tensor) -> None:
+def backward(model: nn.Module, loss: Tensor):
     """loss.backward(). In shards every process must bring a gradient for the same weights, pictures in its pack or not."""
     if sharded(model) and model.config.vision:
         for p in model.multi_modal_projector.parameters():
@@ -131,7 +131,7 @@ def backward(model: nn.Module, loss: Tensor) -> None:
     loss.backward()
 
 
-def sum_gradients(model: nn.Module, trained: list[Tensor], pictures: bool) -> None:
+def sum_gradients(model: nn.Module, trained: list[Tensor], pictures: bool):
     """After the last backward of a batch: what the processes found is added up, and what no pack of the batch used has no
     gradient, as it would in one process. `pictures`: does the global batch have any?"""
     if sharded(model):                                                           # they are summed already

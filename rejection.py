@@ -38,7 +38,7 @@ def best(record: dict, least: int = 0, seed: int = 0) -> int:
     return random.Random(f"{seed}/{record['id']}").choice(tied)
 
 
-def run(s: Settings) -> None:
+def run(s: Settings):
     def best_tree(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
         answer = record["answers"][best(record, s.least, s.seed)]
         return [make_tree(tokens, record, [answer["text"]], max_length=longest)]

@@ -40,7 +40,7 @@ class Settings(training.Settings):
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
-def train(run: Run, order: Iterable[Tree], name: str = "sft") -> None:
+def train(run: Run, order: Iterable[Tree], name: str = "sft"):
     """Train whatever of run.model requires a gradient, in place, on the trees of `order`, run.batch a step."""
     bar = tqdm(run.steps(order), desc=name, unit="step", disable=None, initial=run.done, total=run.total)
     for step, batch in bar:
@@ -82,7 +82,7 @@ def golden_tree(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
-def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], documents: dict | None = None) -> None:
+def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], documents: dict | None = None):
     """--data and --ckpt -> the tuned model in --out. trees_of(tokens, record, longest) gives what to learn from a record;
     `documents` are JSON files that go with the model."""
     if s.dry_run:
@@ -91,13 +91,11 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], docume
     s, device, dtype = training.door(s, full=2e-5, adapters=4e-4)
     found = training.read(s, trees_of)                   # the data first: reading weights takes longer
     model = checkpoint.load(s.ckpt, device, dtype)
-    batch = min(s.batch, len(found.trees))
-    steps = s.steps if s.steps >= 0 else s.epochs * len(found.trees) // batch
+    steps = training.count_steps(s, found.trees)
     training.describe(s, steps=steps)
-    projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
     print(
-        f"{found.records} records, {len(found.trees)} answers to learn, {steps} steps of {batch}, "
-        f"lr {s.lr}{projector}, {device} {dtype}"
+        f"{found.records} records, {len(found.trees)} answers to learn, "
+        f"{steps} steps of {min(s.batch, len(found.trees))}, {training.rates(s, model)}"
     )
     depends = {
         "weights": parallel.from_first(lambda: checkpoint.digest(model)),
@@ -108,7 +106,7 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], docume
     print(f"model: {training.finish(run, found.tokens, documents)}")
 
 
-def run(s: Settings) -> None:
+def run(s: Settings):
     fit(s, golden_tree)
 
 

@@ -50,7 +50,7 @@ def wishes(form: dict) -> set[str]:
     return {write_scores(form, dict.fromkeys(RUBRIC.attributes, k)) for k in LEVELS}
 
 
-def check_words(tokens: Tokens, form: dict) -> None:
+def check_words(tokens: Tokens, form: dict):
     """Every grade must look different to the model, too: words that its tokenizer does not know all look alike."""
     seen = {tuple(tokens.encode(wish)) for wish in wishes(form)}
     if len(seen) != len(LEVELS):
@@ -71,7 +71,7 @@ def trees_under_scores(tokens: Tokens, record: dict, longest: int) -> list[Tree]
     return trees
 
 
-def run(s: Settings) -> None:
+def run(s: Settings):
     form = steer_form(s)
     if not s.dry_run:
         folder = checkpoint.resolve(s.ckpt)

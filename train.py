@@ -556,6 +556,19 @@ def open_metrics(out: Path, done: int):
     return open(path, "a", encoding="utf8")
 
 
+def count_steps(s: Settings, items: list) -> int:
+    """How many optimizer steps a run over `items` has."""
+    if s.steps >= 0:
+        return s.steps
+    return max(1, s.epochs * len(items) // min(s.batch, len(items)))
+
+
+def rates(s: Settings, model: Llava) -> str:
+    """Learning rates, device and precision, for the line that a run begins with."""
+    projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
+    return f"lr {s.lr}{projector}, {model.device} {model.dtype}"
+
+
 def describe(s: Settings, **more):
     """Write config.json as the run begins; where one goes on it stays, also if that one is then refused."""
     out = Path(s.out)

@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size, bias=False)
         self.position_embedding = nn.Embedding(c.patches + 1, c.hidden_size)
 
-    def forward(self, pixels: Tensor) -> Tensor:                         # (N, 3, S, S)
+    def forward(self, pixels):                                           # (N, 3, S, S)
         patches = self.patch_embedding(pixels).flatten(2).mT             # (N, D, S/p, S/p) -> (N, P-1, D)
         cls = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([cls, patches], 1) + self.position_embedding.weight       # (N, P, D)
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:                  # (N*P, D)
+    def forward(self, x, mask):                                          # (N*P, D)
         q = self.q_proj(x).view(len(x), self.heads, -1)                  # (N*P, H, K)
         k = self.k_proj(x).view(len(x), self.heads, -1)
         v = self.v_proj(x).view(len(x), self.heads, -1)
@@ -106,7 +106,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
         self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -118,7 +118,7 @@ class Block(nn.Module):
         self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x, mask):
         x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
