@@ -49,6 +49,13 @@ Le café coûte 3 €, Grüße aus Köln, and 1,000.50 in brackets (or not): "qu
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """To draw metrics.png takes ten times as long as the tiny run itself; the test that looks at it draws it."""
+    if "train" in sys.modules:
+        monkeypatch.setattr(sys.modules["train"], "draw_metrics", lambda out: None)
+
+
 # ---- processes -------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -225,6 +232,17 @@ def write_data(folder, name="data.jsonl", rows=RECORDS):
         records.append({"id": f"r{k}", "images": images, "messages": turns(question), "answers": judged})
     (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder / name
+
+
+def record(root, *contents, images=(), id="r") -> dict:
+    """A usable record without answers, as formats.py hands it on."""
+    return {"id": id, "root": str(root), "images": list(images), "messages": turns(*contents)}
+
+
+def judged(*qualities, texts="abcdefgh", id="r") -> dict:
+    """A record whose answers have these qualities S, 0 to 12."""
+    answers = [{"text": text, "scores": scores(quality)} for text, quality in zip(texts, qualities)]
+    return record(".", "What?", id=id) | {"answers": answers}
 
 
 def rows_of(path) -> list[dict]:
