@@ -208,7 +208,7 @@ def read_template(path: Path) -> Template:
     except TypeError as error:
         raise BadInput(f"{path} is damaged ({error}); its fields are those of data.Template") from None
     texts = [value for name, value in vars(template).items() if name != "ends"]
-    if not all(isinstance(text, str) for text in [*texts, *template.ends]):
+    if isinstance(fields.get("ends"), str) or not all(isinstance(text, str) for text in [*texts, *template.ends]):
         raise BadInput(f"{path} is damaged: every field is text, and ends a list of texts")
     return template
 

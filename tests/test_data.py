@@ -213,8 +213,8 @@ def test_template_json_beside_the_tokenizer_is_what_the_model_was_trained_with(t
 
 
 @pytest.mark.parametrize("damaged", [
-    "{", "[]", '{"name": "mine"}', '{"name": "vicuna_v1", "colour": "red"}', '{"name": "vicuna_v1", "user": 3}',
-    '{"name": "vicuna_v1", "ends": [7]}', '{"name": "vicuna_v1", "ends": 7}'])
+    "{", "[]", '{"name": []}', '{"name": "mine"}', '{"name": "vicuna_v1", "colour": "red"}', '{"name": "vicuna_v1", "user": 3}',
+    '{"name": "vicuna_v1", "ends": [7]}', '{"name": "vicuna_v1", "ends": "</s>"}', '{"name": "vicuna_v1", "ends": 7}'])
 def test_a_damaged_template_json_is_named(tmp_path, byte_config, damaged):
     write_tokenizer(tmp_path, "byte")
     (tmp_path / "template.json").write_text(damaged)
