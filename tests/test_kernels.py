@@ -254,7 +254,7 @@ kernels.logps(x[:, 0], x[:, 0], at, at)"""
 
 
 def test_tensors_on_a_gpu_go_to_triton_unless_heads_are_wide(monkeypatch):
-    on_gpu = lambda *shape: SimpleNamespace(is_cuda=True, shape=shape, get_device=lambda: -1)
+    on_gpu = lambda *shape, dtype=torch.float16: SimpleNamespace(is_cuda=True, shape=shape, dtype=dtype, get_device=lambda: -1)
     for name, function in (("flash", "attention"), ("flash_decode", "decode"), ("fused_head", "logps")):
         fake = SimpleNamespace(**{function: lambda *args, said=name: said})
         monkeypatch.setitem(sys.modules, f"kernels.{name}", fake)
@@ -264,6 +264,7 @@ def test_tensors_on_a_gpu_go_to_triton_unless_heads_are_wide(monkeypatch):
     assert [kernels.attention(on_gpu(9, 2, D), 0, 0, 0) for D in (128, 129)] == ["flash", "plain"]
     assert [kernels.decode(on_gpu(1, 9, 2, D), 0, 0, 0, 0) for D in (128, 129)] == ["flash_decode", "plain"]
     assert kernels.logps(on_gpu(9, 4096), 0, 0, 0) == "fused_head"
+    assert kernels.attention(on_gpu(9, 2, 64, dtype=torch.float64), 0, 0, 0) == "plain"
 
 
 def test_a_mask_elsewhere_is_cut_here_and_only_when_asked(monkeypatch):
