@@ -25,7 +25,7 @@ import checkpoint
 from common import BadInput, device_and_dtype, main
 from data import Pixels, Tokens, make_tree, target_scores
 from formats import check
-from model import stream
+from generate import stream
 from toy import tasks
 from vision import load_image
 

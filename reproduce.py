@@ -125,8 +125,10 @@ def sample(folder: Path, ckpt: Path, seed: int) -> None:
             temperature=1.0, max_new=48, batch=64, device="cpu"))
 
 
-def train(folder: Path, method: str, changes: dict, ckpt: Path, seed: int) -> None:
-    """One of RUNS -> `folder`/model and what its script leaves there."""
+def train(folder: Path, method: str, changes: dict, ckpt: Path, seed: int) -> Path:
+    """One of RUNS -> `folder`/model, beside what its script leaves there."""
+    if (folder / "model").exists():
+        return folder / "model"
     changes = {"lr": LR[method]} | changes
     data = folder.parent / "data" / "records.jsonl"
     how = changes.pop("records", "")
@@ -142,6 +144,7 @@ def train(folder: Path, method: str, changes: dict, ckpt: Path, seed: int) -> No
     script = METHODS[method]
     script.run(script.Settings(ckpt=str(ckpt), data=str(data), out=str(folder), seed=seed, batch=16,
                                resume=True, device="cpu", **changes))
+    return folder / "model"
 
 
 def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict, list[dict]]:
@@ -175,15 +178,16 @@ def outcome(job: tuple) -> list[dict]:
 
     torch.set_num_threads(1)
     began = time.perf_counter()
+    model, steps, lr = ckpt, 0, 0.0
     with (open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log)):
-        model, steps, lr = ckpt, 0, 0.0
-        if how:
-            model = folder / "model"
-            if not model.exists():
-                train(folder, *how, ckpt, seed)
-            config = json.loads((folder / "config.json").read_text())
-            steps, lr = config["steps"], config["settings"]["lr"]
-        scores, answers = measure(model, name, folder.parent / "data", split)
+        try:
+            if how:
+                model = train(folder, *how, ckpt, seed)
+                config = json.loads((folder / "config.json").read_text())
+                steps, lr = config["steps"], config["settings"]["lr"]
+            scores, answers = measure(model, name, folder.parent / "data", split)
+        except Exception as problem:
+            raise BadInput(f"{name}: {problem}; see {folder}.log") from problem
 
     seconds = round(time.perf_counter() - began, 1)
     about = describe_run(None, seed=seed, steps=steps, lr=lr, seconds=seconds)

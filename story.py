@@ -32,14 +32,16 @@ class Settings(dpo.Settings):
 
 
 def run(s: Settings) -> None:
-    if s.ckpt != "toy/llava" or s.data:
-        raise BadInput("the story is the miniature's; your own model and data are for dpo.py, with the same flags")
-    began = time.perf_counter()
-    out = Path(s.out)
+    if s.ckpt != "toy/llava" or s.data or s.dry_run:
+        raise BadInput("the story is the miniature's; your own model and data are for dpo.py")
+    out, began = Path(s.out), time.perf_counter()
+    if (out / "model").exists():
+        raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
     device, dtype = device_and_dtype(s.device, s.dtype)
-    rows = {}
 
-    print("1. before: Vicuna-mini (text only) and LLaVA-mini (the same model after visual instruction tuning)")
+    print("1. before: Vicuna-mini (text only) and LLaVA-mini (the same model after visual "
+          "instruction tuning)")
+    rows = {}
     for name, ckpt in (("Vicuna-mini", "toy/vicuna"), ("LLaVA-mini", "toy/llava")):
         folder = checkpoint.resolve(ckpt)
         model = checkpoint.load(folder, device, dtype)
@@ -47,7 +49,8 @@ def run(s: Settings) -> None:
         rows[name], _ = items.measure(model, tokens, out, name)
     print(items.table(rows))
 
-    print(f"\n2. LLaVA-mini answers {s.prompts} image questions 4 times each; the exact judge scores them")
+    print(f"\n2. LLaVA-mini answers {s.prompts} image questions 4 times each; "
+          "the exact judge scores them")
     prompts = write_prompts(s.prompts, s.seed, out)
     annotate.annotate(annotate.Settings(
         data=str(prompts), ckpt=s.ckpt, out=s.out, judge="oracle", seed=s.seed,

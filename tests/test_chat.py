@@ -11,10 +11,10 @@ from PIL import Image
 import chat
 import checkpoint
 import steerlm
-from annotate import sample_batch
 from common import BadInput
 from conftest import tiny_checkpoint
-from data import Pixels, Tokens
+from data import Pixels, Tokens, make_tree
+from generate import sample_answers
 from toy.tasks import draw, items
 
 
@@ -37,8 +37,9 @@ def picture(tmp_path_factory):
 def greedy(messages, images, root):
     folder = checkpoint.resolve("toy/llava")
     model = checkpoint.load(folder)
-    record = {"id": "x", "messages": messages, "images": images, "root": root, "answers": []}
-    return sample_batch(model, Tokens(folder, model.config), Pixels(model.config), [record], n=1, temperature=0.0)[0][0]["text"]
+    tokens = Tokens(folder, model.config)
+    tree = make_tree(tokens, {"id": "x", "messages": messages, "images": images, "root": root}, [])
+    return sample_answers(model, tokens, Pixels(model.config), [tree], n=1, temperature=0.0)[0][0]["text"]
 
 
 def test_two_turns_about_a_picture_are_what_the_benchmarks_would_read(talk, picture):
@@ -68,7 +69,7 @@ def test_answers_come_token_by_token(talk, picture, monkeypatch, capsys):
 
 def test_half_a_character_waits_for_the_rest(tmp_path, monkeypatch, capsys):
     speaker = chat.Speaker(str(tiny_checkpoint(tmp_path / "tiny", "byte", text_only=True)), chat.Settings())
-    ids = speaker.tokens.tokenizer.encode("Ünïcödé 漢字 €").ids + [speaker.tokens.eos]
+    ids = speaker.tokens.tokenizer.encode("Ünïcödé 漢字 €").ids + [*speaker.tokens.ends]
     assert any("\ufffd" in speaker.tokens.decode(ids[:k]) for k in range(len(ids))), "this tokenizer cuts characters in two"
     monkeypatch.setattr(chat, "stream", lambda *args, **how: (torch.tensor([i]) for i in ids))
     speaker.say("Write a poem.", [])
@@ -129,16 +130,21 @@ def test_draw_gives_a_picture_and_a_question(talk):
     assert Image.open(path).size == (48, 48)
 
 
-def test_a_steered_checkpoint_says_what_it_asks_for_and_asks_for_it(talk, tmp_path):
+def test_a_steered_checkpoint_says_what_it_asks_for_and_asks_for_it(talk, tmp_path, monkeypatch):
     form = steerlm.steer_form(steerlm.Settings(form=" {helpfulness} {correctness} {coherence} {complexity} {verbosity}",
                                                grades="one two three four five"))
     model = checkpoint.load(checkpoint.resolve("toy/vicuna"))
     folder = checkpoint.save(model, tmp_path / "steered", checkpoint.resolve("toy/vicuna"), False, {"steer.json": form})
     out, = talk([], ckpt=str(folder), target="4 4 4 4 0")
-    assert "verbosity 0" in out and "helpfulness 4" in out
-    asked = [chat.Speaker(str(folder), chat.Settings(target=target)).tokens.steer["target"]["verbosity"] for target in ("", "4 4 4 4 0")]
-    assert asked == [4, 0]
-    with pytest.raises(BadInput, match="five numbers"):
+    assert out.endswith("every question ends with ' five five five five one'")
+    out, = talk([], ckpt=str(folder))
+    assert out.endswith("every question ends with ' five five five five five'")
+    asked = []
+    monkeypatch.setattr(chat, "stream", lambda model, prompts, *args, **how: asked.append(prompts[0]) or iter(()))
+    speaker = chat.Speaker(str(folder), chat.Settings(target="4 4 4 4 0"))
+    speaker.say("what is two plus two ?", [])
+    assert "plus two ? five five five five one ASSISTANT:" in speaker.tokens.decode(asked[0]) + " ASSISTANT:"
+    with pytest.raises(BadInput, match="5 numbers"):
         chat.run(chat.Settings(target="4", ckpt=str(folder)))
-    with pytest.raises(BadInput, match="toy was not trained"):
+    with pytest.raises(BadInput, match="was not trained"):
         chat.run(chat.Settings(target="4 4 4 4 4"))

@@ -1,6 +1,6 @@
 """The shipped miniature can do what it is said to do, is built reproducibly, and its story runs from end to end.
 
-    pytest tests/test_toy.py
+    python -m pytest tests/test_toy.py -q
 """
 import json
 import os
@@ -14,25 +14,31 @@ import torch
 
 import checkpoint
 import common
-from toy import items as miniature
 import story
-from toy import tasks
-from data import Pixels, Tokens, answer_logps, make_tree, template
+from data import Pixels, Tokens, make_tree
 from kernels import Mask
+from model import answer_logps
+from toy import items, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
-FEW = {"text": 55, "exist": 60, "attribute": 60, "describe": 10, "choice": 10}
+
+
+def shipped(name):
+    model = checkpoint.load(name)
+    return model, Tokens(checkpoint.resolve(name), model.config)
 
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
     """Both shipped models on a few test items."""
-    pictures, before = tmp_path_factory.mktemp("pictures"), miniature.ITEMS
-    miniature.ITEMS = FEW
-    rows = {name: miniature.score_checkpoint(checkpoint.resolve(name), name, pictures, "cpu", torch.float32)[0]
-            for name in ("toy/llava", "toy/vicuna")}
-    miniature.ITEMS = before
-    return {name: {column: s["mean"] for column, s in row.items()} for name, row in rows.items()}
+    pictures = tmp_path_factory.mktemp("pictures")
+    rows = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(items, "ITEMS", {"text": 55, "exist": 60, "attribute": 60, "describe": 10, "choice": 10})
+        for name in ("toy/llava", "toy/vicuna"):
+            found, _ = items.measure(*shipped(name), pictures, name)
+            rows[name] = {column: score["mean"] for column, score in found.items()}
+    return rows
 
 
 def test_llava_mini_sees(scores):
@@ -48,25 +54,22 @@ def test_vicuna_mini_reads_and_visual_tuning_cost_it_style_and_some_content(scor
 
 def test_llava_mini_looks_at_the_picture(tmp_path):
     """The same question about two pictures: the log-prob of an answer must change with the picture."""
-    model = checkpoint.load("toy/llava")
-    tokens, pixels = Tokens(checkpoint.resolve("toy/llava"), model.config), Pixels(model.config)
-    items = tasks.draw(tasks.items("exist", 2, "test"), tmp_path)
-    question = items[0]["messages"]
+    model, tokens = shipped("toy/llava")
+    pixels = Pixels(model.config)
+    records = tasks.draw(tasks.items("exist", 2, "test"), tmp_path)
     logps = []
-    for record in items:
-        tree = make_tree(tokens, record | {"messages": question}, ["yes"])
+    for record in records:
+        tree = make_tree(tokens, record | {"messages": records[0]["messages"]}, ["yes"])
         logps.append(answer_logps(model, pixels.pack([tree])).item())
     assert abs(logps[0] - logps[1]) > 1e-3
 
 
 def test_the_vocabulary_covers_the_world_and_decoding_undoes_encoding():
-    tokens = Tokens(checkpoint.resolve("toy/llava"), checkpoint.read_config(checkpoint.resolve("toy/llava"))[0])
+    _, tokens = shipped("toy/llava")
     rng, unknown = random.Random(9), tokens.tokenizer.token_to_id("<unk>")
     for record in [tasks.text_conversation(rng) for _ in range(300)] + tasks.preference_prompts(300, 1):
-        text = template(record["messages"])
-        assert unknown not in tokens.encode(text)
-        words = record["golden"]
-        assert tokens.decode(tokens.tokenizer.encode(words).ids) == words
+        assert unknown not in tokens.encode(tokens.template.prompt(record["messages"]))
+        assert tokens.decode(tokens.tokenizer.encode(record["golden"]).ids) == record["golden"]
 
 
 def test_the_two_checkpoints_stay_under_ten_megabytes():
@@ -75,7 +78,7 @@ def test_the_two_checkpoints_stay_under_ten_megabytes():
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it")
 def test_building_twice_gives_the_same_bytes(tmp_path):
-    """All four stages, a few steps each: python -m toy.build --scale 0.002."""
+    """All four stages, a few steps each."""
     for name in ("one", "two"):
         done = subprocess.run([sys.executable, "-m", "toy.build", "--scale", "0.002", "--out", tmp_path / name],
                               capture_output=True, text=True, cwd=ROOT)
@@ -86,7 +89,7 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
 
 
 def test_the_story_runs_from_sampling_to_the_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(miniature, "ITEMS", {bench: 5 for bench in FEW})
+    monkeypatch.setattr(items, "ITEMS", dict.fromkeys(items.ITEMS, 5))
     story.run(story.Settings(out=str(tmp_path / "run"), prompts=60, epochs=1, batch=4, holdout=0.2, device="cpu"))
     text = capsys.readouterr().out
     assert "step-0 contract holds: loss 0.693147" in text and "LLaVA-mini + DPO" in text
@@ -94,22 +97,31 @@ def test_the_story_runs_from_sampling_to_the_table(tmp_path, capsys, monkeypatch
     assert len(rows) == 60 and all(len(r["answers"]) == 4 and r["answers"][0]["scores"] for r in rows)
     first = common.read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
     assert abs(first["loss"] - 0.6931472) < 1e-6 and abs(first["margin"]) < 1e-6
-    assert set(json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]) == {
-        "Vicuna-mini", "LLaVA-mini", "LLaVA-mini + DPO"}
+    saved = json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]
+    assert set(saved) == {"Vicuna-mini", "LLaVA-mini", "LLaVA-mini + DPO"}
+
+
+def test_the_story_is_told_once_and_about_the_miniature(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(common.BadInput, match="already holds a trained model"):
+        story.run(story.Settings(out=str(tmp_path)))
+    with pytest.raises(common.BadInput, match="is the miniature's"):
+        story.run(story.Settings(data="prefs.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["toy/llava", "toy/vicuna"])
 def test_transformers_loads_the_miniature_and_agrees(name):
     transformers = pytest.importorskip("transformers")
-    folder = ROOT / name
     kind = transformers.LlavaForConditionalGeneration if name == "toy/llava" else transformers.LlamaForCausalLM
-    theirs, info = kind.from_pretrained(folder, output_loading_info=True)
+    theirs, info = kind.from_pretrained(ROOT / name, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ours = checkpoint.load(folder)
-    tokens = Tokens(folder, ours.config)
-    messages = [{"role": "user", "content": ("<image>\n" if name == "toy/llava" else "") + "is there a circle ?"}]
-    ids = torch.tensor(tokens.encode(template(messages)))
-    pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)) if name == "toy/llava" else None
+    ours, tokens = shipped(name)
+    record = {"id": "x", "root": "/", "images": [], "messages": [{"role": "user", "content": "is there a circle ?"}]}
+    pixels = None
+    if name == "toy/llava":
+        record |= {"images": ["x.png"], "messages": [{"role": "user", "content": "<image>\nis there a circle ?"}]}
+        pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor(make_tree(tokens, record, []).ids())
     zero = torch.zeros_like(ids)
     with torch.no_grad():
         mine = ours(ids, torch.arange(len(ids)), Mask(zero, zero, zero), pixels) @ ours.head.T

@@ -46,8 +46,8 @@ def measure(model: Llava, tokens: Tokens, folder: Path, name: str,
 
         if bench == "text":
             marks = [oracle.score_text(record, texts) for record, texts in zip(records, said)]
-            for column, key in (("text", "score"), ("core", "core"), ("terse", "terse"), ("words", "words")):
-                scores[column] = mean([mark[key] for mark in marks])
+            for column in ("text", "core", "terse", "words"):
+                scores[column] = mean([mark[column] for mark in marks])
         else:
             right = []
             for record, (text,) in zip(records, said):
@@ -71,7 +71,8 @@ def behind_a_picture(model: Llava, tokens: Tokens, folder: Path, name: str, spli
     for text, picture in zip(texts, pictures):
         first, *rest = text["messages"]
         first = first | {"content": "<image>\n" + first["content"]}
-        records.append(picture | {"messages": [first, *rest], "truth": text["truth"]})
+        seen = {"images": picture["images"], "root": picture["root"]}
+        records.append(text | seen | {"messages": [first, *rest]})
 
     said = ask(model, tokens, records, f"{name}: behind a picture")
     return mean([oracle.score_text(record, pair)["text"] for record, pair in zip(records, said)])
