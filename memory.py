@@ -89,8 +89,9 @@ def count(config: Config, rank: int) -> Weights:
 
 
 def activations(config: Config, load: Load, e: int, rank: int, gpu: bool,
-                checkpointing: bool) -> int:
-    """Bytes that backward still asks for when it stands where most is kept."""
+                checkpointing: bool) -> tuple[int, int]:
+    """Bytes that wait for backward when the loss is known, and bytes that come when a block is
+    computed again: the head is done by then."""
     t = config.text
     D, I = t.hidden_size, t.intermediate_size
     Q, G = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
@@ -108,12 +109,11 @@ def activations(config: Config, load: Load, e: int, rank: int, gpu: bool,
     if load.images:
         kept += load.images * config.vision.patches * e * (config.vision.hidden_size + 2 * D)
     if checkpointing:
-        # Backward stands in the last block but one: that block again, and gradients on their way.
-        moving = e * (2 * I + 2 * D)
-        return kept + load.tokens * (before * e * D + block + moving)
-    # Backward begins; the last block went on with the scored tokens alone.
+        moving = e * (2 * I + 2 * D)                                 # gradients on their way
+        return kept + load.tokens * before * e * D, load.tokens * (block + moving)
+    # The last block goes on with the scored tokens alone.
     last = load.tokens * attention + load.scored * (mlp + norm)
-    return kept + load.tokens * before * block + last
+    return kept + load.tokens * before * block + last, 0
 
 
 def needs(config: Config, load: Load, dtype: torch.dtype, rank: int = 0, world: int = 1,
@@ -139,12 +139,13 @@ def needs(config: Config, load: Load, dtype: torch.dtype, rank: int = 0, world: 
     if e < 4 and not gpu:
         head += weight                                   # a CPU multiplies with an fp32 copy
 
+    kept, again = activations(config, load, e, rank, gpu, checkpointing)
     return {
         "weights": 4 * share + e * n.frozen,
         "copies": copies,
         "gradients": 4 * share + waiting,
         "optimizer": 8 * share,
-        "activations": activations(config, load, e, rank, gpu, checkpointing),
+        "activations": kept + max(0, again - head),
         "head": head,
     }
 
