@@ -4,56 +4,57 @@ The recipe (arXiv:2402.10884). The model answers each image question n = 4 times
 conversation and all n answers gives each five integers from 0 to 4, and where they differ enough there is a pair. The model
 is thus taught by its own answers: nothing that it could not already say is asked of it.
 
-This file puts it together: sampling stands here, the judge's prompt in judge/rubric.py, the calls in judge/client.py, pairs in judge/report.py.
-
 Nothing is computed or paid for twice. Answers go to answers-RANK.jsonl and replies to journal.jsonl as they come; each line is
 named by a hash of everything it depends on, so the same command goes on where it was stopped, and a changed prompt,
 picture, model or setting is asked anew. records.jsonl appears when all is done: every record as it came, in its order, with
 answers and scores, and the pictures beside it (hard links where possible), so that the folder stands alone.
 
-    python annotate.py                                                                        the whole of it on the miniature
     python annotate.py --ckpt llava-1.5-7b-hf --data prompts.jsonl --out runs/annotate        sample
     python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run                     what would judging cost?
     torchrun --nproc_per_node 8 -- annotate.py --ckpt DIR --data FILE --judge gemini:MODEL     sample on 8 GPUs, then judge
 
-Previous: judge/report.py.  Next: rejection.py (the first rival).
+docs/annotate.md walks through it.
 """
 import filecmp
 import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 from tqdm import tqdm
 
 import checkpoint
-from judge import client as judge
-from judge import report as pairs
+import formats
 import parallel
-import formats as records
-from toy import tasks
-from common import BadInput, Journal, describe_run, device_and_dtype, journal_rows, main, sha, write_jsonl, write_whole
-from data import Pixels, Tokens, make_tree
-from generate import answer_seed, check_room, sample_answers
-from model import Llava
+from common import BadInput, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
+from data import GAP, Pixels, Tokens, choose_pair, make_tree
+from generate import check_room, sample_answers
+from journal import Journal, journal_rows
+from judge import report
+from judge.client import ASKS, STATES, Judge, JudgeSettings, Replies, door
 from judge.rubric import RUBRIC, conversation, letter, shown_order
 from judge.wire import IMAGE_TOKENS, Question, Reply
+from vision import image_path
+
+ANSWER = 150         # guess: tokens of an answer not yet sampled
+COMMENT = 90         # guess: tokens that the judge writes about one candidate
+SECONDS = 8.0        # guess: how long a call takes
 
 
 @dataclass
-class Settings:
-    """Sample answers to image questions, have them judged on five attributes, look at the pairs."""
-    data: str = ""               # records, questions or preference files (see formats.py); empty: the miniature
+class Settings(JudgeSettings):
+    """Sample answers to image questions, have them judged, look at the pairs."""
+    data: str = ""               # records, questions or preference files (see formats.py)
     ckpt: str = ""               # who answers; needed for records that have no answers yet
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     out: str = "runs/annotate"   # journals, records.jsonl and pictures; the same folder again: go on there
+    template: str = ""           # how the model wants its prompts; empty: as its tokenizer says
     seed: int = 0                # of sampling, of the order in which answers are shown, of the rejected one
     device: str = "auto"         # cpu, cuda, ...
     dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
@@ -64,135 +65,80 @@ class Settings:
     batch: int = 16              # questions answered at once
     crop: bool = False           # centre-crop images instead of padding them to a square
     judge: str = ""              # gemini:MODEL, openai:MODEL (any chat-completions server), oracle (the miniature); empty: none
-    judge_url: str = ""          # another server, http://host:port
     golden: bool = False         # ask the judge for an answer of its own, too
-    thinking: str = ""           # how much the judge thinks: low, medium, high; empty: its default
-    budget: int = 8192           # longest reply in tokens, thinking included; doubled once where it was too short
-    workers: int = 16            # calls at once
-    timeout: float = 120.0       # seconds until a call counts as lost
-    rpm: int = 0                 # requests per minute that your account allows; 0: no limit on this side
-    tpm: int = 0                 # tokens sent per minute; 0: no limit
-    rpd: int = 0                 # requests per day; 0: no limit
-    retry_failed: bool = False   # ask again for what was blocked, truncated, unparseable or failed
     dry_run: bool = False        # say what judging would take, and show the first call; nothing is sent
-    gap: int = pairs.GAP         # smallest difference in S of a pair (the paper's 2)
+    gap: int = GAP               # smallest difference in S of a pair (the paper's 2)
     pairs: bool = False          # print yield, scores, correlations, lengths and the judge's position bias
     board: str = ""              # write a page of records and pairs to this file
     export: str = ""             # trl: also write the pairs in TRL's format, to trl.jsonl
 
 
-@dataclass
-class Story(Settings):
-    """The miniature: 1000 questions, sampled and judged exactly. With --data FILE it is your own data that is annotated, and
-    other defaults hold: python annotate.py --data FILE -h"""
-    ckpt: str = "toy/llava"            # who answers
-    temperature: float = 1.0     # of the sampling
-    max_new: int = 48            # longest answer in tokens
-    batch: int = 64              # questions answered at once
-    judge: str = "oracle"        # the miniature knows the truth
-    pairs: bool = True           # print yield, scores, correlations, lengths and the judge's position bias
-    prompts: int = 1000          # how many questions
+# ---- sampling ---------------------------------------------------------------------------------------------------
 
-
-# ---- sampling -------------------------------------------------------------------------------------------------
-
-def answer_seed(seed: int, record_id: str, k: int) -> int:
-    """The k-th answer's own seed: the same whatever stands before or beside it in the file."""
-    return int(sha(str(seed), record_id, str(k))[:15], 16)
-
-
-def sample_batch(model: Llava, tokens: Tokens, pixels: Pixels, items: list[dict], *, n: int = 4, temperature: float = 1.0,
-                 top_p: float = 1.0, max_new: int = 1024, seed: int = 0) -> list[list[dict]]:
-    """n answers {"text", "finish"} to each record. finish is "stop", or "length" where max_new cut the answer off."""
-    trees = [make_tree(tokens, record, []) for record in items]
-    seeds = [[answer_seed(seed, record["id"], k) for k in range(n)] for record in items]
-    answers = generate(model, [t.prompt for t in trees], [pixels(t.images) for t in trees], n=n, max_new=max_new,
-                       temperature=temperature, top_p=top_p, seeds=seeds, eos=tokens.eos)
-    return [[{"text": tokens.decode(a.ids), "finish": a.finish} for a in row] for row in answers]
-
-
-def fill_answers(s: Settings, items: list[dict], out: Path, device: str) -> list[dict]:
-    """Give every record without answers its n; returns the rejects. Of N processes each does every N-th batch."""
+def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[list[dict], list[dict]]:
+    """Give every record without answers its n -> (records, rejects). Of N processes each does every N-th batch."""
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
-    tokens, pixels, keys, rejects = Tokens(folder, config), Pixels(config, s.crop), {}, []
+    tokens = Tokens(folder, config, s.template)
+    pixels = Pixels(config, s.crop)
     how = {"n": s.n, "temperature": s.temperature, "top_p": s.top_p, "max_new": s.max_new, "seed": s.seed}
-    about = sha(checkpoint.stamp(folder), str(how), str(s.crop), s.dtype)
-    for record in (r for r in items if not r["answers"]):
-        try:
-            check_room(len(make_tree(tokens, record, []).prompt) + s.max_new, config.text.max_position_embeddings)
-            keys[record["id"]] = sha(about, record["id"], json.dumps(record["messages"]), record["images_sha"])
-        except BadInput as problem:
-            rejects.append({"id": record["id"], "reason": str(problem)})
-    items[:] = [r for r in items if r["answers"] or r["id"] in keys]
-    todo, have = [r for r in items if r["id"] in keys], read_answers(out)
-    if todo:
-        print(f"sampling: {s.n} answers to each of {len(todo)} records at temperature {s.temperature}; "
-              f"{sum(key in have for key in keys.values())} were answered before")
-    parts = [todo[at:at + s.batch] for at in range(0, len(todo), s.batch)][parallel.rank()::parallel.world()]
-    missing = [part for part in parts if not all(keys[r["id"]] in have for r in part)]   # whole ones: rounding stays the same
+    about = sha(checkpoint.stamp(folder), str(tokens.template), str(how), str(s.crop), s.dtype)
+
+    trees = []                                           # what is to be answered
+    keys = {}                                            # id of each -> what its answers depend on
+    rejects = []
+    for record in records:
+        if not record["answers"]:
+            try:
+                tree = make_tree(tokens, record, [])
+                check_room(tree.length + s.max_new, tokens.room)
+                trees.append(tree)
+                keys[tree.id] = sha(about, tree.id, json.dumps(record["messages"]), record["images_sha"])
+            except BadInput as problem:
+                rejects.append({"id": record["id"], "reason": str(problem)})
+    known = read_answers(out)
+    if trees:
+        before = sum(key in known for key in keys.values())
+        print(f"sampling: {s.n} answers to each of {len(trees)} records at temperature {s.temperature}; "
+              f"{before} were answered before")
+
+    # A batch is answered whole or not at all: rounding depends on what is computed together.
+    batches = [trees[start:start + s.batch] for start in range(0, len(trees), s.batch)]
+    mine = batches[parallel.rank()::parallel.world()]
+    missing = [batch for batch in mine if any(keys[tree.id] not in known for tree in batch)]
     if missing:
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
         with closing(Journal(out / f"answers-{parallel.rank()}.jsonl")) as journal:
-            for part in tqdm(missing, desc="sampling", unit="batch", disable=parallel.rank() > 0 or None, leave=False):
-                for record, answers in zip(part, sample_batch(model, tokens, pixels, part, **how)):
-                    if keys[record["id"]] not in have:
-                        journal.append({"key": keys[record["id"]], "id": record["id"], "answers": answers})
-    parallel.gather(None)                                                # everybody's answers are on the disk
-    have = read_answers(out)
-    for record in todo:
-        record["answers"] = have.get(keys[record["id"]], [])
-    return rejects
+            for batch in tqdm(missing, desc="sampling", unit="batch", disable=None, leave=False):
+                for tree, answers in zip(batch, sample_answers(model, tokens, pixels, batch, **how)):
+                    if keys[tree.id] not in known:
+                        journal.append({"key": keys[tree.id], "id": tree.id, "answers": answers})
 
-
-def check_room(longest: int, limit: int) -> None:
-    if longest > limit:
-        raise BadInput(f"prompt and answer may take {longest} tokens, more than the model was built for ({limit}); shorten it or "
-                       "lower --max_new")
+    parallel.gather(None)                                # everybody's answers are on the disk
+    known = read_answers(out)
+    filled = []
+    for record in records:
+        if record["answers"]:
+            filled.append(record)
+        elif record["id"] in keys:
+            filled.append(record | {"answers": known[keys[record["id"]]]})
+    return filled, rejects
 
 
 def read_answers(out: Path) -> dict[str, list]:
     """What all processes have sampled so far, this run or an earlier one, by key."""
-    return {row["key"]: row["answers"] for path in sorted(out.glob("answers-*.jsonl")) for _, row in journal_rows(path)}
+    known = {}
+    for path in sorted(out.glob("answers-*.jsonl")):
+        for _, row in journal_rows(path):
+            known[row["key"]] = row["answers"]
+    return known
 
 
-# ---- what it takes --------------------------------------------------------------------------------------------
+# ---- judging ----------------------------------------------------------------------------------------------------
 
-ANSWER, COMMENT, SECONDS = 150, 90, 8.0     # guesses: tokens of an answer not yet sampled, of a graded comment; time of a call
-
-
-def plan(s: Settings, items: list[dict]) -> str:
-    """What judging these records would take, before a cent is spent, and what the judge would read."""
-    answered = [r if r["answers"] else r | {"answers": [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n} for r in items]
-    journal = Path(s.out) / "journal.jsonl"
-    state = {row["key"]: row["state"] for _, row in journal_rows(journal) if row["final"]} if journal.exists() else {}
-    done = lambda q: q.key in state and not (s.retry_failed and state[q.key] != "ok")
-    asked = [(q, len(r["answers"])) for r, q in ((r, ask(r, s)) for r in answered) if not done(q)]
-    sent, back = sum(q.tokens for q, _ in asked), sum(n * COMMENT + ANSWER * s.golden for _, n in asked)
-    minutes = max(len(asked) * SECONDS / s.workers / 60, len(asked) / s.rpm if s.rpm else 0, sent / s.tpm if s.tpm else 0)
-    days = f", on {math.ceil(len(asked) / s.rpd)} days" if s.rpd and len(asked) > s.rpd else ""
-    lines = [f"dry run, nothing is sent: {len(items)} records, {len(items) - len(asked)} judged before",
-             f"  calls        {len(asked):12,}   one per record; a bad reply is asked again, up to {judge.ASKS} times",
-             f"  tokens sent  {sent:12,}   {sent // max(1, len(asked)):,} per call, pictures counted as {IMAGE_TOKENS} each",
-             f"  tokens back  {back:12,}   {COMMENT} per candidate assumed; thinking, where the model does, comes on top",
-             f"  time         {minutes:8.0f} min   at {SECONDS:g} s a call, {s.workers} at once, within --rpm and --tpm{days}"]
-    if not all(r["answers"] for r in items):
-        lines.append(f"  answers not sampled yet are taken to be {ANSWER} tokens long")
-    if asked:
-        q = asked[0][0]
-        lines.append(f"\nthe first call, about record {q.id}; pictures: {len(q.images)}\n\n{q.system}\n\n{q.text}")
-    return "\n".join(lines)
-
-
-# ---- putting it together --------------------------------------------------------------------------------------
-
-def ask(record: dict, s: Settings) -> Question:
-    return question(record, f"{s.judge} {s.thinking}", s.seed, s.golden)
-
-
-def question(record: dict, about: str, seed: int, golden: bool) -> Question:
-    """The one call that a record costs. `about` names the judge and its settings: with others, it is another question."""
-    order = shown_order(record, seed)
+def question(record: dict, s: Settings) -> Question:
+    """The one call that a record costs. Its key names all that the reply depends on."""
+    order = shown_order(record, s.seed)
     if len(order) > 26:
         raise BadInput(f"record {record['id']}: has {len(order)} answers, and there are 26 letters; remove some")
 
@@ -202,156 +148,234 @@ def question(record: dict, about: str, seed: int, golden: bool) -> Question:
         candidates.append(f"<{tag}>\n{record['answers'][k]['text']}\n</{tag}>")
     text = f"The conversation:\n{conversation(record)}\n\nThe candidates:\n" + "\n".join(candidates)
 
-    system = RUBRIC.text(golden)
+    system = RUBRIC.text(s.golden)
     return Question(
-        key=sha(about, system, record["id"], text, record["images_sha"]),
+        key=sha(f"{s.judge} {s.thinking}", system, record["id"], text, record["images_sha"]),
         id=record["id"],
         system=system,
         text=text,
-        images=[Path(record["root"]) / name for name in record["images"]],      # formats.py: none leads outside
-        schema=RUBRIC.schema(len(order), golden),
-        check=lambda reply: RUBRIC.read(reply, len(order), golden),
+        images=[Path(record["root"]) / name for name in record["images"]],
+        schema=RUBRIC.schema(len(order), s.golden),
+        check=lambda reply: RUBRIC.read(reply, len(order), s.golden),
     )
 
 
-def ask_judge(s: Settings, items: list[dict], out: Path) -> list[dict]:
-    """Every record judged -> the records with scores, states and what the judge was. The journal decides, not this run."""
-    began = time.perf_counter()
-    with closing(judge.Replies(out / "journal.jsonl")) as replies:
-        if s.judge == "oracle":
-            from toy.oracle import exact_reply
-            for record in tqdm(items, desc="judging", unit="rec", disable=None, leave=False):
-                q = ask(record, s)
-                if q.key not in replies.state:
-                    replies.keep(q, Reply("ok", exact_reply(record, shown_order(record, s.seed), s.golden), version="exact"))
-        else:
-            client = judge.Judge(s.judge, replies, s.judge_url, workers=s.workers, timeout=s.timeout, budget=s.budget,
-                                 thinking=s.thinking, rpm=s.rpm, tpm=s.tpm, rpd=s.rpd)
-            try:
-                client.ask((ask(r, s) for r in items), len(items), s.retry_failed)
-            finally:
-                minutes, tokens = (time.perf_counter() - began) / 60, replies.used
-                print(f"used: {client.limits.calls:,} calls in {minutes:.1f} min; tokens so far: {tokens['prompt']:,} sent, "
-                      f"{tokens['answer']:,} back, {tokens['thoughts']:,} of thought")
-        done = [with_scores(record, ask(record, s), replies, s) for record in items]
-    states = Counter(r["judge"]["state"] for r in done)
-    print("judged: " + ", ".join(f"{states[name]} {name}" for name in judge.STATES if states[name] or name == "ok"))
-    for record in [r for r in done if r["judge"]["state"] != "ok"][:5]:
+def plan(s: Settings, records: list[dict]) -> str:
+    """What judging these records would take, before a cent is spent, and what the judge would read."""
+    journal = Path(s.out) / "journal.jsonl"
+    states = {}
+    if journal.exists():
+        states = {row["key"]: row["state"] for _, row in journal_rows(journal) if row["final"]}
+
+    asked = []
+    back = 0
+    unsampled = [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n
+    for record in records:
+        answers = record["answers"] or unsampled
+        q = question(record | {"answers": answers}, s)
+        if q.key not in states or s.retry_failed and states[q.key] != "ok":
+            asked.append(q)
+            back += len(answers) * COMMENT
+            if s.golden:
+                back += ANSWER
+
+    calls = len(asked)
+    sent = sum(q.tokens for q in asked)
+    minutes = calls * SECONDS / s.workers / 60
+    if s.rpm:
+        minutes = max(minutes, calls / s.rpm)
+    lines = [
+        f"dry run, nothing is sent: {len(records)} records, {len(records) - calls} judged before",
+        f"  calls        {calls:12,}   one per record; a bad reply is asked again, up to {ASKS} times",
+        f"  tokens sent  {sent:12,}   {sent // max(1, calls):,} per call, pictures counted as {IMAGE_TOKENS} each",
+        f"  tokens back  {back:12,}   {COMMENT} per candidate assumed; thinking, where the model does, comes on top",
+        f"  time         {minutes:8.0f} min   at {SECONDS:g} s a call, {s.workers} at once, within --rpm",
+    ]
+    if not all(record["answers"] for record in records):
+        lines.append(f"  answers not sampled yet are taken to be {ANSWER} tokens long")
+    if asked:
+        q = asked[0]
+        lines.append(f"\nthe first call, about record {q.id}; pictures: {len(q.images)}\n\n{q.system}\n\n{q.text}")
+    return "\n".join(lines)
+
+
+def judge(s: Settings, records: list[dict], out: Path) -> list[dict]:
+    """Every record judged -> the records with scores, states and what the judge was."""
+    questions = [question(record, s) for record in records]
+    if s.judge == "oracle":
+        replies = ask_oracle(s, records, questions)
+    else:
+        replies = ask_judge(s, questions, out)
+    judged = []
+    for record, (reply, found) in zip(records, replies):
+        judged.append(with_scores(record, reply, found, s))
+
+    states = Counter(record["judge"]["state"] for record in judged)
+    print("judged: " + ", ".join(f"{states[name]} {name}" for name in STATES if states[name] or name == "ok"))
+    failed = [record for record in judged if record["judge"]["state"] != "ok"]
+    for record in failed[:5]:
         print(f"  {record['id']}: {record['judge']['state']}, {record['judge']['reason']}")
-    if len(done) > states["ok"]:
+    if failed:
         print("  these carry no scores; --retry_failed 1 asks for them again")
-    return done
+    return judged
 
 
-def with_scores(record: dict, q: Question, replies: judge.Replies, s: Settings) -> dict:
-    """The record with what its final reply says, read afresh from the raw text: a better parser needs no new call."""
-    (reply, found), places = replies.final(q), shown_order(record, s.seed)
-    answers = [{key: value for key, value in a.items() if key not in ("scores", "comment")} for a in record["answers"]]
-    for k, (scores, comment) in zip(places, found["shown"] if found else []):
-        answers[k] |= {"scores": scores, "comment": comment}
-    about = {"model": s.judge, "version": reply.version, "prompt_sha": sha(RUBRIC.text(s.golden)), "state": reply.state,
-             "order": places, "usage": reply.usage}
-    return (record | {"answers": answers, "judge": about | ({} if found else {"reason": reply.reason})}
-            | ({"golden": found["golden"]} if found and found["golden"] else {}))
+def ask_oracle(s: Settings, records: list[dict], questions: list[Question]) -> list[tuple]:
+    """[(reply, what it says)]; the miniature's own judge, which is exact and needs no journal."""
+    from toy.oracle import exact_reply
+    replies = []
+    for record, q in zip(records, questions):
+        text = exact_reply(record, shown_order(record, s.seed), s.golden)
+        replies.append(Reply("ok", text, version="exact").checked(q.check))
+    return replies
 
 
-def bring_pictures(record: dict, out: Path) -> None:
-    """The record's pictures stand in `out` under their names (hard links where possible), and are read from there."""
+def ask_judge(s: Settings, questions: list[Question], out: Path) -> list[tuple]:
+    """[(reply, what it says)], read afresh from the journal's raw text: a better parser needs no new call."""
+    began = time.perf_counter()
+    with closing(Replies(out / "journal.jsonl")) as replies:
+        client = Judge(s, replies)
+        try:
+            client.ask(questions)
+        finally:
+            minutes = (time.perf_counter() - began) / 60
+            used = replies.used
+            print(f"used: {client.calls:,} calls in {minutes:.1f} min; tokens so far: {used['prompt']:,} sent, "
+                  f"{used['answer']:,} back, {used['thoughts']:,} of thought")
+        return [replies.final(q) for q in questions]
+
+
+def with_scores(record: dict, reply: Reply, found: dict | None, s: Settings) -> dict:
+    """The record with what the judge replied; nothing remains of an earlier judge."""
+    order = shown_order(record, s.seed)
+    answers = [without(answer, "scores", "comment") for answer in record["answers"]]
+    about = {
+        "model": s.judge,
+        "version": reply.version,
+        "prompt_sha": sha(RUBRIC.text(s.golden)),
+        "state": reply.state,
+        "order": order,
+        "usage": reply.usage,
+    }
+    judged = record | {"answers": answers, "judge": about}
+    if not found:
+        about["reason"] = reply.reason
+        return judged
+
+    for k, (scores, comment) in zip(order, found["shown"]):
+        answers[k]["scores"] = scores
+        answers[k]["comment"] = comment
+    if found["golden"]:
+        judged["golden"] = found["golden"]
+    return judged
+
+
+def without(row: dict, *names: str) -> dict:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+# ---- putting it together ----------------------------------------------------------------------------------------
+
+def bring_pictures(record: dict, out: Path) -> dict:
+    """The record with its pictures in `out`, under their names (hard links where possible)."""
     root = Path(record["root"]).resolve()
-    sources = [records.image_path(root, name) for name in record["images"]]
-    record |= {"images": [str(source.relative_to(root)) for source in sources], "root": str(out)}
-    for source, target in zip(sources, (out / name for name in record["images"])):
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, target)
-            except OSError:                                              # another disk
-                shutil.copyfile(source, f"{target}.part")
-                os.replace(f"{target}.part", target)
-        elif not filecmp.cmp(source, target, shallow=False):
-            raise BadInput(f"record {record['id']}: {target} is another picture of that name; choose another --out")
+    names = []
+    for name in record["images"]:
+        source = image_path(root, name)
+        name = str(source.relative_to(root))
+        target = out / name
+        names.append(name)
+        if target.exists():
+            if not filecmp.cmp(source, target, shallow=False):
+                raise BadInput(f"record {record['id']}: {target} is another picture of that name; choose another --out")
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:                                  # another disk
+            shutil.copyfile(source, f"{target}.part")
+            os.replace(f"{target}.part", target)
+    return record | {"images": names, "root": str(out)}
 
 
-def look(s: Settings, items: list[dict], out: Path) -> None:
-    """Numbers, board and export, where asked for; and what to run next."""
-    found = [(r, pair) for r in items if (pair := pairs.choose_pair(r, s.gap, s.seed))]
-    if s.pairs:
-        numbers = pairs.statistics(items, s.gap, s.seed)
-        write_whole(out / "pairs.json", json.dumps(describe_run(s, pairs=numbers)) + "\n")
-        print(pairs.show(numbers))
-    if s.board:
-        title = f"{Path(s.data).name}, judged by {s.judge or 'nobody here'}"
-        write_whole(Path(s.board), pairs.board(items, out, s.gap, s.seed, title))
-        print(f"board: {s.board}, to be opened in a browser")
-    if s.export:
-        write_jsonl(out / "trl.jsonl", (pairs.to_trl(r, pair) for r, pair in found))
-        print(f"export: {out / 'trl.jsonl'}, {len(found)} pairs")
-    if found:
-        print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl"
-              + " --batch 16 --lr 1e-4" * isinstance(s, Story))
-    elif not s.judge:
-        print(f"next: python annotate.py --data {out}/records.jsonl --out {out} --judge gemini:MODEL --dry_run")
-
-
-def miniature(s: Story) -> Story:
-    """Draw the pictures and write the questions; the rest is as with any other data."""
-    if parallel.world() > 1:
-        raise BadInput("the miniature needs one process; with torchrun, give --data")
-    if s.prompts < 1:
-        raise BadInput("--prompts must be at least 1")
-    items = tasks.draw(tasks.preference_prompts(s.prompts, s.seed), Path(s.out))
-    path = Path(s.out) / "prompts.jsonl"
-    write_jsonl(path, ({key: r[key] for key in r if key not in ("root", "answers")} for r in items))
-    return replace(s, data=str(path), board=s.board or str(path.with_name("board.html")))
+def check_settings(s: Settings) -> None:
+    if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1:
+        raise BadInput("--n must lie from 1 to 26, --max_new, --batch and --gap be at least 1")
+    if not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1:
+        raise BadInput("--temperature must not be negative, --top_p above 0 and at most 1")
+    if s.export not in ("", "trl"):
+        raise BadInput(f"--export {s.export}: the one format known is trl")
+    if s.judge not in ("", "oracle") or s.dry_run:
+        door(s, dry=s.dry_run)
 
 
 def annotate(s: Settings) -> list[dict]:
     """--data -> records with answers and scores, in memory and in --out; nothing in the processes that only sample."""
+    check_settings(s)
+    device = parallel.start(s.device)                    # from here on process 0 alone speaks
+    first = parallel.rank() == 0
     out = Path(s.out)
-    if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1 or not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1:
-        raise BadInput("--n must lie from 1 to 26, --max_new, --batch and --gap be at least 1, --temperature not negative, "
-                       "--top_p above 0 and at most 1")
-    if s.export not in ("", "trl"):
-        raise BadInput(f"--export {s.export}: the one format known is trl")
-    if s.judge not in ("", "oracle") or s.dry_run:
-        judge.door(s.judge, s.judge_url, s.workers, s.timeout, s.budget, s.rpm, s.tpm, s.rpd, s.dry_run)
-    device = parallel.start(s.device)                                    # from here on process 0 alone speaks
-    items, rejects = records.read(s.data, s.image_root)
+    records, rejects = formats.read(s.data, s.image_root)
     if rejects and Path(s.data).resolve() == (out / "records.jsonl").resolve():
-        raise BadInput(f"{s.data} would lose {len(rejects)} records, the first being {rejects[0]['id']}: {rejects[0]['reason']}; "
-                       "mend it, or choose another --out")
-    records.report(s.data, len(items), rejects, None if s.dry_run or parallel.rank() else out)
+        raise BadInput(f"{s.data} would lose {len(rejects)} records, the first being {rejects[0]['id']}: "
+                       f"{rejects[0]['reason']}; mend it, or choose another --out")
+    formats.report(s.data, len(records), rejects, out if first and not s.dry_run else None)
     if s.dry_run:
-        print(plan(s, items))
+        print(plan(s, records))
         return []
-    if parallel.rank() == 0:
-        for record in items:
-            bring_pictures(record, out)
+
+    if first:
+        records = [bring_pictures(record, out) for record in records]
         write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
-    if any(not r["answers"] for r in items):
+    if not all(record["answers"] for record in records):
         if not s.ckpt:
             raise BadInput(f"{s.data} has records without answers; say with --ckpt which model gives them")
-        if long := fill_answers(s, items, out, device):
-            records.report(s.data, len(items), rejects + long, None if parallel.rank() else out)
-    if parallel.rank():
+        records, too_long = sample(s, records, out, device)
+        if too_long:
+            formats.report(s.data, len(records), rejects + too_long, out if first else None)
+    if not first:
         return []
-    if not items:
+    if not records:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+
     if s.judge:
-        items = ask_judge(s, items, out)
-    items = [{key: value for key, value in record.items() if key not in ("root", "images_sha")} for record in items]
-    write_jsonl(out / "records.jsonl", items)
-    print(f"records: {out / 'records.jsonl'}, {len(items)} of them, {sum(len(r['answers']) for r in items)} answers")
-    return items
+        records = judge(s, records, out)
+    records = [without(record, "root", "images_sha") for record in records]
+    write_jsonl(out / "records.jsonl", records)
+    answers = sum(len(record["answers"]) for record in records)
+    print(f"records: {out / 'records.jsonl'}, {len(records)} of them, {answers} answers")
+    return records
+
+
+def look(s: Settings, records: list[dict]) -> None:
+    """Numbers, board and export, where asked for; and what to run next."""
+    out = Path(s.out)
+    if s.pairs:
+        numbers = report.statistics(records, s.gap, s.seed)
+        write_whole(out / "pairs.json", json.dumps(describe_run(s, pairs=numbers)) + "\n")
+        print(report.show(numbers))
+    if s.board:
+        title = f"{Path(s.data).name}, judged by {s.judge or 'nobody here'}"
+        write_whole(Path(s.board), report.board(records, out, s.gap, s.seed, title))
+        print(f"board: {s.board}, to be opened in a browser")
+
+    pairs = [(record, choose_pair(record, s.gap, s.seed)) for record in records]
+    pairs = [(record, pair) for record, pair in pairs if pair]
+    if s.export:
+        write_jsonl(out / "trl.jsonl", [report.to_trl(record, pair) for record, pair in pairs])
+        print(f"export: {out / 'trl.jsonl'}, {len(pairs)} pairs")
+    if pairs:
+        rates = " --batch 16 --lr 1e-4" if s.judge == "oracle" else ""       # the miniature's
+        print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl{rates}")
+    elif not s.judge:
+        print(f"next: python annotate.py --data {out}/records.jsonl --out {out} --judge gemini:MODEL --dry_run")
 
 
 def run(s: Settings) -> None:
-    if isinstance(s, Story):
-        s = miniature(s)
-    if items := annotate(s):
-        look(s, items, Path(s.out))
+    records = annotate(s)
+    if records:
+        look(s, records)
 
 
 if __name__ == "__main__":
-    alone = not any(arg == "--data" or arg.startswith("--data=") for arg in sys.argv[1:])
-    main(Story if alone else Settings, run)
+    main(Settings, run)

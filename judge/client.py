@@ -15,25 +15,23 @@ Each reply, good or bad, is a line on disk (journal.jsonl, raw text included) be
 question. Kill the program at any moment: the same command goes on from there, nothing is paid for twice but the calls in
 flight, and a better parser can read the old replies again.
 
-Traffic. Limits per minute and day are kept on this side. What is worth another try (429, 5xx, a broken connection, a reply
-that is no JSON) waits min(60, 2^k) seconds times a random number ("full jitter") and whatever the server asked for; a 429
-makes every worker wait. What is not (a wrong key, an unknown model, an empty quota) stops the run with the remedy.
+Traffic. --rpm spaces the calls out evenly. What is worth another try (429, 5xx, a broken connection, a reply that is no
+JSON) waits min(60, 2^k) seconds times a random number ("full jitter") and whatever the server asked for; a 429 makes every
+worker wait. What is not (a wrong key, an unknown model, an empty quota) stops the run with the remedy.
 
-The key travels in a header only, redirects are not followed, .netrc is not read, and whatever a server sends back is searched
-for the key before it is printed or stored.
-
-Previous: judge/wire.py.  Next: judge/rubric.py (what the judge is asked).
+The key travels in a header only, redirects are not followed, .netrc is not read, and whatever a server sends back is
+searched for the key before it is printed or stored.
 """
 import json
-import math
 import os
 import random
 import re
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,8 +39,9 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from common import BadInput, Journal
-from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, rejected
+from common import BadInput
+from journal import Journal
+from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, names, reply_of
 
 STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
 ASKS = 3                 # replies to one question before it counts as unparseable
@@ -50,257 +49,205 @@ TRIES = 6                # calls without a reply before it counts as failed; a 4
 WAIT, MOST = 1.0, 60.0   # seconds: the first wait is at most WAIT, it doubles with every try, up to MOST
 PATIENCE = 300           # seconds: a server that asks for more is not waited for
 DEAD = 20                # questions failed in a row, and the server is gone
-NETWORK = (requests.RequestException, urllib3.exceptions.HTTPError)
+LONGEST = 1 << 24        # bytes of a reply
 KEPT = "what was judged is kept; run the same command again afterwards"
 
 
-# ---- limits and journal ---------------------------------------------------------------------------------------
-
-class Limits:
-    """At most `rpm` requests and `tpm` tokens in any minute, `rpd` requests in any day, as the server sees it (0: no limit).
-
-    The server sees a request at some moment between its sending and its reply. So it counts from its sending until a
-    minute after its reply, and no window of a minute can hold more, however the network delays things. Both are noted in `log`,
-    so that a restart knows of them; a call without a reply there may have arrived up to `timeout` later. Tokens are a guess
-    until the server has counted some: while it has not, one call goes out alone.
-    """
-
-    def __init__(self, log: Path, rpm: int = 0, tpm: int = 0, rpd: int = 0, timeout: float = 0, minute: float = 60):
-        self.rpm, self.tpm, self.rpd, self.minute = rpm, tpm, rpd, minute
-        self.busy, self.until, self.scale, self.calls, self.turn = [], 0.0, 0.0, 0, threading.Condition()
-        rows = [list(map(float, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
-        past = {row[0]: (row[2] if len(row) > 2 else row[0] + timeout, row[1]) for row in rows if len(row) > 1}
-        ages = sorted((max(0.0, time.time() - when), tokens) for when, tokens in past.values())[::-1]
-        self.done = deque((time.monotonic() - age, tokens) for age, tokens in ages)      # (when its reply came, tokens)
-        self.today = deque(when for when, _ in self.done)
-        self.log = open(log, "a")
-
-    def enter(self, guess: int, stop: threading.Event) -> tuple[float, int]:
-        """Wait until about `guess` tokens may be sent; returns what to hand to `leave`. Raises Stopped, or BadInput where
-        the day is spent."""
-        with self.turn:
-            while not stop.is_set():
-                now, tokens = time.monotonic(), math.ceil(guess * (self.scale or 1))
-                while self.done and self.done[0][0] <= now - self.minute:
-                    self.done.popleft()
-                while self.today and self.today[0] <= now - 86400:
-                    self.today.popleft()
-                if self.rpd and len(self.today) + len(self.busy) >= self.rpd:
-                    raise BadInput(f"the {self.rpd} requests of --rpd are spent; {KEPT}")
-                count = len(self.busy) + len(self.done)
-                load = sum(t for _, t in [*self.busy, *self.done]) if self.tpm else 0
-                full = self.rpm and count >= self.rpm or self.tpm and (
-                    count and load + tokens > self.tpm or self.busy and not self.scale)
-                if now >= self.until and not full:
-                    self.busy.append((time.time(), tokens))
-                    self.note(*self.busy[-1])
-                    return self.busy[-1]
-                self.turn.wait(0.1)
-            raise Stopped
-
-    def note(self, sent: float, tokens: int, *replied: float) -> None:
-        print(f"{sent:.6f}", tokens, *replied, file=self.log, flush=True)
-
-    def leave(self, call: tuple[float, int], used: int) -> None:
-        """The reply is there; it counted `used` tokens (0: nobody says). Guesses that were too low are raised from now on."""
-        with self.turn:
-            now, (sent, tokens) = time.monotonic(), call
-            self.busy.remove(call)
-            self.note(sent, used or tokens, time.time())
-            self.done.append((now, used or tokens))
-            self.scale = max(self.scale, (self.scale or 1) * used / tokens)
-            self.today.append(now)
-            self.calls += 1
-            self.turn.notify_all()
-
-    def pause(self, seconds: float) -> None:
-        """Nobody sends anything for so long."""
-        with self.turn:
-            self.until = max(self.until, time.monotonic() + seconds)
+@dataclass
+class JudgeSettings:
+    """Who judges, and how patiently; scripts that ask a judge inherit these flags."""
+    judge: str = ""              # gemini:MODEL, openai:MODEL (any chat-completions server); empty: none
+    judge_url: str = ""          # another server, http://host:port
+    thinking: str = ""           # how much the judge thinks: low, medium, high; empty: its default
+    budget: int = 8192           # longest reply in tokens, thinking included; doubled once where it was too short
+    workers: int = 16            # calls at once
+    timeout: float = 120.0       # seconds until a call counts as lost
+    rpm: int = 0                 # requests per minute that your account allows; 0: no limit on this side
+    retry_failed: bool = False   # ask again for what was blocked, truncated, unparseable or failed
 
 
 class Replies(Journal):
     """The journal of a judge: what is settled and how, what was replied to questions not yet settled, what it all cost."""
 
     def __init__(self, path: Path):
-        self.state, self.before, self.used = {}, {}, Counter()
+        self.earlier = defaultdict(list)             # key of an open question -> the states of its replies so far
+        self.used = Counter()                        # tokens, by kind
         super().__init__(path)
 
     def seen(self, row: dict) -> bool:
         self.used.update(row["usage"])
         if row["final"]:
-            self.state[row["key"]] = row["state"]
-            self.before.pop(row["key"], None)
+            self.earlier.pop(row["key"], None)
         else:
-            self.before.setdefault(row["key"], []).append(row["state"])
+            self.earlier[row["key"]].append(row["state"])
         return row["final"]
 
     def final(self, q: Question) -> tuple[Reply, object]:
-        """(how a settled question ended, what its check makes of the text today)."""
+        """How a settled question ended: (the reply, what the question's check makes of it today, or None)."""
         row = self[q.key]
         reply = Reply(row["state"], row["text"], row["reason"], version=row["version"], usage=row["usage"])
-        return reply, reply.read(q.check)
+        return reply.checked(q.check)
 
     def keep(self, q: Question, reply: Reply, final: bool = True) -> None:
-        self.append({"key": q.key, "id": q.id, "state": reply.state, "final": final, "reason": reply.reason,
-                     "version": reply.version, "usage": reply.usage, "time": round(time.time(), 3), "text": reply.text})
+        self.append({
+            "key": q.key, "id": q.id, "state": reply.state, "final": final, "reason": reply.reason,
+            "version": reply.version, "usage": reply.usage, "time": round(time.time(), 3), "text": reply.text,
+        })
 
-
-# ---- the client -----------------------------------------------------------------------------------------------
 
 class Stopped(Exception):
     """The run is ending; this call was not made."""
 
 
-class Failed(Exception):
-    """This question gets no reply; the message says why."""
-
-
 class Judge:
     """Asks questions with several threads at once; every reply goes to `replies` before the next step.
 
-    spec     "gemini:MODEL" or "openai:MODEL"
-    url      another server: its scheme and host, or the whole base up to and including /v1
-    Raises BadInput for a spec, url or key that cannot be used.
-    """
+    Raises BadInput for a judge, url or key that cannot be used."""
 
-    def __init__(self, spec: str, replies: Replies, url: str = "", *, workers: int = 16, timeout: float = 120, budget: int = 8192,
-                 thinking: str = "", rpm: int = 0, tpm: int = 0, rpd: int = 0):
-        self.wire, self.model, self.base, self.key = door(spec, url, workers, timeout, budget, rpm, tpm, rpd)
-        self.replies, self.workers, self.timeout, self.budget, self.thinking = replies, workers, timeout, budget, thinking
-        self.limits = Limits(replies.path.with_name("calls.log"), rpm, tpm, rpd, timeout)
-        self.stop, self.local = threading.Event(), threading.local()
-        self.without: set[str] = set()                                   # optional fields that the server does not take
-        self.dead = 0                                                    # questions failed in a row
+    def __init__(self, s: JudgeSettings, replies: Replies):
+        self.wire, self.model, self.base, self.key = door(s)
+        self.s = s
+        self.replies = replies
+        self.without = set()             # optional fields that the server does not take
+        self.dead = 0                    # questions failed in a row
+        self.calls = 0
+        self.next_call = 0.0             # when one may be made, on time.monotonic's clock
+        self.turn = threading.Lock()     # held to change the last two
+        self.stop = threading.Event()
 
-    def ask(self, questions: Iterable[Question], total: int = 0, retry_failed: bool = False) -> None:
+    # ---- questions ------------------------------------------------------------------------------
+
+    def ask(self, questions: Iterable[Question]) -> None:
         """Settle every question. Raises BadInput where going on is pointless; what was replied is in the journal."""
-        turn, rest, said = threading.Lock(), iter(questions), Counter()
-        bar = tqdm(total=total or None, desc="judging", unit="rec", disable=None, leave=False)
-
-        def work() -> None:
-            while not self.stop.is_set():
-                with turn:
-                    q = next(rest, None)
-                if q is None:
-                    return
-                state = self.replies.state.get(q.key)
-                if state is None or retry_failed and state != "ok" and self.replies.final(q)[0].state != "ok":
-                    state = self.settle(q)
-                with turn:
-                    said[state] += 1
-                    bar.set_postfix(said, refresh=False)
-                    bar.update()
-
-        with bar, ThreadPoolExecutor(self.workers) as pool:
+        states = Counter()
+        with ThreadPoolExecutor(self.s.workers) as pool:
+            jobs = [pool.submit(self.settle, q) for q in questions]
+            bar = tqdm(as_completed(jobs), total=len(jobs), desc="judging", unit="rec", disable=None, leave=False)
             try:
-                for worker in as_completed([pool.submit(work) for _ in range(self.workers)]):
-                    worker.result()                                      # raises what it raised
+                for job in bar:
+                    states[job.result()] += 1            # raises what the job raised
+                    bar.set_postfix(states, refresh=False)
             except BaseException as problem:
                 self.stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
                 if isinstance(problem, KeyboardInterrupt):
-                    tqdm.write(f"stopping; the calls in flight are waited for and kept (up to {self.timeout:g} s)")
+                    tqdm.write(f"stopping; the calls in flight are waited for and kept (up to {self.s.timeout:g} s)")
                 raise
 
     def settle(self, q: Question) -> str:
         """Ask until the question has its final state, which is returned."""
-        before = list(self.replies.before.get(q.key, ()))                # replies from before a kill count
+        if q.key in self.replies:
+            reply, _ = self.replies.final(q)
+            if reply.state == "ok" or not self.s.retry_failed:
+                return reply.state
+
         try:
             images = [jpeg(path) for path in q.images]
         except BadInput as problem:
             self.replies.keep(q, Reply("failed", reason=str(problem)))
             return "failed"
+
+        earlier = list(self.replies.earlier[q.key])              # also from before a kill
         while True:
-            try:
-                reply = self.post(q, images, self.budget * (2 if "truncated" in before else 1))
-            except Failed as problem:
-                self.replies.keep(q, Reply("failed", reason=str(problem)))
-                self.dead += 1
-                if self.dead >= DEAD:
-                    raise BadInput(f"{DEAD} records in a row got no reply from {self.base}: {problem}; when the server is "
-                                   "back, run the same command with --retry_failed 1") from None
-                return "failed"
-            self.dead = 0
-            reply.read(q.check)
-            bad = sum(state != "truncated" for state in before)
-            final = (reply.state == "ok" or reply.state == "blocked" and not reply.again
-                     or ("truncated" in before if reply.state == "truncated" else bad + 1 >= ASKS))
+            budget = self.s.budget * (2 if "truncated" in earlier else 1)
+            reply, _ = self.post(q, images, budget).checked(q.check)
+            final = settled(reply, earlier)
             self.replies.keep(q, reply, final)
+
+            self.dead = self.dead + 1 if reply.state == "failed" else 0
+            if self.dead >= DEAD:
+                raise BadInput(f"{DEAD} records in a row got no reply from {self.base}: {reply.reason}; when the server "
+                               "is back, run the same command with --retry_failed 1")
             if final:
                 return reply.state
-            before.append(reply.state)
+            earlier.append(reply.state)
 
-    def read(self, data) -> Reply:
-        try:
-            reply = self.wire.reply(data)
-            reply.usage = {name: int(n or 0) for name, n in reply.usage.items()}
-            if not isinstance(reply.text, str):
-                raise TypeError(f"text is {type(reply.text)}")
-        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
-            reply = Reply("unparseable", "", f"a reply of unknown shape ({type(problem).__name__}: {problem})")
-        reply.text, reply.reason, reply.version = map(self.scrub, (reply.text, reply.reason, reply.version))
-        return reply
+    # ---- calls ----------------------------------------------------------------------------------
 
     def post(self, q: Question, images: list[str], budget: int) -> Reply:
-        """One question -> the reply of a 200. Raises Failed, Stopped, or BadInput where the whole run must stop."""
-        tries, url = 0.0, self.wire.url(self.base, self.model)
+        """One question -> the reply of a 200, or a failed one. Raises Stopped, or BadInput where the whole run must stop."""
+        tries = 0.0
+        without = set(self.without)
         while True:
-            without, reply = set(self.without), None
-            body = json.dumps(self.wire.body(self.model, q, images, budget, self.thinking, without)).encode()
-            call = self.limits.enter(q.tokens, self.stop)
-            try:
-                status, headers, data = self.send(url, body)
-                reply = self.read(data) if status == 200 and isinstance(data, dict) and not data.get("error") else None
-            except NETWORK as problem:
-                status, headers, data = 0, {}, f"{type(problem).__name__}: {problem}"
-            finally:
-                self.limits.leave(call, reply.usage.get("prompt", 0) if reply else 0)
-            if reply:
-                return reply
+            body = self.wire.body(self.model, q, images, budget, self.s.thinking, without)
+            self.wait_for_turn()
+            status, headers, data = self.send(body)
+            if status == 200 and isinstance(data, dict) and not data.get("error"):
+                if without > self.without:
+                    tqdm.write(f"the server does not take {', '.join(without)}; going on without")
+                    self.without |= without
+                reply = reply_of(self.wire, data)
+                return replace(reply, text=self.scrub(reply.text), reason=self.scrub(reply.reason), version=self.scrub(reply.version))
+
             error = error_of(data)
-            what = self.scrub(f"{f'HTTP {status}' if status else 'no reply'}: {error.get('message') or error}")[:500]
-            if status == 400 and (names := rejected(self.wire.optional, error) - without):
-                if names - self.without:
-                    tqdm.write(f"the server does not take {', '.join(names)}; going on without ({what[:100]})")
-                self.without |= names
-                continue
+            what = self.scrub(f"HTTP {status}: {error.get('message') or error}" if status else data)[:500]
             self.stop_if_pointless(status, error, what)
+            if status == 400:
+                # Not every server names the field that it refuses; then the schema is the likeliest.
+                refused = {name for name in self.wire.optional if names(error, name)} or {self.wire.schema}
+                if not refused <= without:
+                    without |= refused
+                    continue
             if status not in (0, 200, 408, 409, 425, 429) and status < 500:
-                raise Failed(what)
-            most = min(MOST, WAIT * 2 ** tries)
+                return Reply("failed", reason=what)
+
+            jitter = random.uniform(0, min(MOST, WAIT * 2 ** tries))
             tries += 0.25 if status == 429 else 1
             if tries >= TRIES:
-                raise Failed(f"{what} ({TRIES} tries)")
+                return Reply("failed", reason=f"{what} ({TRIES} tries)")
             asked = delay_of(headers, error)
             if asked > PATIENCE:
                 raise BadInput(f"the server asks to wait {asked:.0f} s ({what}); {KEPT}")
-            wait = asked + random.uniform(0, most)
             if status == 429:
-                self.limits.pause(wait)
-            elif self.stop.wait(wait):
+                self.pause(asked + jitter)
+            elif self.stop.wait(asked + jitter):
                 raise Stopped
 
-    def send(self, url: str, body: bytes) -> tuple[int, dict, object]:
-        """One HTTP call -> status, headers, JSON out of the list that it may stand in (or the text, where it is none)."""
-        if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()
-            self.local.session.auth = lambda request: request            # or .netrc would replace our header
-        headers = self.wire.headers(self.key) | {"Content-Type": "application/json"}
-        until = time.monotonic() + self.timeout
-        with self.local.session.post(url, data=body, headers=headers, stream=True, allow_redirects=False,
-                                     timeout=(min(20, self.timeout), self.timeout)) as r:
-            content = bytearray()
-            while chunk := r.raw.read1(1 << 16, decode_content=True):    # what is there: a reply may come in drips
-                content += chunk
-                if time.monotonic() > until or len(content) > 1 << 24:
-                    raise requests.Timeout(f"the reply took longer than {self.timeout:g} s, or is endless")
-            try:
-                data = json.loads(content)
-            except (ValueError, RecursionError):
-                data = content.decode("utf8", "replace")
-            return r.status_code, r.headers, data[0] if data and isinstance(data, list) else data
+    def wait_for_turn(self) -> None:
+        """Return when the next call may be made: 60 / rpm seconds after the one before, and not during a pause."""
+        while not self.stop.is_set():
+            with self.turn:
+                now = time.monotonic()
+                if now >= self.next_call:
+                    self.next_call = now + (60 / self.s.rpm if self.s.rpm else 0)
+                    self.calls += 1
+                    return
+                wait = self.next_call - now
+            self.stop.wait(wait)
+        raise Stopped
+
+    def pause(self, seconds: float) -> None:
+        """Nobody sends anything for so long."""
+        with self.turn:
+            self.next_call = max(self.next_call, time.monotonic() + seconds)
+
+    def send(self, body: dict) -> tuple[int, dict, object]:
+        """One HTTP call -> (status, headers, JSON or text); status 0, and what went wrong, where there was no reply."""
+        until = time.monotonic() + self.s.timeout
+        content = bytearray()
+        try:
+            with requests.post(
+                self.wire.url(self.base, self.model), json=body, headers=self.wire.headers(self.key),
+                auth=lambda request: request,            # or .netrc would replace our header
+                stream=True, allow_redirects=False, timeout=(20, self.s.timeout),
+            ) as response:
+                while chunk := response.raw.read1(1 << 16, decode_content=True):     # what is there: it may come in drips
+                    content += chunk
+                    if time.monotonic() > until or len(content) > LONGEST:
+                        raise requests.Timeout(f"the reply took longer than {self.s.timeout:g} s, or is endless")
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as problem:
+            return 0, {}, f"no reply: {type(problem).__name__}: {problem}"
+
+        try:
+            data = json.loads(content)
+        except (ValueError, RecursionError):
+            data = content.decode("utf8", "replace")
+        if data and isinstance(data, list):              # Google's errors may stand in one
+            data = data[0]
+        return response.status_code, response.headers, data
 
     def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
+        """Raises BadInput with the remedy for what no other question would escape."""
         said = json.dumps(error)
         if status == 429 and re.search(r"PerDay|per day|\bRPD\b|\bTPD\b|insufficient_quota|limit: 0\b(?!\.)", said):
             raise BadInput(f"the quota is spent ({what}); wait for the next day or have it raised; {KEPT}")
@@ -308,26 +255,42 @@ class Judge:
             raise BadInput(f"the server refuses the key or the account ({what}); check {' or '.join(self.wire.keys)}; {KEPT}")
         if status == 404 or status == 400 and "model_not_found" in said:
             raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); those at {self.base}/models are; {KEPT}")
+        if status == 400 and self.s.thinking and names(error, self.wire.thinking):
+            raise BadInput(f"--thinking {self.s.thinking}: the server does not take it ({what}); {KEPT}")
         if 300 <= status < 400:
             raise BadInput(f"{self.base} answers with a redirect ({what}); give the final address as --judge_url")
 
     def scrub(self, text: str) -> str:
         """Without the key, should a server echo it; halves of characters, which no file can hold, become "?"."""
         text = str(text).encode("utf8", "replace").decode()
-        plain = re.sub(r"\\u00([2-7][0-9a-fA-F])", lambda escape: chr(int(escape[1], 16)), text)     # JSON can spell it so, too
-        return (text if self.key not in plain else plain).replace(self.key, "[key]") if len(self.key) > 7 else text
+        if len(self.key) < 8:
+            return text
+        spelled = "".join(rf"(?:{re.escape(c)}|\\u00{ord(c):02x})" for c in self.key)     # JSON can spell it so, too
+        return re.sub(spelled, "[key]", text, flags=re.IGNORECASE)
 
 
-def door(spec: str, url: str, workers: int, timeout: float, budget: int, rpm: int, tpm: int, rpd: int,
-         dry: bool = False) -> tuple:
+def settled(reply: Reply, earlier: list[str]) -> bool:
+    """Is this reply the last word, after replies that ended in the states `earlier`?"""
+    if reply.state == "truncated":
+        return "truncated" in earlier
+    if reply.state == "unparseable" or reply.again:
+        others = [state for state in earlier if state != "truncated"]
+        return len(others) + 1 >= ASKS
+    return True
+
+
+# ---- the door -------------------------------------------------------------------------------------------------
+
+def door(s: JudgeSettings, dry: bool = False) -> tuple:
     """(wire format, model, base URL, key) of a judge; a dry run needs no key. Raises BadInput for what cannot be used."""
-    if min(workers, budget) <= 0 or not 0 < timeout < 1e6 or min(rpm, tpm, rpd) < 0:
-        raise BadInput("--workers, --timeout and --budget must be positive, --rpm, --tpm and --rpd not negative (0: none)")
-    name, _, model = spec.partition(":")
+    if min(s.workers, s.budget) < 1 or not 0 < s.timeout < 1e6 or s.rpm < 0:
+        raise BadInput("--workers, --timeout and --budget must be positive, --rpm not negative (0: no limit)")
+    name, _, model = s.judge.partition(":")
     if name not in PROTOCOLS or not model:
-        raise BadInput(f"--judge {spec}: say gemini:MODEL, openai:MODEL or, for the miniature, oracle")
+        raise BadInput(f"--judge {s.judge}: say gemini:MODEL, openai:MODEL or, for the miniature, oracle")
     wire = PROTOCOLS[name]
-    return wire, model, base_url(wire.base, url), "" if dry else find_key(wire.keys, needed=name == "gemini" or not url)
+    key = "" if dry else find_key(wire.keys, needed=name == "gemini" or not s.judge_url)
+    return wire, model, base_url(wire.base, s.judge_url), key
 
 
 def base_url(usual: str, url: str) -> str:
@@ -340,10 +303,11 @@ def base_url(usual: str, url: str) -> str:
     return found[1] + (found[2] or urlsplit(usual).path)
 
 
-def find_key(names: tuple, needed: bool) -> str:
-    key = next((os.environ[name].strip() for name in names if os.environ.get(name, "").strip()), "")
+def find_key(variables: tuple, needed: bool) -> str:
+    values = [os.environ.get(name, "").strip() for name in variables]
+    key = next(filter(None, values), "")
     if not key and needed:
-        raise BadInput(f"no key: set {' or '.join(names)} in the environment")
+        raise BadInput(f"no key: set {' or '.join(variables)} in the environment")
     if not re.fullmatch(r"[\x21-\x7e]*", key):
-        raise BadInput(f"the key in {' or '.join(names)} holds characters that no header can carry; copy it again")
+        raise BadInput(f"the key in {' or '.join(variables)} holds characters that no header can carry; copy it again")
     return key

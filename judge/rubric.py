@@ -106,11 +106,11 @@ class Rubric:
         except (ValueError, RecursionError) as problem:
             raise ValueError(f"no whole JSON object ({problem})") from None
 
-        candidates = found.get("candidates")
-        if not isinstance(candidates, list) or not all(isinstance(c, dict) for c in candidates):
-            raise ValueError("no list of candidates")
         letters = [letter(place) for place in range(n)]
-        by_letter = {str(c.get("id")): c for c in candidates}
+        candidates = found.get("candidates")
+        if not isinstance(candidates, list):
+            candidates = []
+        by_letter = {str(c.get("id")): c for c in candidates if isinstance(c, dict)}
         if len(candidates) != n or sorted(by_letter) != letters:
             raise ValueError(f"the candidates are not {', '.join(letters)}, each once")
 

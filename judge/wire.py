@@ -1,41 +1,43 @@
 """What is said on the wire to a judge: a question, a reply, and how Gemini and OpenAI-style servers spell them.
 
-Pure functions between Python and JSON; nothing here sends anything (judge/client.py does). Every server has its own way of not
-answering, with status 200: Gemini leaves the candidates out where the prompt was blocked, sends a candidate without content
-where the answer was, thinks until no room is left to speak, and splits its text over parts, thoughts among them. Each of
-these becomes one of judge/client.py's states, none of them an empty answer.
+Pure functions between Python and JSON; nothing here sends anything (judge/client.py does). Every server has its own way of
+not answering, with status 200: Gemini leaves the candidates out where the prompt was blocked, sends a candidate without
+content where the answer was, thinks until no room is left to speak, and splits its text over parts, thoughts among them.
+Each of these becomes one of judge/client.py's states, none of them an empty answer.
 
     Gemini    POST /v1beta/models/MODEL:generateContent     https://ai.google.dev/api/generate-content
     OpenAI    POST /v1/chat/completions                     also vLLM's and many others'
 
+Another kind of server is another class with the same members, and a line in PROTOCOLS.
+
 Deliberate: responseJsonSchema without "additionalProperties", which the endpoint refuses; no temperature for Gemini, whose
 newer models ignore or refuse it; store false, because what is judged is not ours to leave lying there.
-
-Previous: toy/build.py.  Next: judge/client.py (asking, and surviving it).
 """
 import base64
+import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
 
 from vision import load_image
 
-SIDE, QUALITY = 1024, 90           # pictures go out as JPEG, longest side in pixels
-IMAGE_TOKENS = 1120                # what one costs at most on Gemini 3.x at its default resolution
+SIDE = 1024                        # pictures go out as JPEG, so many pixels on the longest side
+QUALITY = 90                       # of the JPEG
+IMAGE_TOKENS = 1120                # what a picture costs at most on Gemini 3.x at its default resolution
 
 
 @dataclass
 class Question:
     """One call. `check` takes the reply's text and raises ValueError where it cannot be used."""
-    key: str                        # names everything the reply depends on
+    key: str                       # names everything the reply depends on
     id: str
     system: str
     text: str
     images: list[Path] = field(default_factory=list)
-    schema: dict | None = None      # JSON schema of the reply; None: plain text
+    schema: dict | None = None     # JSON schema of the reply; None: plain text
     check: Callable[[str], object] = str
 
     @property
@@ -46,140 +48,185 @@ class Question:
 
 @dataclass
 class Reply:
-    state: str                      # "ok" so far means that there is text
+    state: str                     # "ok" from a server means no more than that there is text
     text: str = ""
-    reason: str = ""
-    again: bool = False             # blocked, but such a block comes and goes
-    version: str = ""               # the model that the server says it used
+    reason: str = ""               # why it is not ok
+    again: bool = False            # blocked, but such a block comes and goes
+    version: str = ""              # the model that the server says it used
     usage: dict = field(default_factory=dict)
 
-    def read(self, check: Callable[[str], object]) -> object:
-        """What `check` makes of the text, or None: it decides between ok and unparseable, also for replies of long ago, so that
-        a better parser needs no new call."""
+    def checked(self, check: Callable[[str], object]) -> tuple["Reply", object]:
+        """(the reply in its true state, what `check` makes of its text). The check alone decides between ok and unparseable,
+        also for a reply of long ago, so that a better parser needs no new call."""
         if not self.text or self.state not in ("ok", "unparseable"):
-            return None
+            return self, None
         try:
             found = check(self.text)
-            self.state, self.reason = "ok", ""
-            return found
         except ValueError as problem:
-            self.state, self.reason = "unparseable", str(problem)
+            return replace(self, state="unparseable", reason=str(problem)), None
+        return replace(self, state="ok", reason=""), found
 
 
 def jpeg(path: Path, side: int = SIDE) -> str:
     """An image file, as base64 of a fresh JPEG: upright, RGB, at most `side` on a side, no EXIF."""
-    image, buffer = load_image(path, small=side), BytesIO()
+    image = load_image(path, small=side)
     image.thumbnail((side, side))
     image.info = {}
+
+    buffer = BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-# ---- two servers ----------------------------------------------------------------------------------------------
+# ---- two servers ------------------------------------------------------------------------------------------------
 
 class Gemini:
-    """Names that belong together; there is never an object of it, nor of the next."""
-    base, keys = "https://generativelanguage.googleapis.com/v1beta", ("GEMINI_API_KEY", "GOOGLE_API_KEY")
-    optional = ("store", "thinkingLevel", "responseJsonSchema")
+    base = "https://generativelanguage.googleapis.com/v1beta"
+    keys = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
+    schema = "responseJsonSchema"                        # how it calls the reply's schema
+    thinking = "thinkingLevel"                           # and how much it is to think
+    optional = ("store", "responseJsonSchema")           # what is left out where a server refuses it
+    version = "modelVersion"
+    usage = {
+        "prompt": ("usageMetadata", "promptTokenCount"),
+        "answer": ("usageMetadata", "candidatesTokenCount"),
+        "thoughts": ("usageMetadata", "thoughtsTokenCount"),
+    }
+    harms = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
     blocks = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY",
               "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION")
 
-    def url(base: str, model: str) -> str:
+    def url(self, base: str, model: str) -> str:
         return f"{base}/models/{quote(model.removeprefix('models/'), safe='')}:generateContent"
 
-    def headers(key: str) -> dict:
+    def headers(self, key: str) -> dict:
         return {"x-goog-api-key": key}
 
-    def body(model: str, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
-        config = {"maxOutputTokens": budget} | ({"responseMimeType": "application/json"} if q.schema else {})
+    def body(self, model: str, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
+        parts = [{"inlineData": {"mimeType": "image/jpeg", "data": image}} for image in images]
+        parts.append({"text": q.text})
+
+        config = {"maxOutputTokens": budget}
+        if thinking:
+            config["thinkingConfig"] = {"thinkingLevel": thinking}
+        if q.schema:
+            config["responseMimeType"] = "application/json"
         if q.schema and "responseJsonSchema" not in without:
             config["responseJsonSchema"] = q.schema
-        if thinking and "thinkingLevel" not in without:
-            config["thinkingConfig"] = {"thinkingLevel": thinking}
-        parts = [{"inlineData": {"mimeType": "image/jpeg", "data": data}} for data in images] + [{"text": q.text}]
-        safety = [{"category": f"HARM_CATEGORY_{kind}", "threshold": "BLOCK_NONE"}
-                  for kind in ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")]
-        body = {"contents": [{"role": "user", "parts": parts}], "safetySettings": safety, "generationConfig": config}
-        return (body | ({"systemInstruction": {"parts": [{"text": q.system}]}} if q.system else {})
-                | ({"store": False} if "store" not in without else {}))
 
-    def reply(data: dict) -> Reply:
-        used, candidates = data.get("usageMetadata") or {}, data.get("candidates") or []
-        about = {"version": str(data.get("modelVersion", "")), "usage": {
-            "prompt": used.get("promptTokenCount", 0), "answer": used.get("candidatesTokenCount", 0),
-            "thoughts": used.get("thoughtsTokenCount", 0)}}
-        if not candidates:
-            why = (data.get("promptFeedback") or {}).get("blockReason")
-            return Reply("blocked" if why else "unparseable", "", f"prompt {why}" if why else "no candidates", **about)
-        parts = (candidates[0].get("content") or {}).get("parts") or []
-        text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-        finish = candidates[0].get("finishReason", "STOP")
-        if finish == "MAX_TOKENS":
-            return Reply("truncated", text, "stopped at maxOutputTokens (thinking counts)", **about)
-        if finish in Gemini.blocks:
-            return Reply("blocked", text, finish, "RECITATION" in finish, **about)
-        return Reply("ok" if text else "unparseable", text, "" if text else f"no text, {finish}", **about)
+        body = {
+            "contents": [{"role": "user", "parts": parts}],
+            "generationConfig": config,
+            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in self.harms],
+        }
+        if q.system:
+            body["systemInstruction"] = {"parts": [{"text": q.system}]}
+        if "store" not in without:
+            body["store"] = False
+        return body
+
+    def said(self, data: dict) -> tuple[str, str, bool]:
+        """(the text, how it ended, whether something was blocked)."""
+        refused = dig(data, str, "promptFeedback", "blockReason")
+        if refused:
+            return "", f"prompt {refused}", True
+        finish = dig(data, str, "candidates", 0, "finishReason")
+        parts = dig(data, list, "candidates", 0, "content", "parts")
+        text = "".join(dig(part, str, "text") for part in parts if not dig(part, bool, "thought"))
+        return text, finish, finish in self.blocks
 
 
 class OpenAI:
-    base, keys = "https://api.openai.com/v1", ("OPENAI_API_KEY",)
-    optional = ("max_tokens", "temperature", "reasoning_effort", "response_format")
+    base = "https://api.openai.com/v1"
+    keys = ("OPENAI_API_KEY",)
+    schema = "response_format"
+    thinking = "reasoning_effort"
+    optional = ("max_tokens", "temperature", "response_format")
+    version = "model"
+    usage = {
+        "prompt": ("usage", "prompt_tokens"),
+        "answer": ("usage", "completion_tokens"),
+        "thoughts": ("usage", "completion_tokens_details", "reasoning_tokens"),
+    }
 
-    def url(base: str, model: str) -> str:
+    def url(self, base: str, model: str) -> str:
         return f"{base}/chat/completions"
 
-    def headers(key: str) -> dict:
+    def headers(self, key: str) -> dict:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def body(model: str, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
-        parts = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}} for data in images]
-        body = {"model": model, "temperature": 0, "max_tokens": budget,
-                "messages": ([{"role": "system", "content": q.system}] if q.system else [])
-                + [{"role": "user", "content": parts + [{"type": "text", "text": q.text}]}]}
+    def body(self, model: str, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
+        parts = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}} for image in images]
+        parts.append({"type": "text", "text": q.text})
+        messages = [{"role": "user", "content": parts}]
+        if q.system:
+            messages.insert(0, {"role": "system", "content": q.system})
+
+        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": budget}
         if q.schema:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "schema": q.schema}}
         if thinking:
             body["reasoning_effort"] = thinking
-        if "max_tokens" in without:                                      # reasoning models have renamed it
+        if "max_tokens" in without:                      # reasoning models have renamed it
             body["max_completion_tokens"] = budget
         return {name: value for name, value in body.items() if name not in without}
 
-    def reply(data: dict) -> Reply:
-        used, choice = data.get("usage") or {}, data["choices"][0]
-        about = {"version": str(data.get("model", "")), "usage": {
-            "prompt": used.get("prompt_tokens", 0), "answer": used.get("completion_tokens", 0),
-            "thoughts": (used.get("completion_tokens_details") or {}).get("reasoning_tokens", 0)}}
-        message, finish = choice.get("message") or {}, choice.get("finish_reason")
-        text = message.get("content") or ""
-        if finish == "length":
-            return Reply("truncated", text, "stopped at max_tokens", **about)
-        if finish == "content_filter" or message.get("refusal"):
-            return Reply("blocked", text, str(message.get("refusal") or finish), **about)
-        return Reply("ok" if text else "unparseable", text, "" if text else f"no text, {finish}", **about)
+    def said(self, data: dict) -> tuple[str, str, bool]:
+        refusal = dig(data, str, "choices", 0, "message", "refusal")
+        finish = dig(data, str, "choices", 0, "finish_reason")
+        text = dig(data, str, "choices", 0, "message", "content")
+        return text, refusal or finish, bool(refusal) or finish == "content_filter"
 
 
-PROTOCOLS = {"gemini": Gemini, "openai": OpenAI}
+PROTOCOLS = {"gemini": Gemini(), "openai": OpenAI()}
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------
+def reply_of(wire, data: dict) -> Reply:
+    """What a server says, in one of our states."""
+    text, finish, blocked = wire.said(data)
+    reply = Reply("ok", text, finish, version=dig(data, str, wire.version))
+    reply.usage = {name: dig(data, int, *path) for name, path in wire.usage.items()}
+
+    if blocked:
+        reply.state = "blocked"
+        reply.again = "RECITATION" in finish             # such a block comes and goes
+    elif finish in ("MAX_TOKENS", "length"):
+        reply.state = "truncated"
+        reply.reason = f"{finish}: a larger --budget gives it more room (thinking counts)"
+    elif not text:
+        reply.state = "unparseable"
+        reply.reason = f"no text, {finish}"
+    return reply
+
+
+def dig(data, kind: type, *path):
+    """data[path[0]][path[1]]..., or an empty `kind` where nothing of that kind is there."""
+    for step in path:
+        try:
+            data = data[step]
+        except (LookupError, TypeError):
+            return kind()
+    return data if isinstance(data, kind) else kind()
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
 
 def error_of(data) -> dict:
     """What went wrong, from an error body: {"error": {...}}, {"message": ...}, a string, HTML."""
     error = data.get("error", data) if isinstance(data, dict) else data
-    return error if isinstance(error, dict) else {"message": re.sub(r"<[^>]*>|\s+", " ", str(error)).strip()}
+    if isinstance(error, dict):
+        return error
+    return {"message": re.sub(r"<[^>]*>|\s+", " ", str(error)).strip()}
 
 
-def rejected(optional: tuple, error: dict) -> set[str]:
-    """Which of these fields a 400 complains about: "Thinking level is not supported ...", {"param": "max_tokens"}."""
-    squeeze = lambda text: re.sub(r"[\s_]", "", text).lower()
-    return {name for name in optional if squeeze(name) in squeeze(str(error.get("param") or error.get("message")))}
+def names(error: dict, field: str) -> bool:
+    """Does an error complain about this field? "Thinking level is not supported ...", {"param": "max_tokens"}."""
+    complaint = re.sub(r"[\s_]", "", str(error.get("param") or error.get("message")))
+    return field.replace("_", "").lower() in complaint.lower()
 
 
 def delay_of(headers: dict, error: dict) -> float:
     """Seconds that a server asks to wait, in RetryInfo ("26s") or Retry-After (a number); 0 where it does not."""
-    details = error.get("details")
-    for detail in details if isinstance(details, list) else []:
-        if isinstance(detail, dict) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)s", str(detail.get("retryDelay")))):
-            return float(found[1])
-    after = headers.get("Retry-After", "")
-    return float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0
+    asked = re.search(r'"retryDelay": "(\d+(\.\d+)?)s"', json.dumps(error))
+    asked = asked or re.fullmatch(r"(\d+(\.\d+)?)", headers.get("Retry-After", ""))
+    return float(asked[1]) if asked else 0.0

@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
             rows[0]["correctness"] = {"out of range": 5, "string": "3", "float": 3.0, "bool": True}[kind]
         said = json.dumps({"golden_answer": "what I would say", "candidates": rows}) if rows else opinion(text, body, kind)
         said = {"half": said[:len(said) // 2], "key in text": f"Your key is {key}.", "prose only": "I would give A a 3 {or so}.", "fenced": f"```json\n{said}\n```",
-                "listed": f"[{said}]", "prose around": f"Here {{you}} are: {said} I hope that helps!"}.get(kind if rows or kind == "key in text" else "", said)
+                "listed": f"[{said}]", "prose around": f"Here you are: {said} I hope that helps!"}.get(kind if rows or kind == "key in text" else "", said)
         finish, parts = "STOP", [said]
         if kind == "max_tokens" and (budget <= self.server.budget or kind_is_lasting(text, self.server)):
             finish, parts = "MAX_TOKENS", [said[:20]]
