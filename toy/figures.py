@@ -1,7 +1,7 @@
 """The experiment's rows, drawn: what was lost, what came back, and what the training looked like.
 
     forgetting.png    text ability against vision ability: tuning goes one way, each method another
-    dynamics.png      DPO step by step: margin, accuracy, log-probs of chosen and rejected answers
+    dynamics.png      DPO step by step (drawn by train.py): both log-probs fall, their gap rises
     curves.png        text ability against the share of the data, and of wrong labels
     attributes.png    how the judge's five attributes go together (the paper's Fig. 3)
     board.png         the first questions of a seeded draw, answered before and after: unpicked
@@ -11,6 +11,7 @@ Nothing is computed here but means; every function takes rows and returns a figu
 """
 import random
 from pathlib import Path
+from shutil import copyfile
 
 import matplotlib
 import numpy as np
@@ -77,24 +78,6 @@ def forgetting(rows: list[dict]):
     return figure
 
 
-def dynamics(metrics: list[dict]):
-    """A training run's metrics.jsonl. Both log-probs fall; the gap is what rises."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    steps = [row["step"] for row in metrics]
-    for axis, name, color in ((left, "loss", DARK), (left, "margin", RED), (left, "accuracy", BLUE),
-                              (right, "logp_chosen", GREEN), (right, "logp_rejected", ORANGE)):
-        axis.plot(steps, [row[name] for row in metrics], color=color, label=name.removeprefix("logp_"))
-
-    left.axhline(np.log(2), color=GREY, linestyle=":", linewidth=1)
-    left.text(1.01, np.log(2), "ln 2", transform=left.get_yaxis_transform(), va="center", color=GREY)
-    left.set_ylim(top=1.3)                              # room for the legend
-    left.set(xlabel="step", title="loss, margin (beta x nats), accuracy")
-    right.set(xlabel="step", title="log-probability of the answers, nats")
-    for axis in (left, right):
-        axis.legend(frameon=False, ncols=3)
-    return figure
-
-
 def curves(rows: list[dict]):
     data = {0: "LLaVA-mini", 25: "DPO, 25% of the data", 50: "DPO, 50% of the data",
             75: "DPO, 75% of the data", 100: "DPO"}
@@ -126,20 +109,22 @@ def attributes(records: list[dict]):
     return figure
 
 
-def board(pictures: Path, said: dict[str, list[dict]], n: int = 6):
-    """The first n of a seeded draw of test questions, and each model's answers (rows of answers.jsonl)."""
+def board(pictures: Path, runs: dict[str, Path], n: int = 6):
+    """The first n of a seeded draw of test questions, and what each run's model says."""
     asked = {}
     for bench in ("exist", "attribute", "describe"):
         for record in tasks.items(bench, items.ITEMS[bench], "test"):
             asked[record["id"]] = record
-    answers = {name: {row["id"]: row["answers"][-1] for row in rows} for name, rows in said.items()}
+    said = {}
+    for model, run in runs.items():
+        said[model] = {row["id"]: row["answers"][-1] for row in read_jsonl(run / "answers.jsonl")}
 
     figure, axes = plt.subplots(n, 2, figsize=(9, 1.5 * n), width_ratios=(1, 5))
     for (left, right), name in zip(axes, random.Random(0).sample(sorted(asked), n)):
         record = asked[name]
         lines = [record["messages"][-1]["content"].replace("<image>\n", ""),
                  f"  truth: {record['golden']}"]
-        lines += [f"  {model}: {found[name]}" for model, found in answers.items()]
+        lines += [f"  {model}: {answers[name]}" for model, answers in said.items()]
         left.imshow(load_image(pictures / record["images"][0]))
         right.text(0, 0.5, "\n".join(lines), va="center", wrap=True)
         left.axis("off")
@@ -180,14 +165,13 @@ def save(figure, path: Path) -> Path:
 
 def draw(rows: list[dict], folder: Path, out: Path) -> None:
     """All of them into `out`: from the rows of all seeds, and the folder of one."""
-    said = {name: read_jsonl(folder / run / "answers.jsonl")
-            for name, run in (("LLaVA-mini", "LLaVA-mini"), ("SFT", "SFT-full-answers"), ("DPO", "DPO"))}
-    drawn = {
-        "forgetting": forgetting(rows),
-        "curves": curves(rows),
-        "attributes": attributes(read_jsonl(folder / "data" / "records.jsonl")),
-        "dynamics": dynamics(read_jsonl(folder / "DPO" / "metrics.jsonl")),
-        "board": board(folder / "data", said),
-    }
-    paths = [str(save(figure, out / f"{name}.png")) for name, figure in drawn.items()]
-    print(f"figures: {', '.join(paths)}")
+    said = {"LLaVA-mini": folder / "LLaVA-mini", "SFT": folder / "SFT-full-answers", "DPO": folder / "DPO"}
+    records = read_jsonl(folder / "data" / "records.jsonl")
+    paths = [
+        save(forgetting(rows), out / "forgetting.png"),
+        save(curves(rows), out / "curves.png"),
+        save(attributes(records), out / "attributes.png"),
+        save(board(folder / "data", said), out / "board.png"),
+        Path(copyfile(folder / "DPO" / "metrics.png", out / "dynamics.png")),
+    ]
+    print(f"figures: {', '.join(map(str, paths))}")

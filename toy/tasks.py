@@ -78,8 +78,7 @@ def make_either(rng):
 
 
 def make_compare(rng):
-    small, large = sorted(rng.sample(range(len(ANIMALS)), 2))
-    small, large = ANIMALS[small], ANIMALS[large]
+    small, large = sorted(rng.sample(ANIMALS, 2), key=ANIMALS.index)
     one, two = rng.sample([small, large], 2)
     lead = rng.choice(("which", "what", "tell me which"))
     return [larger(f"{lead} is larger , the {one} or the {two} ?", large, small),

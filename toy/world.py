@@ -103,15 +103,11 @@ def random_scene(rng: random.Random, split: str = "train", least: int = 1, most:
     """Draw until the scene belongs to `split`; shapes, colors and places are distinct."""
     while True:
         n = rng.randint(least, most)
-        places = sorted(rng.sample(range(9), n))
+        places = sorted(rng.sample(PLACES, n), key=PLACES.index)
         colors = rng.sample(list(COLORS), n)
         shapes = rng.sample(SHAPES, n)
-
-        things = []
-        for color, shape, place in zip(colors, shapes, places):
-            things.append(Thing(rng.choice(SIZES), color, shape, PLACES[place]))
-
-        scene = tuple(things)
+        sizes = [rng.choice(SIZES) for _ in range(n)]
+        scene = tuple(map(Thing, sizes, colors, shapes, places))
         if split_of(caption(scene)) == split:
             return scene
 
@@ -160,20 +156,24 @@ def render(scene: Scene, seed: int) -> Image.Image:
 
 def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float,
                ink: tuple) -> None:
+    """A shape of radius r, its center at (x, y)."""
+    def box(a, b):
+        return x - a, y - b, x + a, y + b
+
     if shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+        pen.ellipse(box(r, r), fill=ink)
     elif shape == "square":
-        pen.rectangle((x - .85 * r, y - .85 * r, x + .85 * r, y + .85 * r), fill=ink)
+        pen.rectangle(box(.85 * r, .85 * r), fill=ink)
     elif shape == "cross":
-        pen.rectangle((x - r, y - .3 * r, x + r, y + .3 * r), fill=ink)
-        pen.rectangle((x - .3 * r, y - r, x + .3 * r, y + r), fill=ink)
+        pen.rectangle(box(r, .3 * r), fill=ink)
+        pen.rectangle(box(.3 * r, r), fill=ink)
     else:
         # a triangle has three corners, a star five outer and five inner ones
         radii = (r, r, r) if shape == "triangle" else (r, .4 * r) * 5
-        step = 2 * math.pi / len(radii)
         corners = []
         for i, q in enumerate(radii):
-            corners.append((x + q * math.sin(i * step), y - q * math.cos(i * step)))
+            angle = i * (2 * math.pi / len(radii))
+            corners.append((x + q * math.sin(angle), y - q * math.cos(angle)))
         pen.polygon(corners, fill=ink)
 
 
@@ -273,9 +273,10 @@ def ask_exist(rng: random.Random, scene: Scene, truth: bool) -> dict:
     word = rng.choice(there if truth else absent)
     thing = word if field == "shape" else f"{word} one"
 
+    question = f"is there a {thing} ?"
     if truth:
-        return turn("exist", f"is there a {thing} ?", f"yes , there is a {thing} .", "yes")
-    return turn("exist", f"is there a {thing} ?", f"no , there is no {thing} .", "no")
+        return turn("exist", question, f"yes , there is a {thing} .", "yes")
+    return turn("exist", question, f"no , there is no {thing} .", "no")
 
 
 def ask_each(rng: random.Random, scene: Scene) -> dict:
@@ -286,8 +287,8 @@ def ask_each(rng: random.Random, scene: Scene) -> dict:
     questions build on it. Without such answers the same model guesses among the things of the scene
     for many thousand conversations (see LOG.md)."""
     things = rng.sample(scene, len(scene))
-    by_shape = ("shape", "color"), ("shape", "size"), ("shape", "place"), ("shape", "place")
-    key, value = rng.choice((*by_shape, ("color", "shape")))
+    value = rng.choice(("color", "size", "place", "place", "shape"))
+    key = "color" if value == "shape" else "shape"
 
     keys = [getattr(t, key) for t in things]
     values = [getattr(t, value) for t in things]
