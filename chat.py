@@ -1,8 +1,8 @@
 """Talk to a checkpoint about pictures, in a terminal; or to two at once.
 
 An evaluation is a number; a conversation shows what it is a number of. Turns go through the very
-function that training and benchmarks get their tokens from (data.make_tree), so what you see here is
-what they saw.
+function that training and benchmarks get their tokens from (data.make_tree), so what you see here
+is what they saw.
 
     python chat.py                                      the shipped LLaVA-mini
     python chat.py --vs runs/dpo/model                  before and after, side by side
@@ -67,7 +67,8 @@ class Speaker:
         self.messages, self.images = [], []
 
     def say(self, question: str, images: list[str]) -> None:
-        """Print the answer as it comes, and remember both. Raises BadInput, and then remembers nothing."""
+        """Print the answer as it comes, and remember both. Raises BadInput, and then remembers
+        nothing."""
         if images and not self.tokens.patches:
             print(f"({self.name} sees no pictures, and is asked without)")
             images = []

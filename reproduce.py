@@ -2,21 +2,22 @@
 
     text model -> sees -> answers image questions -> is judged -> { SFT, rejection sampling, SteerLM, DPO }
 
-The question (arXiv:2402.10884, Table 4): visual tuning cost the language model text ability; which use of
-the same judged *image* answers gives it back, and what does vision pay? Around it, as in the paper: how
-much data, how many wrong labels, one model's preferences given to another, a picture put before text
-questions; and what the paper left open: beta against learning rate, sums against means of log-probs.
+The question (arXiv:2402.10884, Table 4): visual tuning cost the language model text ability; which
+use of the same judged *image* answers gives it back, and what does vision pay? Around it, as in the
+paper: how much data, how many wrong labels, one model's preferences given to another, a picture put
+before text questions; and what the paper left open: beta against learning rate, sums against means
+of log-probs.
 
-How it is kept honest. Learning rates were searched on a development seed and development items, three
-per method, no method more (`--search`), and chosen by the judge's opinion of image answers; reported
-seeds are others. Every method has the same three passes over what it can use of the same records; the
-steps that makes stand in the table. "SFT" has two rows, for the answer to "which golden answers?" decides
-its rank: the datasets' own short ones, or full ones. Text ability is shown with its length-blind part
-(core). Whatever comes out is printed.
+How it is kept honest. Learning rates were searched on a development seed and development items,
+three per method, no method more (`--search`), and chosen by the judge's opinion of image answers;
+reported seeds are others. Every method has the same three passes over what it can use of the same
+records; the steps that makes stand in the table. "SFT" has two rows, for the answer to "which
+golden answers?" decides its rank: the datasets' own short ones, or full ones. Text ability is shown
+with its length-blind part (core). Whatever comes out is printed.
 
 Every run is a folder that appears when it is done; the same command goes on where it was stopped.
 
-    python reproduce.py                            one seed on the shipped miniature, some minutes on two cores
+    python reproduce.py                            one seed on the shipped miniature, some minutes
     python reproduce.py --seeds 5 --from_scratch   every stage anew per seed, about an hour
     python reproduce.py --search                   the search for learning rates
 """
@@ -164,14 +165,16 @@ def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict, 
         scores[each], said = items.measure(model, tokens, pictures, each, split)
         answers = answers or said
         if model.config.vision:
-            words = [len(row["answers"][0].split()) for row in said if not row["id"].startswith("text")]
-            scores[each]["image words"] = mean(words)
-            scores[each]["behind a picture"] = items.behind_a_picture(model, tokens, pictures, each, split)
+            texts = [row["answers"][0] for row in said if not row["id"].startswith("text")]
+            pictured = items.behind_a_picture(model, tokens, pictures, each, split)
+            scores[each] |= {"image words": mean([len(text.split()) for text in texts]),
+                             "behind a picture": pictured}
     return scores, answers
 
 
 def outcome(job: tuple) -> list[dict]:
-    """Train as RUNS says, or take the checkpoint as it is, and measure it -> rows of results, kept in the run's folder."""
+    """Train as RUNS says, or take the checkpoint as it is, and measure it -> rows of results, kept
+    in the run's folder."""
     folder, name, how, ckpt, seed, split = job
     if (folder / "row.jsonl").exists():
         return read_jsonl(folder / "row.jsonl")

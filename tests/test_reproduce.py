@@ -43,7 +43,7 @@ def experiment(tmp_path_factory):
     """One seed, three methods and two ablations, on few records and items; the experiment's folder."""
     out = tmp_path_factory.mktemp("reproduce")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(items, "ITEMS", {"text": 11, "exist": 8, "attribute": 8, "describe": 4, "choice": 4})
+        patch.setattr(items, "ITEMS", {"text": 4, "exist": 4, "attribute": 3, "describe": 2, "choice": 2})
         patch.setattr(items, "MAX_NEW", 10)
         patch.setattr(reproduce, "write_prompts", lambda n, seed, folder: tasks.write_prompts(32, seed, folder))
         patch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})

@@ -1,25 +1,28 @@
-"""The miniature from nothing: four training stages, the ones real models go through, in minutes on two cores.
+"""The miniature from nothing: four training stages, the ones real models go through, in minutes on
+two cores.
 
-    1  vision tower     pictures against captions, contrastive (CLIP's loss)                 -> ViT
-    2  language model   text conversations, next token                                       -> Vicuna-mini
-    3  projector        descriptions of pictures; tower and language model frozen            (LLaVA's stage 1)
-    4  visual tuning    short-answer questions about pictures; language model and projector  -> LLaVA-mini
+    1  vision tower     pictures against captions, contrastive (CLIP's loss)      -> ViT
+    2  language model   text conversations, next token                            -> Vicuna-mini
+    3  projector        descriptions of pictures; the rest is frozen              (LLaVA's stage 1)
+    4  visual tuning    short answers about pictures; the tower is frozen         -> LLaVA-mini
 
-Stages 2 to 4 are `sft.train`, the loop that real models use; only the data and what is frozen differ. The result is
-written by `checkpoint.save` in the llava-hf layout, so every script loads it like any other checkpoint, and so does
-transformers:
+Stages 2 to 4 are `sft.train`, the loop that real models use; only the data and what is frozen
+differ. The result is written by `checkpoint.save` in the llava-hf layout, so every script loads it
+like any other checkpoint, and so does transformers:
 
     OUT/llava       LLaVA-mini: config.json, model.safetensors, tokenizer.json, ...
     OUT/vicuna      Vicuna-mini, the text model it was made from
 
-Stage 4 is where the damage is done, for the natural reason: most visual questions are answered in a word, the language
-model learns that answers are short, and nothing in the data reminds it of its text skills.
+Stage 4 is where the damage is done, for the natural reason: most visual questions are answered in a
+word, the language model learns that answers are short, and nothing in the data reminds it of its
+text skills.
 
-Stages 1 and 2 need nothing from each other and run as two processes of one thread each. Everything is drawn from one
-seed and every reduction has a fixed order, so the same machine and torch give the same bytes.
+Stages 1 and 2 need nothing from each other and run as two processes of one thread each. Everything
+is drawn from one seed and every reduction has a fixed order, so the same machine and torch give the
+same bytes.
 
     python -m toy.build --out runs/toy
-    python evaluate.py --ckpt runs/toy/vicuna,runs/toy/llava            # what the two can do
+    python evaluate.py --ckpt runs/toy/vicuna,runs/toy/llava             # what the two can do
 """
 import common  # first: it tells OpenMP how to wait
 import json
@@ -62,7 +65,7 @@ class Settings:
         return max(2, int(full * self.scale))
 
 
-# ---- sizes and initialisation ------------------------------------------------------------------------
+# ---- sizes and initialisation --------------------------------------------------------------------
 
 VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                       image_size=48, patch_size=16)
@@ -76,9 +79,11 @@ def language(width: int, layers: int = 4, words: int = 0) -> TextConfig:
 
 
 def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
-    """Matrices from a normal distribution, biases 0, norms 1, every tensor drawn in order from one seed.
+    """Matrices from a normal distribution, biases 0, norms 1, every tensor drawn in order from one
+    seed.
 
-    A vision tower's positions start larger: the norm that follows would drown them in the patches otherwise."""
+    A vision tower's positions start larger: the norm that follows would drown them in the patches
+    otherwise."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         if "position_embedding" in name or "class_embedding" in name:
@@ -102,19 +107,26 @@ def write_tokenizer(folder: Path, words: list[str], fixed: tuple = ()) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
     for_transformers = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>",
-        "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>", "clean_up_tokenization_spaces": False}
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "image_token": "<image>",
+        "clean_up_tokenization_spaces": False,
+    }
     write_whole(folder / "tokenizer_config.json", json.dumps(for_transformers, indent=1) + "\n")
 
 
-# ---- stage 1: the vision tower -----------------------------------------------------------------------
+# ---- stage 1: the vision tower -------------------------------------------------------------------
 
 def pixels_of(scene: world.Scene, seed: int) -> Tensor:
     return preprocess(world.render(scene, seed), VISION.image_size)
 
 
 def class_vector(vit: ViT, pixels: Tensor) -> Tensor:
-    """What CLIP compares with a caption: the class token after *all* blocks. (N, 3, S, S) -> (N, D)."""
+    """What CLIP compares with a caption: the class token after *all* blocks. (N, 3, S, S) -> (N,
+    D)."""
     return vit.post_layernorm(vit.after(vit.config.num_hidden_layers, pixels)[:, 0])
 
 
@@ -130,15 +142,18 @@ def caption_vector(llama: Llama, captions: list[list[int]]) -> Tensor:
 
 
 def train_tower(parts: Path, s: Settings) -> None:
-    """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each caption its picture.
+    """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each
+    caption its picture.
 
-    Half of a batch are edits of the other half, one attribute changed, so that the details have to be seen."""
+    Half of a batch are edits of the other half, one attribute changed, so that the details have to
+    be seen."""
     torch.set_num_threads(1)
     steps, batch, lr = s.steps(700), 128, 2e-3
     tokens = Tokens(parts, Config(language(64)))
     vit = ViT(VISION)
     llama = Llama(language(64, 2, tokens.tokenizer.get_vocab_size()))
-    heads = nn.ModuleList([nn.Linear(VISION.hidden_size, 64, bias=False), nn.Linear(64, 64, bias=False)])
+    heads = nn.ModuleList([nn.Linear(VISION.hidden_size, 64, bias=False),
+                           nn.Linear(64, 64, bias=False)])
     for k, module in enumerate((vit, llama, heads)):
         initialise(module, s.seed * 10 + k)
     sharpness = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -170,7 +185,8 @@ def train_tower(parts: Path, s: Settings) -> None:
 
 
 def pair_of_scenes(rng: random.Random) -> tuple[world.Scene, world.Scene]:
-    """A scene and an edit of it, both from the training split: the tower sees no held-out scene either."""
+    """A scene and an edit of it, both from the training split: the tower sees no held-out scene
+    either."""
     scene = world.random_scene(rng)
     while True:
         edit = world.edited(rng, scene)
@@ -178,10 +194,11 @@ def pair_of_scenes(rng: random.Random) -> tuple[world.Scene, world.Scene]:
             return scene, edit
 
 
-# ---- stage 2: the language model -----------------------------------------------------------------------
+# ---- stage 2: the language model -----------------------------------------------------------------
 
 def wsd(step: int, steps: int) -> float:
-    """Warm-up, stable, decay: linear up over 5 % of the steps, flat, linear down over the last 40 %."""
+    """Warm-up, stable, decay: linear up over 5 % of the steps, flat, linear down over the last 40
+    %."""
     return min(1.0, (step + 1) / max(1, 0.05 * steps), (1 - step / steps) / 0.4)
 
 
@@ -191,8 +208,9 @@ def as_tree(tokens: Tokens, record: dict) -> Tree:
 
 
 def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
-    """Text conversations, `total` of them. First the written scenes hold one thing, where there is nothing to search
-    for: a model that can already read an answer off then learns where to look for it."""
+    """Text conversations, `total` of them. First the written scenes hold one thing, where there is
+    nothing to search for: a model that can already read an answer off then learns where to look for
+    it."""
     rng = random.Random(f"text/{seed}")
     for k in range(total):
         share = k / total
@@ -201,10 +219,11 @@ def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
 
 
 def give_birth(model: Llava, tokens: Tokens) -> None:
-    """Where the language model starts; all of it is free to change, and shortens the wait for the first look-up (LOG.md).
+    """Where the language model starts: it shortens the wait for the first look-up (LOG.md).
 
-    "big-red-circle" begins as the sum of its parts, so that words which share a part begin alike. An attention head
-    begins by looking for what resembles it (keys as queries) and passing on what it sees (output as values' transpose)."""
+    "big-red-circle" begins as the sum of its parts, so that words which share a part begin alike.
+    An attention head begins by looking for what resembles it (keys as queries) and passing on what
+    it sees (output as values' transpose)."""
     word = tokens.tokenizer.token_to_id
     with torch.no_grad():
         table = model.language_model.embed_tokens.weight
@@ -224,16 +243,17 @@ def train_language(parts: Path, s: Settings, out: Path) -> None:
     model = Llava(Config(language(s.width, words=tokens.tokenizer.get_vocab_size()), None, -1))
     initialise(model, s.seed * 10 + 5)
     give_birth(model, tokens)
-    run = Run(model, sft.Settings(lr=2e-3, batch=batch), make_pack, steps=steps, rate=wsd, betas=(0.9, 0.98),
-              weight_decay=0.1)
+    run = Run(model, sft.Settings(lr=2e-3, batch=batch), make_pack, steps=steps, rate=wsd,
+              betas=(0.9, 0.98), weight_decay=0.1)
     sft.train(run, text_trees(tokens, s.seed, steps * batch), "2 language model")
     checkpoint.save(model, out, parts)
 
 
-# ---- stages 3 and 4: projector and visual tuning ---------------------------------------------------------
+# ---- stages 3 and 4: projector and visual tuning -------------------------------------------------
 
 def visual_trees(tokens: Tokens, seed: str, draw_kinds) -> Iterator[Tree]:
-    """Endless conversations about pictures; draw_kinds(rng) -> (question kinds, answered briefly?)."""
+    """Endless conversations about pictures; draw_kinds(rng) -> (question kinds, answered
+    briefly?)."""
     rng = random.Random(seed)
     while True:
         scene = world.random_scene(rng)
@@ -246,7 +266,8 @@ def visual_trees(tokens: Tokens, seed: str, draw_kinds) -> Iterator[Tree]:
 
 
 def pack_of(trees: list[Tree]):
-    return make_pack(trees, torch.stack([pixels_of(*image) for tree in trees for image in tree.images]))
+    pixels = [pixels_of(*image) for tree in trees for image in tree.images]
+    return make_pack(trees, torch.stack(pixels))
 
 
 def caption_kinds(rng: random.Random) -> tuple[tuple, bool]:
@@ -254,7 +275,8 @@ def caption_kinds(rng: random.Random) -> tuple[tuple, bool]:
 
 
 def tuning_kinds(rng: random.Random) -> tuple[tuple, bool]:
-    """LLaVA-1.5's mixture in miniature: mostly short answers, some descriptions, some multiple choice, no text."""
+    """LLaVA-1.5's mixture in miniature: mostly short answers, some descriptions, some multiple
+    choice, no text."""
     if rng.random() < 0.14:
         return ("describe",), False
     kinds = []
@@ -278,16 +300,18 @@ def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path) -> None:
 
     model.vision_tower.requires_grad_(False)
     model.language_model.requires_grad_(False)
-    run = Run(model, sft.Settings(lr=3e-3, batch=24), pack_of, steps=s.steps(600), betas=(0.9, 0.98))
+    run = Run(model, sft.Settings(lr=3e-3, batch=24), pack_of, steps=s.steps(600),
+              betas=(0.9, 0.98))
     sft.train(run, visual_trees(tokens, f"projector/{s.seed}", caption_kinds), "3 projector")
 
     model.language_model.requires_grad_(True)
-    run = Run(model, sft.Settings(lr=3e-4, batch=16), pack_of, steps=s.steps(400), betas=(0.9, 0.98))
+    run = Run(model, sft.Settings(lr=3e-4, batch=16), pack_of, steps=s.steps(400),
+              betas=(0.9, 0.98))
     sft.train(run, visual_trees(tokens, f"tuning/{s.seed}", tuning_kinds), "4 visual tuning")
     checkpoint.save(model, out, parts)
 
 
-# ---- the script ------------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 def run(s: Settings) -> None:
     if s.width < 32 or s.width % 32:
@@ -298,7 +322,8 @@ def run(s: Settings) -> None:
 
     with TemporaryDirectory() as folder, checkpoint.whole_folder(out) as aside:
         parts = Path(folder)
-        write_tokenizer(parts, tasks.vocabulary(), (VICUNA.system, "USER:", "ASSISTANT:"))   # three words
+        template = (VICUNA.system, "USER:", "ASSISTANT:")                # a word each
+        write_tokenizer(parts, tasks.vocabulary(), template)
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             tower = pool.submit(train_tower, parts, s)
             language_model = pool.submit(train_language, parts, s, aside / "vicuna")

@@ -68,8 +68,8 @@ def forgetting(rows: list[dict]):
                   xycoords=("axes fraction", "data"))
     steered = values(rows, "SteerLM", "text")
     if len(steered):
-        axis.text(0.98, 0.03, f"off the page: SteerLM asked for all fours, text {steered.mean():.1f}",
-                  ha="right", color=PURPLE, transform=axis.transAxes)
+        note = f"off the page: SteerLM asked for all fours, text {steered.mean():.1f}"
+        axis.text(0.98, 0.03, note, ha="right", color=PURPLE, transform=axis.transAxes)
 
     seeds = len(values(rows, "LLaVA-mini", "text"))
     axis.set(xlabel="image answers, the judge's S (0 to 12)", ylabel="text ability, MT-mini (1 to 10)",
@@ -133,12 +133,14 @@ def board(pictures: Path, runs: dict[str, Path], n: int = 6):
 
 
 def speed(rows: list[dict]):
-    """A step's time and memory against the opponent's, and how a step's time grows (rows of speed.py)."""
+    """A step's time and memory against the opponent's, and how a step's time grows (rows of
+    speed.py)."""
     figure, (time, memory, growth) = plt.subplots(1, 3, figsize=(11, 3.4))
     steps = [row for row in rows if row["bench"] == "dpo"]
     names = [row["name"].replace(", ", ",\n") for row in steps]
     colors = [RED if "remedy" in name else GREY for name in names]
-    for axis, key, unit in ((time, "pairs_per_s", "pairs a second"), (memory, "peak_mib", "peak memory, MiB")):
+    for axis, key, unit in ((time, "pairs_per_s", "pairs a second"),
+                            (memory, "peak_mib", "peak memory, MiB")):
         heights = [row[key] for row in steps]
         bars = axis.bar(names, heights, color=colors, width=0.6)
         axis.bar_label(bars, [f"{x:.3g}" if x < 100 else f"{x:,.0f}" for x in heights])
@@ -165,7 +167,8 @@ def save(figure, path: Path) -> Path:
 
 def draw(rows: list[dict], folder: Path, out: Path) -> None:
     """All of them into `out`: from the rows of all seeds, and the folder of one."""
-    said = {"LLaVA-mini": folder / "LLaVA-mini", "SFT": folder / "SFT-full-answers", "DPO": folder / "DPO"}
+    said = {"LLaVA-mini": folder / "LLaVA-mini", "SFT": folder / "SFT-full-answers",
+            "DPO": folder / "DPO"}
     records = read_jsonl(folder / "data" / "records.jsonl")
     paths = [
         save(forgetting(rows), out / "forgetting.png"),

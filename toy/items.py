@@ -1,8 +1,8 @@
 """The miniature's benchmarks, judged exactly: what a model can do in a world whose truth is known.
 
-A model is asked held-out questions and decodes greedily; every scorer is a pure function of record and
-answer (oracle.py). Text and vision stand side by side, because the finding is about the trade between
-them:
+A model is asked held-out questions and decodes greedily; every scorer is a pure function of record
+and answer (oracle.py). Text and vision stand side by side, because the finding is about the trade
+between them:
 
     text        MT-mini: two turns without an image, the second asked after the model's *own* first
                 answer; 1 to 10
@@ -15,8 +15,8 @@ them:
     choice      the right letter of three; accuracy
     judged      the judge's S = helpfulness + correctness + coherence on image questions, 0 to 12
 
-They run with no judge and no download, which is what `python evaluate.py` does unless told otherwise.
-"""
+They run with no judge and no download, which is what `python evaluate.py` does unless told
+otherwise. """
 from pathlib import Path
 
 from benchmarks.harness import Item, aligned, answer, mean, shown
@@ -60,7 +60,8 @@ def measure(model: Llava, tokens: Tokens, folder: Path, name: str,
     return scores, answers
 
 
-def behind_a_picture(model: Llava, tokens: Tokens, folder: Path, name: str, split: str = "test") -> dict:
+def behind_a_picture(model: Llava, tokens: Tokens, folder: Path, name: str,
+                     split: str = "test") -> dict:
     """The text score with a random held-out picture before the first question.
 
     Does the mere presence of an image hurt? The picture has nothing to do with the question (the
@@ -79,12 +80,13 @@ def behind_a_picture(model: Llava, tokens: Tokens, folder: Path, name: str, spli
 
 
 def ask(model: Llava, tokens: Tokens, records: list[dict], desc: str) -> list[list[str]]:
-    """The greedy answers to each record's questions, the second turn's prompt with the model's own first
-    answer in it. Raises BadInput where one could not be answered: all of them are ours."""
+    """The greedy answers to each record's questions, the second turn's prompt with the model's own
+    first answer in it. Raises BadInput where one could not be answered: all of them are ours."""
     asked = []
     for record in records:
         questions = [m["content"] for m in record["messages"] if m["role"] == "user"]
-        asked.append(Item(record["id"], questions, record, record["images"], record["root"], max_new=MAX_NEW))
+        asked.append(Item(record["id"], questions, record, record["images"], record["root"],
+                          max_new=MAX_NEW))
 
     said, failed = answer(asked, lambda: model, tokens, Pixels(model.config), batch=64, desc=desc)
     if failed:
@@ -93,7 +95,8 @@ def ask(model: Llava, tokens: Tokens, records: list[dict], desc: str) -> list[li
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Aligned: one row per model, "mean ±95 % interval" per column, "-" where a text model has no score."""
+    """Aligned: one row per model, "mean ±95 % interval" per column, "-" where a text model has no
+    score."""
     cells = {}
     for name, scores in rows.items():
         cells[name] = [shown(scores[column], form) if column in scores else "-"
