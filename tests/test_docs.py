@@ -1,0 +1,143 @@
+"""The pages in docs/ tell the truth: the walkthrough's outputs are real, every fork applies and runs.
+
+    python -m pytest tests/test_docs.py -q
+"""
+import doctest
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from conftest import ROOT, process, rows_of, tiny_checkpoint
+
+FORKS = dict(re.findall(r"<!-- fork: (\w+) -->\n\n```diff\n(.*?)```\n", (ROOT / "docs/forking.md").read_text(), re.S))
+COMMANDS = re.findall(r"^    python (\w+\.py .*)", (ROOT / "docs/forking.md").read_text(), re.M)
+
+
+# ---- forks -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A file of image questions of the miniature, each with the full answer, the bare one, and one that is wrong."""
+    from common import write_jsonl
+    from toy import oracle, tasks
+    folder = tmp_path_factory.mktemp("judged")
+    records = tasks.draw(tasks.preference_prompts(8, seed=0), folder)
+    for record in records:
+        turn = record["truth"]["turns"][-1]
+        answers = [{"text": text} for text in (turn["full"], turn["bare"], "i see one object .")]
+        for answer in answers:
+            answer["scores"], _ = oracle.judge(record, answer["text"])
+        record["answers"] = answers
+        del record["root"]
+    write_jsonl(folder / "records.jsonl", records)
+    return folder / "records.jsonl"
+
+
+def forked(name: str, folder):
+    """A copy of the repository with a fork's diff applied."""
+    copy = folder / "copy"
+    copy.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, copy)
+    for part in ("benchmarks", "judge", "kernels", "toy"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "llava", "vicuna"))
+    (copy / "toy/llava").symlink_to(ROOT / "toy/llava")
+    done = subprocess.run(["git", "apply", "-"], input=FORKS[name], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, f"docs/forking.md: the fork {name!r} does not apply any more\n{done.stderr}"
+    return copy
+
+
+def script(copy, *line: str):
+    """Run `python line` as if in a terminal in `copy`; for a process of its own."""
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    sys.argv = list(line)
+    runpy.run_path(line[0], run_name="__main__")
+
+
+def run(copy, *line: str) -> str:
+    """The same in such a process -> what it said."""
+    log = copy / "log.txt"
+    with process(partial(script, copy, *line), log) as child:
+        child.join()
+    assert child.exitcode == 0, log.read_text()[-2000:]
+    return log.read_text()
+
+
+def train(copy, line: str, data, *more: str) -> str:
+    """A command of the page, shortened: two steps on eight records."""
+    flags = re.sub(r"--(data|out|batch|epochs) \S+", "", line).split()
+    return run(copy, *flags, "--data", str(data), "--out", "out", "--batch", "4", "--steps", "2", *more)
+
+
+def command(words: str) -> str:
+    """The page's command that has these words."""
+    [found] = [line for line in COMMANDS if words in line]
+    return found
+
+
+def changed(name: str) -> int:
+    """Lines that a fork adds or removes."""
+    return len(re.findall(r"^[+-](?!--|\+\+)", FORKS[name], re.M))
+
+
+def test_another_preference_loss_is_one_function(tmp_path, judged):
+    assert changed("loss") <= 10
+    said = train(forked("loss", tmp_path), command("--loss dpop"), judged)
+    assert "step-0 contract holds: loss 0.693147" in said
+
+
+def test_simpo_is_15_lines_and_computes_no_reference(tmp_path, judged):
+    assert changed("simpo") <= 15
+    copy = forked("simpo", tmp_path)
+    train(copy, command("--loss simpo"), judged)
+    assert (copy / "out/model").exists() and not (copy / "out/reference.jsonl").exists()
+    assert abs(rows_of(copy / "out/metrics.jsonl")[0]["margin"]) > 0.1, "its margin is not 0 at step 0"
+
+
+def test_kto_is_100_lines_and_starts_at_one_half(tmp_path, judged):
+    assert changed("kto") <= 100
+    copy = forked("kto", tmp_path)
+    train(copy, command("kto.py"), judged)
+    first, second = rows_of(copy / "out/metrics.jsonl")
+    assert first["loss"] == pytest.approx(0.5, abs=1e-4) and first["z"] == pytest.approx(0, abs=1e-4)
+    assert second["loss"] < 0.5 and (copy / "out/model").exists()
+
+
+def test_policy_gradient_is_100_lines_and_its_advantages_cancel(tmp_path, judged):
+    assert changed("grpo") <= 100
+    copy = forked("grpo", tmp_path)
+    train(copy, command("grpo.py"), judged)
+    rows = rows_of(copy / "out/metrics.jsonl")
+    assert [row["answers"] for row in rows] == [16, 16] and all(0 <= row["reward"] <= 12 for row in rows)
+    assert rows[0]["grad_norm"] > 0 and (copy / "out/model").exists()
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it")
+def test_policy_gradient_raises_the_reward(tmp_path):
+    copy = forked("grpo", tmp_path)
+    run(copy, "toy/tasks.py", "--out", "runs/prompts")
+    run(copy, *command("grpo.py").split())
+    rewards = [row["reward"] for row in rows_of(copy / "runs/grpo/metrics.jsonl")]
+    assert sum(rewards[:5]) / 5 < 10 and sum(rewards[-10:]) / 10 > 11
+
+
+def test_a_template_is_one_entry_and_goes_with_the_model(tmp_path, judged):
+    assert changed("template") <= 15
+    folder = tiny_checkpoint(tmp_path / "model", image_size=48, patch=16)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for token in ("<start_of_turn>", "<end_of_turn>"):
+        known = tokenizer["added_tokens"]
+        known.append(known[-1] | {"id": len(tokenizer["model"]["vocab"]) + len(known), "content": token})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    copy = forked("template", tmp_path)
+    train(copy, "dpo.py", judged, "--ckpt", str(folder), "--template", "gemma")
+    stored = json.loads((copy / "out/model/template.json").read_text())
+    assert stored["name"] == "gemma" and stored["ends"] == ["<end_of_turn>", "<eos>"]
