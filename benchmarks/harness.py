@@ -1,33 +1,45 @@
-"""A benchmark question and its answer: turns, a journal, and numbers with intervals.
+"""What every benchmark needs: questions, answers that survive a kill, numbers with intervals, files.
 
-Every benchmark here, the published ones and the miniature's, is a list of `Item`s. A model answers them through the very
-prompt function that training uses (data.make_tree), and the second turn's prompt holds its *own* first answer. An answer
-depends on its prompt, its settings and its own seed, not on what else was in the batch, and it is on the disk before the
-next is asked for: kill the program, run the same command, and it goes on.
+A benchmark is one file in this folder, of constants and plain functions that evaluate.py calls:
 
-What cannot be answered (a picture that is missing, a prompt too long) has a reason instead of an answer. It never becomes an
-empty string that a scorer would call wrong.
+    TITLE, FORM, SCALE, TOP     its name, how a figure is printed, what a figure is multiplied with to
+                                be on the scale of published tables, and where that scale ends
+    PICTURES                    do its questions show pictures?
+    FOLDER, SOURCE              where its official files lie under --data_dir, and where they come from
+    ANSWERS, JUDGMENTS          names of the files it writes; without a judge the second is ""
+    items(folder)                           its questions, from the official files
+    answer_rows(items, model)               answers in the benchmark's own format,
+    read_answers(path)                      and back: {item id: (texts, finishes)}
+    prompts(folder, items, model)           what the judge reads: the official templates, filled
+    read(text)                              a judge's reply; ValueError where it cannot be used
+    judge_rows(prompts, replies, judge)     judgments in the benchmark's own format
+    score(items, rows)                      {"scores", "categories", "ok", "total"} from such rows, ours
+                                            or anybody's: the official figure, a repaired one beside it
 
-Numbers. Every figure of every benchmark is a ratio of sums, or a mean of a few: a mean score is sum(x) / sum(1), F1 is
-sum(2 TP) / sum(2 TP + FP + FN), LLaVA-Bench is sum(100 model) / sum(reference). So one formula gives all the 95 % intervals.
-With R = sum(a) / sum(b), each item moves R by (a_i - R b_i) / sum(b); items that share something (two turns of one question,
-six questions about one picture) move together, so their parts are added first, per group g of G:
+Answering. A model reads the very prompt that training uses (data.make_tree), and in a second turn
+its *own* first answer. An answer depends on its prompt, its settings and its own seed, not on what
+else was in the batch, and it is on the disk before the next is asked for. What cannot be answered (a
+missing picture, a prompt too long) has a reason instead of an answer; it never becomes an empty
+string that a scorer would call wrong.
+
+Intervals. Every figure is a ratio of sums, or a mean of a few: a mean score is sum(x) / sum(1), F1
+is sum(2 TP) / sum(2 TP + FP + FN), LLaVA-Bench is sum(100 model) / sum(reference). So one formula
+gives all the 95 % intervals. Item i moves R = sum(a) / sum(b) by (a_i - R b_i) / sum(b). Items that
+share something (two turns of one question, six questions about one picture) move together, so their
+parts are added first, in each group g of G:
 
     var(R) = G / (G - 1) * sum_g ( sum_{i in g} (a_i - R b_i) / sum(b) )^2
 
-the linearised cluster variance of survey statistics (arXiv:2411.00640 recommends it for benchmarks). For b = 1 and groups of
-one it is the plain standard error.
-
-Previous: steerlm.py.  Next: toy/items.py (benchmarks whose truth is known).
+the linearised cluster variance of survey statistics, which arXiv:2411.00640 recommends for
+benchmarks. For b = 1 and groups of one it is the plain standard error.
 """
 import json
 import random
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -35,80 +47,96 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-import formats as records
-from annotate import check_room, sample_batch
-from common import BadInput, Journal, sha, write_jsonl, write_whole
-from data import Pixels, Tokens, make_tree, target_scores
+from common import BadInput, sha, write_jsonl, write_whole
+from data import MARKER, Pixels, Tokens, Tree, make_tree
+from generate import check_room, sample_answers
+from journal import Journal
 from model import Llava
+from vision import load_image
 
-PICTURES = (".jpg", ".jpeg", ".png")
+PICTURE_FILES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass
 class Item:
-    """One question of one or more turns."""
+    """One question of one or more turns, and what was answered."""
     id: str
-    questions: list[str]                               # the user's turns; <image> where a picture stands
+    questions: list[str]                               # the user's turns; <image> for a picture
     row: dict = field(default_factory=dict)            # as the benchmark's own file has it
     images: list[str] = field(default_factory=list)
-    root: str = "."                                    # folder the image names start from
+    root: str = "."                                    # the folder that image names start from
     temperature: float = 0.0
     max_new: int = 1024
+    texts: list[str] = field(default_factory=list)     # an answer to each turn, or nothing
+    finishes: list = field(default_factory=list)       # how each ended: "stop", "length", None
+    failed: str = ""                                   # why there is none
+
+    def answer_id(self, model: str) -> str:
+        return sha(model, self.id, *self.texts)
 
 
 @dataclass
 class Prompt:
-    """What a judge reads about one answer."""
+    """What a judge reads about one answer; without a text it is not asked."""
     id: str
     text: str
     system: str = ""
-    row: dict = field(default_factory=dict)            # what the benchmark's judgment file says about it
+    row: dict = field(default_factory=dict)            # the judgment, so far as it is known
+    wording: str = ""                                  # whose words these are, if there is a doubt
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------
-
-UNKNOWN = {"mean": None, "ci": None, "n": 0}
-
+# ---- numbers ------------------------------------------------------------------------------------
 
 def ratios(parts: list[tuple]) -> dict:
-    """The mean over parts of sum(a) / sum(b) -> {"mean", "ci" (95 %), "n"}. A part is (a, b, groups), three sequences of one
-    length; b may be None for ones, groups None for items that have nothing in common. No ci from a single group."""
-    moved, total, n = defaultdict(float), 0.0, 0
-    for part, (a, b, groups) in enumerate(parts):
-        a = np.asarray(a, float)
-        b = np.ones_like(a) if b is None else np.asarray(b, float)
-        if not b.sum():
-            return UNKNOWN | {"n": n}
-        r = a.sum() / b.sum()
-        total, n = total + r / len(parts), n + len(a)
-        for k, x in enumerate((a - r * b) / b.sum() / len(parts)):
-            moved[groups[k] if groups is not None else (part, k)] += x
-    if not parts:
-        return UNKNOWN
-    G = len(moved)
-    ci = 1.96 * (G / (G - 1) * sum(x * x for x in moved.values())) ** 0.5 if G > 1 else None
-    return {"mean": float(total), "ci": ci and float(ci), "n": n}
+    """The mean over parts of sum(a) / sum(b), where a part is (a, b, groups), three of one length.
+
+    Returns {"mean", "ci", "n"}: mean ± ci is the 95 % interval. The mean is None where a sum(b) is 0,
+    the ci where there is only one group.
+    """
+    if not parts or not all(np.sum(b) for _, b, _ in parts):
+        return {"mean": None, "ci": None, "n": 0}
+    mean, n = 0.0, 0
+    moved = defaultdict(float)                         # group -> by how much it moves the mean
+    for a, b, groups in parts:
+        a, b = np.asarray(a, float), np.asarray(b, float)
+        ratio = a.sum() / b.sum()
+        mean += ratio / len(parts)
+        n += len(a)
+        for group, x in zip(groups, (a - ratio * b) / b.sum() / len(parts)):
+            moved[group] += x
+    G, ci = len(moved), None
+    if G > 1:
+        variance = G / (G - 1) * sum(x * x for x in moved.values())
+        ci = float(1.96 * variance ** 0.5)
+    return {"mean": float(mean), "ci": ci, "n": n}
 
 
 def mean(values: list[float], groups: list | None = None) -> dict:
-    return ratios([(values, None, groups)])
+    """The mean and its interval; without groups the values have nothing in common."""
+    ones = np.ones(len(values))
+    return ratios([(values, ones, range(len(values)) if groups is None else groups)])
 
 
-def shown(e: dict, form: str) -> str:
+def shown(figure: dict, form: str, scale: float = 1) -> str:
     """"7.52 ±0.28"; "-" for what could not be computed."""
-    if e["mean"] is None:
+    if figure["mean"] is None:
         return "-"
-    return f"{e['mean']:{form}}" + ("" if e["ci"] is None else f" ±{e['ci']:{form}}".replace("± ", "±"))
+    text = f"{scale * figure['mean']:{form}}"
+    if figure["ci"] is not None:
+        text += " ±" + f"{scale * figure['ci']:{form}}".strip()
+    return text
 
 
 def aligned(rows: dict[str, list[str]], head: list[str], width: int = 13, names: int = 0) -> str:
     """A table: names on the left, `names` wide or as wide as the longest, cells on the right."""
     names = names or max(map(len, rows))
-    return "\n".join(f"{name:<{names}}" + "".join(f" {cell:>{width - 1}}" for cell in cells)
-                     for name, cells in {"": head, **rows}.items())
+    lines = []
+    for name, cells in {"": head, **rows}.items():
+        lines.append(f"{name:<{names}}" + "".join(f" {cell:>{width - 1}}" for cell in cells))
+    return "\n".join(lines)
 
 
-# ---- answering ------------------------------------------------------------------------------------------------
+# ---- answering ----------------------------------------------------------------------------------
 
 class Memory(dict):
     """A journal that is forgotten."""
@@ -116,134 +144,166 @@ class Memory(dict):
         self[row["key"]] = row
 
 
-def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels: Pixels, *, batch: int = 16, seed: int = 0,
-           forget: bool = False, journal: Journal | None = None, about: str = "",
-           desc: str = "answering") -> tuple[dict[str, list[dict]], dict[str, str]]:
-    """Answer every turn of every item -> ({id: [{"text", "finish"} per turn]}, {id: why it could not be answered}).
+def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels: Pixels, *,
+           batch: int = 16, seed: int = 0, forget: bool = False, journal: Journal | None = None,
+           about: str = "", desc: str = "answering") -> list[Item]:
+    """The items with an answer to every turn, or with the reason why there is none.
 
     model     gives the model; called when an answer is missing
     forget    leave the own first answer out of the second turn's prompt, as the authors' harness did
-    about     names everything else that answers depend on: weights, precision, cropping
+    about     names what answers depend on beside their prompt and settings: weights, precision
     """
-    said, failed, journal = {item.id: [] for item in items}, {}, Memory() if journal is None else journal
-    hash_of = cache(lambda root, names: records.check_images({"images": names}, Path(root), pixels.size))
+    items = [replace(item, texts=[], finishes=[]) for item in items]
+    journal = Memory() if journal is None else journal
+    hash_of = cache(lambda path: hash_of_picture(path, pixels.size))
 
-    def ready(item: Item) -> tuple[str, Item, dict]:
-        """The answer's key in the journal, and what the model is to continue."""
-        record = conversation(item, [a["text"] for a in said[item.id]], forget)
-        check_room(len(make_tree(tokens, record, []).prompt) + item.max_new, tokens.room)
-        key = sha(about, record["id"], json.dumps(record["messages"]), hash_of(item.root, tuple(item.images)),
-                  f"{seed} {item.temperature} {item.max_new} {pixels.crop}")
-        return key, item, record
+    def ready(item: Item) -> tuple[str, Item, Tree]:
+        """What is asked next, under a key that names all that the answer depends on."""
+        tree = make_tree(tokens, conversation(item, forget), [])
+        check_room(tree.length + item.max_new, tokens.room)
+        settings = f"{seed} {item.temperature} {item.max_new} {pixels.crop}"
+        pictures = [hash_of(path) for path in tree.images]
+        return sha(about, tree.id, str(tree.prompt), settings, *pictures), item, tree
 
-    def ask(part: list[tuple[str, Item, dict]]) -> None:
-        alike = part[0][1]
-        rows = sample_batch(model(), tokens, pixels, [record for *_, record in part], n=1, temperature=alike.temperature,
-                            max_new=alike.max_new, seed=seed)
-        for (key, item, _), (found,) in zip(part, rows):
+    def ask(part: list[tuple]) -> None:
+        _, alike, _ = part[0]
+        rows = sample_answers(model(), tokens, pixels, [tree for _, _, tree in part], n=1,
+                              temperature=alike.temperature, max_new=alike.max_new, seed=seed)
+        for (key, _, tree), (found,) in zip(part, rows):
             if key not in journal:
-                journal.append({"key": key, "id": item.id, "turn": len(said[item.id]), "answer": found})
+                journal.append({"key": key, "id": tree.id, "answer": found})
 
-    bar = tqdm(total=sum(len(i.questions) for i in items), desc=desc, unit="answer", disable=None, leave=False)
-    for turn in range(max((len(i.questions) for i in items), default=0)):
+    bar = tqdm(total=sum(len(item.questions) for item in items), desc=desc, unit="answer",
+               disable=None, leave=False)
+    for turn in range(max((len(item.questions) for item in items), default=0)):
         todo = []
-        for item in (i for i in items if len(said[i.id]) == turn < len(i.questions)):
-            try:
-                todo.append(ready(item))
-            except BadInput as problem:
-                failed[item.id] = str(problem)
+        for item in items:
+            if not item.failed and turn < len(item.questions):
+                try:
+                    todo.append(ready(item))
+                except BadInput as problem:
+                    item.texts, item.finishes, item.failed = [], [], str(problem)
+
+        # A batch is asked whole, so that rounding does not depend on where a run was stopped.
         for part in batches(todo, batch):
-            if any(key not in journal for key, *_ in part):              # a batch is whole: its rounding stays the same
+            if any(key not in journal for key, _, _ in part):
                 ask(part)
             for key, item, _ in part:
-                said[item.id].append(journal[key]["answer"])
+                found = journal[key]["answer"]
+                item.texts.append(found["text"])
+                item.finishes.append(found["finish"])
             bar.update(len(part))
     bar.close()
-    return {name: turns for name, turns in said.items() if name not in failed}, failed
+    return items
 
 
-def batches(todo: list[tuple[str, Item, dict]], size: int) -> list[list]:
+def batches(todo: list[tuple[str, Item, Tree]], size: int) -> list[list[tuple]]:
     """At most `size` each, all of one temperature and length, the order kept among those."""
     alike = defaultdict(list)
-    for entry in todo:
-        alike[entry[1].temperature, entry[1].max_new].append(entry)
+    for key, item, tree in todo:
+        alike[item.temperature, item.max_new].append((key, item, tree))
     return [same[at:at + size] for same in alike.values() for at in range(0, len(same), size)]
 
 
-def conversation(item: Item, own: list[str], forget: bool = False) -> dict:
-    """The record that is asked next, after the model's `own` answers so far. Raises BadInput where one of those would be
-    read as a control token."""
-    messages, turn = [], len(own)
-    for question, text in zip(item.questions, own):
-        records.clean(text, "the model's own earlier answer")
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+def hash_of_picture(path: str, size: int) -> str:
+    load_image(path, small=size)                       # a broken one is found before it is shown
+    return sha(Path(path).read_bytes())
+
+
+def conversation(item: Item, forget: bool = False) -> dict:
+    """The record that is asked next, after the model's own answers so far."""
+    messages = []
+    for question, text in zip(item.questions, item.texts):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": text})
+    turn = len(item.texts)
     messages.append({"role": "user", "content": item.questions[turn]})
-    if forget and own:                                 # what came out of it there: "USER: q1 ASSISTANT:USER: q2 ASSISTANT:"
-        messages = [{"role": "user", "content": " ASSISTANT:USER: ".join(item.questions[:turn + 1])}]
-    return {"id": f"{item.id} turn {turn + 1}" if turn else item.id, "messages": messages, "images": item.images,
-            "root": item.root}
+    if forget and turn:                    # the authors' read: "USER: q1 ASSISTANT:USER: q2 ASSISTANT:"
+        text = " ASSISTANT:USER: ".join(item.questions[:turn + 1])
+        messages = [{"role": "user", "content": text}]
+    name = f"{item.id} turn {turn + 1}" if turn else item.id
+    return {"id": name, "messages": messages, "images": item.images, "root": item.root}
 
 
-def with_pictures(items: list[Item], where: str, seed: int) -> None:
-    """Put a picture of the folder `where`, drawn by seed and id, before each first question; "literal" puts the bare text
-    <image> there instead, as the authors' harness did (give `literal` the tokenizer, too). Raises BadInput."""
-    names = [] if where == "literal" else sorted(p.name for p in Path(where).glob("*") if p.suffix.lower() in PICTURES)
+def with_pictures(items: list[Item], where: str, seed: int) -> list[Item]:
+    """The same questions, each behind a picture of the folder `where`, drawn by seed and id.
+
+    "literal" puts the bare text <image> there instead, as the authors' harness did (give `literal`
+    the tokenizer, too).
+    """
+    names = sorted(path.name for path in Path(where).glob("*") if path.suffix.lower() in PICTURE_FILES)
     if not names and where != "literal":
-        raise BadInput(f"--picture {where}: a folder with {', '.join(PICTURES)} files, or the word literal")
+        raise BadInput(f"--picture {where}: a folder with {', '.join(PICTURE_FILES)} files, "
+                       "or the word literal")
+    found = []
     for item in items:
-        item.questions = ["<image>\n" + item.questions[0], *item.questions[1:]]
-        if names:
-            item.images, item.root = [random.Random(f"{seed} {item.id}").choice(names)], where
+        first, *rest = item.questions
+        item = replace(item, questions=[f"{MARKER}\n{first}", *rest], root=where)
+        if where != "literal":
+            item.images = [random.Random(f"{seed} {item.id}").choice(names)]
+        found.append(item)
+    return found
 
 
 def literal(tokens: Tokens) -> Tokens:
-    """The same, but <image> is seven characters of text to it. Raises BadInput where it cannot spell them."""
-    raw, plain = json.loads(tokens.tokenizer.to_str()), copy(tokens)
-    raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] != "<image>"]
-    plain.image, plain.tokenizer = None, Tokenizer.from_str(json.dumps(raw))
-    if tokens.image in plain.encode("<image>\nx"):
-        raise BadInput("--picture literal: this tokenizer has no other way to write <image> than as a picture")
+    """A copy to which <image> is seven characters of text. Raises BadInput where it cannot spell them."""
+    raw = json.loads(tokens.tokenizer.to_str())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != MARKER]
+    plain = copy(tokens)
+    plain.tokenizer, plain.image = Tokenizer.from_str(json.dumps(raw)), None
+    if tokens.image in plain.encode(f"{MARKER}\nx"):
+        raise BadInput("--picture literal: this tokenizer can write <image> only as a picture")
     return plain
 
 
-def steer(tokens: Tokens, name: str, target: str) -> None:
-    """A model that was trained to be asked for scores is asked for `target`, or for what its folder says; it is said which."""
-    if tokens.steer:
-        tokens.steer["target"] |= target_scores(target) if target else {}
-        asked = ", ".join(f"{attribute} {k}" for attribute, k in tokens.steer["target"].items())
-        print(f"{name}: every question asks for {asked}", file=sys.stderr)
+# ---- files --------------------------------------------------------------------------------------
+
+@dataclass
+class Folder:
+    """The official files of one benchmark."""
+    path: Path
+    source: str                                        # where they come from
+    unpacked: Path                                     # for pictures that stand in a table
+
+    def every(self, name: str) -> list[Path]:
+        """All files of this name (a pattern), at any depth."""
+        return sorted(self.path.rglob(name))
+
+    def find(self, name: str) -> Path:
+        """The one file of this name. Raises BadInput."""
+        found = self.every(name)
+        if len(found) != 1:
+            listed = ", ".join(str(path.relative_to(self.path)) for path in found[:4])
+            remedy = f"keep one of {listed}" if found else f"get it from {self.source}"
+            raise BadInput(f"--data_dir: {self.path} must hold one {name}, not {len(found)}; {remedy}")
+        return found[0]
+
+    def load(self, name: str):
+        return load(self.find(name))
+
+    def text(self, name: str, ours: str) -> tuple[str, str]:
+        """A text that the user saved here from official code, or ours -> (the text, whose it is)."""
+        path = self.path / name
+        if path.is_file():
+            return path.read_text(encoding="utf8").rstrip("\n"), f"official, from {name}"
+        return ours, f"our own wording; there is no {name}"
 
 
-# ---- files ----------------------------------------------------------------------------------------------------
-
-def find(data: str, folder: str, name: str, source: str) -> Path:
-    """The one file of this name (a pattern) under data/folder. Raises BadInput saying where to get it."""
-    found = sorted((Path(data) / folder).rglob(name))
-    if len(found) != 1:
-        raise BadInput(f"--data_dir {data}: {folder}/ must hold one {name}, not {len(found)}" + (
-            f" ({', '.join(str(p.relative_to(data)) for p in found[:4])})" if found else f"; get it from {source}"))
-    return found[0]
-
-
-def load(path: Path, *need: str):
-    """A JSON file, or JSON lines whatever its name; `need` are fields that every row must have. Raises BadInput."""
+def load(path: Path):
+    """A JSON file, or the rows of JSON lines. Raises BadInput."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', '') or error})") from None
-    try:
-        rows = json.loads(text)
-        rows = [rows] if isinstance(rows, dict) and need else rows       # JSON lines, of which there is one
-    except ValueError:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
+    if Path(path).suffix != ".jsonl":
         try:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        except ValueError as error:
-            raise BadInput(f"{path}: neither JSON nor JSON lines ({error}); download it again") from None
-    for k, row in enumerate(rows if need else []):
-        missing = [name for name in need if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise BadInput(f"{path}: row {k + 1} has no {', '.join(missing)}; is it a file of this benchmark?")
-    return rows
+            return json.loads(text)
+        except ValueError:
+            pass                                       # lines in spite of its name
+    try:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
+        raise BadInput(f"{path}: neither JSON nor JSON lines ({error}); download it again") from None
 
 
 def dump(path: Path, rows) -> None:
@@ -257,3 +317,31 @@ def dump(path: Path, rows) -> None:
 def slug(name: str) -> str:
     """A file name for a checkpoint or a judge."""
     return re.sub(r"[^\w.]+", "-", name.strip("./")) or "model"
+
+
+# ---- what several benchmarks share --------------------------------------------------------------
+
+def readable(read: Callable[[str], object], text: str):
+    """read(text), or None where it raises ValueError."""
+    try:
+        return read(text)
+    except ValueError:
+        return None
+
+
+def llava_rows(items: list[Item], model: str) -> list[dict]:
+    """LLaVA's answer files."""
+    return [{"question_id": item.row["question_id"],
+             "prompt": item.row["text"],
+             "text": item.texts[0],
+             "answer_id": item.answer_id(model),
+             "model_id": model,
+             "metadata": {"finish": item.finishes[0]}} for item in items]
+
+
+def llava_answers(path: Path) -> dict[str, tuple]:
+    answers = {}
+    for row in load(path):
+        finish = (row.get("metadata") or {}).get("finish")
+        answers[str(row["question_id"])] = [row["text"]], [finish]
+    return answers

@@ -18,22 +18,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import annotate
-from benchmarks import harness
 import checkpoint
 import common
 import evaluate
-from judge import client as judge
+import generate
+import journal
 import judge_server
-from toy import items as miniature
+from benchmarks import harness
 from benchmarks.harness import Item, answer
 from common import BadInput, read_jsonl
 from conftest import ROOT, ended, hf_checkpoint, picture, process, randomize, tiny_checkpoint, write_tokenizer
-from data import SYSTEM, Pixels, Tokens
+from data import VICUNA, Pixels, Tokens
 from evaluate import BENCHES, Settings
+from judge import client as judge
+from judge.rubric import RUBRIC
 from judge_server import LASTING, Server, expected, fault_of
-from formats import ATTRIBUTES
-from test_evaluate_scores import MAKERS, OFFICIAL, official, write
+from test_evaluate_scores import MAKERS, OFFICIAL, answered, items_of, official, write
+from toy import items as miniature
 
 ALL = ",".join(BENCHES)
 
@@ -109,12 +110,12 @@ def test_both_kinds_of_checkpoint_run_through_all_six(settings, vicuna, capsys):
     assert not complaints
     text, both = (Path(settings.out) / harness.slug(name) for name in (vicuna, settings.ckpt))
     assert set(results(both)) == set(BENCHES) and set(results(text)) == {"mt_bench", "alpaca_eval"}
-    assert "vicuna sees no pictures; left out: mm_vet, llava_bench, pope, mmbench" in said
+    assert all(f"vicuna sees no pictures; left out: {name}" in said for name in ("mm_vet", "llava_bench", "pope", "mmbench"))
     assert "openai:fake (mock-1)" in said and "our own wording; there is no prompt.txt" in said
     for found in (*results(both).values(), *results(text).values()):
         first = next(iter(found["scores"].values()))
         assert found["coverage"] == 1 and first["mean"] is not None and first["n"] and found["total"] == found["ok"] and found["length"] > 0
-        assert f"{first['mean']:{BENCHES[found['bench']].form}}" in said and found["cut"] is not None
+        assert f"{first['mean']:{BENCHES[found['bench']].FORM}}" in said and found["cut"] is not None
     m = harness.slug(settings.ckpt)
     for name in (f"mt_bench/model_answer/{m}.jsonl", "mt_bench/model_judgment/openai-fake_single.jsonl", "alpaca_eval/model_outputs.json",
                  "alpaca_eval/annotations.json", f"mm_vet/{m}.json", f"mm_vet/{m}_openai-fake-grade-1runs.json", f"llava_bench/answers/{m}.jsonl",
@@ -130,12 +131,12 @@ def test_what_was_written_scores_the_same_when_it_is_read_back(settings, data, c
         evaluate.run(replace(settings, judge_url=server.url))
     first, m, out = results(settings.out), harness.slug(settings.ckpt), Path(settings.out)
     for name, kind in BENCHES.items():
-        stored = {"judgments" if kind.judged else "answers": str(out / name / kind.files[-1].format(model=m, judge="openai-fake"))}
+        stored = {"judgments" if kind.JUDGMENTS else "answers": str(out / name / (kind.JUDGMENTS or kind.ANSWERS).format(model=m, judge="openai-fake"))}
         capsys.readouterr()
         evaluate.run(Settings(bench=name, data_dir=data, json=True, out=str(out / "again"), **stored))
         (again,), = json.loads(capsys.readouterr().out).values()
         assert again["scores"] == first[name]["scores"] and again["coverage"] == 1
-        assert not kind.judged or again["judge"] in ("openai:fake", "unknown")
+        assert not kind.JUDGMENTS or again["judge"] in ("openai:fake", "unknown")
 
 
 def test_stored_answers_can_be_judged_without_a_model(settings, data, monkeypatch, tmp_path):
@@ -155,7 +156,7 @@ def test_answered_but_not_judged(settings, capsys):
 
 # ---- batches, finish reasons, turns ----------------------------------------------------------------------------
 
-def items_of(data: str, n: int = 24) -> list[Item]:
+def uneven_items(data: str, n: int = 24) -> list[Item]:
     """Questions of uneven length, half with a picture, some sampled, of one and of two turns."""
     words, out = "Describe the picture in one sentence . Write a short poem about the sea , which answer is better and why ?".split(), []
     for k in range(n):
@@ -169,47 +170,45 @@ def items_of(data: str, n: int = 24) -> list[Item]:
 def test_batches_of_1_4_and_16_give_the_same_answers_token_for_token(data, llava, monkeypatch):
     """The ids themselves, for decoding could hide a difference; greedy and sampled, one and two turns, with and without pictures."""
     model, ids, said = checkpoint.load(llava), {}, {}
-    tokens, generate = Tokens(Path(llava), model.config), annotate.generate
+    tokens, original = Tokens(Path(llava), model.config), generate.generate
     for size in (1, 4, 16):
         ids[size] = {}
 
         def spy(model, prompts, *rest, **how):
-            rows = generate(model, prompts, *rest, **how)
+            rows = original(model, prompts, *rest, **how)
             assert len(prompts) <= size
             for prompt, seeds, (found,) in zip(prompts, how["seeds"], rows):
                 ids[size][tuple(prompt), tuple(seeds)] = (tuple(found.ids), found.finish)
             return rows
-        monkeypatch.setattr(annotate, "generate", spy)
-        said[size], failed = answer(items_of(data), lambda: model, tokens, Pixels(model.config), batch=size)
-        assert not failed
+        monkeypatch.setattr(generate, "generate", spy)
+        said[size] = answer(uneven_items(data), lambda: model, tokens, Pixels(model.config), batch=size)
     assert ids[1] == ids[4] == ids[16] and len(ids[1]) == 32 and said[1] == said[4] == said[16]
-    texts = [a["text"] for turns in said[1].values() for a in turns]
-    assert len(texts) == 32 and len(set(texts)) > 28 and {a["finish"] for turns in said[1].values() for a in turns} <= {"stop", "length"}
+    texts = [text for item in said[1] for text in item.texts]
+    assert len(texts) == 32 and len(set(texts)) > 28 and {finish for item in said[1] for finish in item.finishes} <= {"stop", "length"}
 
 
 def test_cut_off_answers_are_stored_and_counted(settings):
     settings = replace(settings, judge="", bench="mt_bench,alpaca_eval")
     evaluate.run(settings)
-    finishes = {name: [a["finish"] for turns in harness.load(Path(settings.out) / name / BENCHES[name].files[0].format(model=harness.slug(settings.ckpt)))
+    finishes = {name: [a["finish"] for turns in harness.load(Path(settings.out) / name / BENCHES[name].ANSWERS.format(model=harness.slug(settings.ckpt)))
                        for a in ([{"finish": f} for f in turns["choices"][0]["finish"]] if name == "mt_bench" else [turns])]
                 for name in ("mt_bench", "alpaca_eval")}
     for name, found in finishes.items():
         assert results(settings.out)[name]["cut"] == found.count("length") and set(found) <= {"stop", "length"}
     assert finishes["mt_bench"].count("length") > 0
-    turns = [{"finish": f, "text": "x" * n} for f, n in (("stop", 2), ("length", 4), ("length", 6))]
-    found = evaluate.summary("mm_vet", [], {"a": turns}, None)
+    found = evaluate.summary("mm_vet", [Item("a", ["?"], texts=["xx", "xxxx", "xxxxxx"], finishes=["stop", "length", "length"])], None)
     assert (found["cut"], found["length"]) == (2, 4)
 
 
 def prompts_of(s: Settings, monkeypatch) -> list[str]:
     """Every prompt that the model is given, decoded, and the pictures with it."""
-    seen, original = [], harness.sample_batch
+    seen, original = [], harness.sample_answers
 
-    def spy(model, tokens, pixels, items, **how):
-        seen.extend((tokens.tokenizer.decode(harness.make_tree(tokens, r, []).prompt, skip_special_tokens=False), r["images"], how["temperature"])
-                    for r in items)
-        return original(model, tokens, pixels, items, **how)
-    monkeypatch.setattr(harness, "sample_batch", spy)
+    def spy(model, tokens, pixels, trees, **how):
+        for tree in trees:
+            seen.append((tokens.tokenizer.decode(tree.ids(), skip_special_tokens=False), tree.images, how["temperature"]))
+        return original(model, tokens, pixels, trees, **how)
+    monkeypatch.setattr(harness, "sample_answers", spy)
     evaluate.run(replace(s, judge=""))
     return seen
 
@@ -225,7 +224,7 @@ def test_the_second_turn_holds_the_models_own_first_answer(settings, monkeypatch
 
 def test_the_authors_harness_forgot_the_first_answer(settings, monkeypatch):
     seen = prompts_of(replace(settings, bench="mt_bench", forget=True), monkeypatch)
-    wanted = f"<s> {SYSTEM} USER: first 111? ASSISTANT:USER: second {{111}}? ASSISTANT:"
+    wanted = f"<s> {VICUNA.system} USER: first 111? ASSISTANT:USER: second {{111}}? ASSISTANT:"
     assert wanted.replace(" ", "") in [prompt.replace(" ", "") for prompt, *_ in seen]
 
 
@@ -268,9 +267,8 @@ def test_pictures_that_cannot_be_shown(settings, vicuna, data, flags, why):
 
 def test_cropping_changes_what_the_model_sees(settings, monkeypatch):
     seen = []
-    original = harness.sample_batch
-    monkeypatch.setattr(harness, "sample_batch", lambda m, t, p, items, **how: seen.append(p([Path(items[0]["root"]) / items[0]["images"][0]]))
-                        or original(m, t, p, items, **how))
+    original = harness.sample_answers
+    monkeypatch.setattr(harness, "sample_answers", lambda m, t, p, trees, **how: seen.append(p(trees[0].images[:1])) or original(m, t, p, trees, **how))
     for crop in (False, True):
         evaluate.run(replace(settings, bench="mm_vet", judge="", crop=crop))     # the same folder: not taken for answered
     assert len(seen) == 2 and (seen[0] != seen[1]).any()
@@ -279,11 +277,11 @@ def test_cropping_changes_what_the_model_sees(settings, monkeypatch):
 def test_a_steerlm_model_is_asked_for_its_scores(settings, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(settings.ckpt, tmp_path / "steered"))
     write(folder / "steer.json", {"text": " give {helpfulness} {correctness} {coherence} {complexity} {verbosity}", "grades": list("vwxyz"),
-                                  "target": dict.fromkeys(ATTRIBUTES, 4)})
+                                  "target": dict.fromkeys(RUBRIC.attributes, 4)})
     for target, asked in (("", "z z z z z"), ("4 4 4 4 0", "z z z z v")):
         seen = prompts_of(replace(settings, ckpt=str(folder), bench="mt_bench", target=target), monkeypatch)
         assert len(seen) == 6 and all(f"? give {asked} ASSISTANT:" in prompt for prompt, *_ in seen)
-    assert "every question asks for helpfulness 4, correctness 4, coherence 4, complexity 4, verbosity 0" in capsys.readouterr().err
+    assert "every question ends with give z z z z v" in capsys.readouterr().err
 
 
 # ---- failures --------------------------------------------------------------------------------------------------
@@ -325,7 +323,7 @@ def test_a_reply_that_says_nothing_is_no_score(settings, data, name, bad, monkey
     monkeypatch.setattr(judge_server, "opinion", opinion)
     with Server() as server, pytest.raises(BadInput, match="less than --coverage"):
         evaluate.run(replace(settings, bench=name, judge_url=server.url))
-    found, total = results(settings.out)[name], len(BENCHES[name].items(data))
+    found, total = results(settings.out)[name], len(items_of(data, BENCHES[name]))
     assert found["states"] == {"ok": total - 1, "unparseable": 1} and found["coverage"] == (total - 1) / total
     assert next(iter(found["scores"].values()))["n"] == total - 1 and server.asked[victim[0]] == judge.ASKS
 
@@ -343,22 +341,22 @@ def test_a_missing_picture_is_not_an_answer(settings, data, tmp_path, capsys):
         evaluate.run(replace(settings, bench="pope", data_dir=str(copy), judge=""))
 
 
-def test_a_prompt_that_is_too_long_and_an_answer_that_would_be_a_control_token(data, llava):
-    model = checkpoint.load(llava)
-    tokens = Tokens(Path(llava), model.config)
-    long = Item("long", ["word " * 3000])
-    said, failed = answer([long, Item("short", ["word"], max_new=4)], lambda: model, tokens, Pixels(model.config))
-    assert set(said) == {"short"} and "more than the model was built for" in failed["long"]
-    with pytest.raises(BadInput, match="own earlier answer contains <image>"):
-        harness.conversation(Item("x", ["a", "b"]), ["see <image>"])
+def test_a_prompt_that_is_too_long_and_an_answer_that_would_be_a_control_token(llava, monkeypatch):
+    config, _ = checkpoint.read_config(Path(llava))
+    monkeypatch.setattr(harness, "sample_answers", lambda m, t, p, trees, **how: [[{"text": "see <image>", "finish": "stop"}] for _ in trees])
+    items = [Item("long", ["word " * 3000]), Item("short", ["word"]), Item("marked", ["first", "second"])]
+    long, short, marked = answer(items, lambda: None, Tokens(Path(llava), config), Pixels(config))
+    assert long.texts == [] and "more than the model was built for" in long.failed
+    assert short.texts == ["see <image>"] and not short.failed
+    assert marked.texts == [] and "message 1 contains <image>" in marked.failed, "its own first answer cannot be shown to it"
 
 
 # ---- interruptions ---------------------------------------------------------------------------------------------
 
 def slowly(argv: list):
     """The command with a breath before each line of a journal, so that a kill finds it at work."""
-    append = common.Journal.append
-    common.Journal.append = lambda *row: time.sleep(0.01) or append(*row)
+    append = journal.Journal.append
+    journal.Journal.append = lambda *row: time.sleep(0.01) or append(*row)
     code(*argv)
 
 
@@ -409,8 +407,8 @@ def test_what_answers_depend_on_is_in_their_key(settings, change, monkeypatch):
     seen = []
     settings = replace(settings, bench="mt_bench", judge="")
     evaluate.run(settings)
-    original = harness.sample_batch
-    monkeypatch.setattr(harness, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
+    original = harness.sample_answers
+    monkeypatch.setattr(harness, "sample_answers", lambda *a, **how: seen.append(a) or original(*a, **how))
     evaluate.run(replace(settings, **change))
     assert seen, f"{change} was answered from the journal of another run"
 
@@ -419,8 +417,8 @@ def test_another_picture_of_the_same_name_is_asked_about_anew(settings, data, tm
     copy, seen = Path(shutil.copytree(data, tmp_path / "copy")), []
     settings = replace(settings, bench="llava_bench", judge="", data_dir=str(copy))
     evaluate.run(settings)
-    original = harness.sample_batch
-    monkeypatch.setattr(harness, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
+    original = harness.sample_answers
+    monkeypatch.setattr(harness, "sample_answers", lambda *a, **how: seen.append(a) or original(*a, **how))
     evaluate.run(settings)
     assert not seen
     picture(50, 20, seed=9).save(copy / "llava_bench_wild/images/002.jpg")
@@ -431,8 +429,8 @@ def test_another_picture_of_the_same_name_is_asked_about_anew(settings, data, tm
 def test_another_checkpoint_in_the_same_folder_is_asked_anew(settings, tmp_path, monkeypatch):
     settings, seen = replace(settings, bench="mt_bench", judge=""), []
     evaluate.run(settings)
-    original = harness.sample_batch
-    monkeypatch.setattr(harness, "sample_batch", lambda *a, **how: seen.append(a) or original(*a, **how))
+    original = harness.sample_answers
+    monkeypatch.setattr(harness, "sample_answers", lambda *a, **how: seen.append(a) or original(*a, **how))
     evaluate.run(replace(settings, ckpt=str(tiny_checkpoint(tmp_path / "other", "llama", seed=5))))
     assert seen
 
@@ -473,7 +471,7 @@ def synthetic(name: str, items: list[Item], folder: Path) -> tuple[dict, dict]:
 @official
 @pytest.mark.parametrize("name", BENCHES)
 def test_every_stored_file_command_on_the_official_questions(name, tmp_path, capsys):
-    stored, wanted = synthetic(name, BENCHES[name].items(OFFICIAL), tmp_path)
+    stored, wanted = synthetic(name, items_of(OFFICIAL, BENCHES[name]), tmp_path)
     flags = [x for flag, path in stored.items() for x in (f"--{flag}", path)]
     assert code("--bench", name, "--data_dir", OFFICIAL, *flags, "--json", "--out", tmp_path / "out") == (0, "")
     (found,), = json.loads(capsys.readouterr().out).values()
@@ -490,9 +488,9 @@ def test_a_judgment_file_with_several_models_scores_each(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, why", [
-    ({"bench": "mt_bank"}, "choose among mt_bench"), ({"bench": "pope,mmbench", "answers": "x"}, "with --answers or --judgments, one"),
+    ({"bench": "mt_bank"}, "choose among mm_vet"), ({"bench": "pope,mmbench", "answers": "x"}, "with --answers or --judgments, one"),
     ({"bench": "pope", "judgments": "x"}, "needs no judge; give --answers"), ({"bench": "pope"}, "say with --data_dir"),
-    ({"bench": "mm_vet", "judgments": "x"}, "give --data_dir with its question file"), ({"coverage": 2.0}, "--coverage from 0 to 1"),
+    ({"bench": "mm_vet", "judgments": "x"}, "say with --data_dir"), ({"coverage": 2.0}, "--coverage from 0 to 1"),
     ({"batch": 0}, "--batch at least 1"), ({"bench": "mt_bench", "judge": "oracle"}, "say gemini:MODEL"), ({"compare": ("nowhere",)}, "holds no results.json"),
     ({"bench": "alpaca_eval", "judgments": "nowhere.json"}, "nowhere.json: cannot be read")])
 def test_the_door(flags, why, tmp_path):
@@ -509,7 +507,7 @@ def test_answers_to_other_questions_are_refused(data, tmp_path):
 def test_official_files_that_do_not_fit_each_other(settings, data, tmp_path):
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     write(copy / "llava_bench_wild/context.jsonl", [{"id": "001", "image": "001.jpg", "caption": "a"}])
-    with pytest.raises(BadInput, match="the files of llava_bench do not belong together, for '002.jpg' is not to be found"):
+    with pytest.raises(BadInput, match="llava_bench_wild: not all that llava_bench needs is there .*002.jpg"):
         evaluate.run(replace(settings, bench="llava_bench", data_dir=str(copy), judge_url="http://127.0.0.1:1"))
 
 
@@ -522,7 +520,7 @@ def test_a_checkpoint_that_is_not_there_is_noticed_before_the_first_is_asked(set
 # ---- the miniature ---------------------------------------------------------------------------------------------
 
 def test_a_second_checkpoint_that_is_missing_is_told_before_the_first_takes_its_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(miniature, "score_checkpoint", lambda *a: pytest.fail("it began"))
+    monkeypatch.setattr(miniature, "measure", lambda *a: pytest.fail("it began"))
     with pytest.raises(BadInput, match="--ckpt nowhere: no such folder"):
         evaluate.run(Settings(ckpt="toy,nowhere", out=str(tmp_path)))
 

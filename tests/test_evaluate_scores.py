@@ -1,7 +1,7 @@
 """Every scorer against figures worked out by hand, every parser against a table of replies, every prompt against its template.
 
     python -m pytest tests/test_evaluate_scores.py -q
-    REMEDY_BENCHMARKS=DIR python -m pytest ...        also on the official question files, laid out as the README says
+    REMEDY_BENCHMARKS=DIR python -m pytest ...        also on the official files, laid out as docs/benchmarks.md says
 
 The files here are small and made up, in the formats that the benchmarks' own tools write.
 """
@@ -10,37 +10,57 @@ import json
 import os
 import random
 import re
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import harness
-from benchmarks.harness import Item, load, mean, ratios
+from benchmarks import alpaca_eval, harness, llava_bench, mm_vet, mmbench, mt_bench, pope
+from benchmarks.harness import Folder, Item, Prompt, load, mean, ratios
 from common import BadInput
 from conftest import picture
 from evaluate import BENCHES
-from benchmarks.text import AlpacaEval, MTBench, length_controlled
-from benchmarks.pictures import POPE, LLaVABench, MMBench, MMVet
 
 OFFICIAL = os.environ.get("REMEDY_BENCHMARKS", "")
 official = pytest.mark.skipif(not OFFICIAL, reason="REMEDY_BENCHMARKS names no folder of official question files")
 
 
+def folder(data, bench) -> Folder:
+    return Folder(Path(data) / bench.FOLDER, bench.SOURCE, Path(data) / "unpacked")
+
+
+def items_of(data, bench) -> list[Item]:
+    return bench.items(folder(data, bench))
+
+
+def answered(items: list[Item], texts) -> list[Item]:
+    """The items with answers: {id: texts of its turns}, or a function of the item; who has none keeps none."""
+    texts = texts if isinstance(texts, dict) else {item.id: texts(item) for item in items}
+    return [replace(item, texts=texts[item.id], finishes=["stop"] * len(texts[item.id])) if item.id in texts else item for item in items]
+
+
+def prompts_of(data, bench, items: list[Item]) -> dict[str, Prompt]:
+    return {prompt.id: prompt for prompt in bench.prompts(folder(data, bench), [item for item in items if item.texts], "m")}
+
+
 def write(path: Path, rows) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows) if isinstance(rows, list) else rows if isinstance(rows, str) else json.dumps(rows))
+    text = rows if isinstance(rows, str) else json.dumps(rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) if isinstance(rows, list) else text)
     return path
 
 
-def told(*texts):
-    return [{"text": t, "finish": "stop"} for t in texts]
+def close(figure, value, ci=None):
+    assert abs(figure["mean"] - value) < 1e-9, (figure, value)
+    assert ci is None or abs(figure["ci"] - ci) < 1e-9, (figure, ci)
 
 
-def close(estimate, value, ci=None):
-    assert abs(estimate["mean"] - value) < 1e-9, (estimate, value)
-    assert ci is None or abs(estimate["ci"] - ci) < 1e-9, (estimate, ci)
+def reads(read, replies: dict):
+    """What `read` makes of each reply; None where it must refuse."""
+    for reply, value in replies.items():
+        assert harness.readable(read, reply) == value, reply
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------
@@ -49,6 +69,7 @@ def test_the_interval_of_a_plain_mean_is_the_textbook_one():
     x = [1.0, 4.0, 2.0, 7.0]
     close(mean(x), 3.5, 1.96 * np.std(x, ddof=1) / 2)
     assert mean([3.0]) == {"mean": 3.0, "ci": None, "n": 1} and mean([])["mean"] is None and ratios([])["mean"] is None
+    assert harness.shown(mean(x), "5.1f") == "  3.5 ±2.6" and harness.shown(mean([]), "5.1f") == "-"
 
 
 def test_turns_of_one_question_move_together():
@@ -65,7 +86,7 @@ def test_the_interval_of_f1_covers_what_it_should():
         yes = np.where(rng.random(6 * n) < 0.25 + 0.7 * (1 - hard), true, 1 - true)
         return ratios([(2 * true * yes, true + yes, np.arange(n).repeat(6).tolist())])
     truth = draw(20000)["mean"]
-    inside = np.mean([abs(e["mean"] - truth) < e["ci"] for e in (draw(60) for _ in range(400))])
+    inside = np.mean([abs(figure["mean"] - truth) < figure["ci"] for figure in (draw(60) for _ in range(400))])
     assert 0.93 < inside < 0.965, "independent questions would give .915"
 
 
@@ -78,17 +99,11 @@ def test_the_mean_of_three_f1s_has_one_interval():
 
 # ---- MT-Bench --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reply, grade, strict", [
-    ("Good. Rating: [[7]]", 7, 7), ("[[7.5]] and [[2]]", 7.5, 7.5), ("as [1] says. No grade.", 1, None), ("Rating: [6]", 6, 6),
-    ("[[8/10]]", -1, 8), ("[[85]]", 85, None), ("[[0]]", 0, None), ("", -1, None), ("ten", -1, None), ("[[10]]", 10, 10),
-    ("see [3]; Rating: [[4]]", 4, 4)])
-def test_mt_bench_reads_grades(reply, grade, strict):
-    assert MTBench.official(reply) == grade
-    if strict is None:
-        with pytest.raises(ValueError):
-            MTBench.read(reply)
-    else:
-        assert MTBench.read(reply) == strict
+def test_mt_bench_reads_grades():
+    reads(mt_bench.official, {"Good. Rating: [[7]]": 7, "[[7.5]] and [[2]]": 7.5, "as [1] says. No grade.": 1, "Rating: [6]": 6, "[[8/10]]": -1,
+                              "[[85]]": 85, "[[0]]": 0, "": -1, "ten": -1, "[[10]]": 10, "see [3]; Rating: [[4]]": 4})
+    reads(mt_bench.read, {"Good. Rating: [[7]]": 7, "[[7.5]] and [[2]]": 7.5, "as [1] says. No grade.": None, "Rating: [6]": 6, "[[8/10]]": 8,
+                          "[[85]]": None, "[[0]]": None, "": None, "ten": None, "[[10]]": 10, "see [3]; Rating: [[4]]": 4})
 
 
 def graded(question, turn, score, judgment=None, model="m"):
@@ -97,19 +112,18 @@ def graded(question, turn, score, judgment=None, model="m"):
 
 
 def test_mt_bench_scores_as_show_result_does():
-    """Rows without a grade are dropped, all others averaged as they stand; the repaired figures beside it."""
+    """Rows without a grade are dropped, all others averaged as they stand; the repaired figure beside it."""
     rows = [graded(81, 1, 8), graded(81, 2, 6), graded(81, 2, 2), graded(104, 1, 10), graded(104, 2, -1, "no"), graded(82, 1, 1, "see [1]")]
     items = [Item(str(n), ["a", "b"], {"question_id": n, "category": kind}) for n, kind in ((81, "writing"), (82, "writing"), (104, "math"))]
-    found = MTBench.score(items, {}, rows)
+    found = mt_bench.score(items, rows)
     close(found["scores"]["score"], (8 + 6 + 2 + 10 + 1) / 5)
     close(found["scores"]["turn 1"], (8 + 10 + 1) / 3)
     close(found["scores"]["turn 2"], (6 + 2) / 2)
     close(found["scores"]["strict"], (8 + 2 + 10) / 3)                   # the later judgment of a turn, no citation
-    close(found["scores"]["sound"], (8 + 2) / 2)                         # 104 has a wrong reference
     close(found["categories"]["math"], 10)
     close(found["categories"]["writing"], (8 + 6 + 2 + 1) / 4)
     assert (found["ok"], found["total"]) == (3, 6)
-    assert MTBench.score([], {}, rows)["total"] == 5, "without the questions: what the file speaks of"
+    assert mt_bench.score([], rows)["total"] == 5, "without the questions: what the file speaks of"
 
 
 TEMPLATES = [{"name": f"single-{math}v1{turn}", "system_prompt": f"system {math}{turn} [[rating]]", "prompt_template": text} for math, turn, text in (
@@ -118,46 +132,46 @@ TEMPLATES = [{"name": f"single-{math}v1{turn}", "system_prompt": f"system {math}
     ("math-", "-multi-turn", "{ref_answer_1}|{ref_answer_2}|{question_1}|{answer_1}|{question_2}|{answer_2}"))]
 
 
-def mt_bench(folder: Path) -> Path:
-    write(folder / "mt_bench/question.jsonl", [{"question_id": n, "category": kind, "turns": [f"first {n}?", f"second {{{n}}}?"]}
-                                               for n, kind in ((81, "writing"), (111, "math"), (151, "humanities"))])
-    write(folder / "mt_bench/judge_prompts.jsonl", TEMPLATES)
-    write(folder / "mt_bench/reference_answer/gpt-4.jsonl", [{"question_id": 111, "choices": [{"index": 0, "turns": ["r1", "r2"]}]}])
-    return folder
+def make_mt_bench(data: Path) -> Path:
+    write(data / "mt_bench/question.jsonl", [{"question_id": n, "category": kind, "turns": [f"first {n}?", f"second {{{n}}}?"]}
+                                             for n, kind in ((81, "writing"), (111, "math"), (151, "humanities"))])
+    write(data / "mt_bench/judge_prompts.jsonl", TEMPLATES)
+    write(data / "mt_bench/reference_answer/gpt-4.jsonl", [{"question_id": 111, "choices": [{"index": 0, "turns": ["r1", "r2"]}]}])
+    return data
 
 
 def test_mt_bench_prompts_and_temperatures(tmp_path):
-    items = MTBench.items(str(mt_bench(tmp_path)))
-    assert [i.temperature for i in items] == [0.7, 0.0, 0.1]
-    prompts = {p.id: p for p in MTBench.prompts(str(tmp_path), items, {i.id: told("one", "{two}") for i in items})}
+    items = answered(items_of(make_mt_bench(tmp_path), mt_bench), lambda item: ["one", "{two}"])
+    assert [item.temperature for item in items] == [0.7, 0.0, 0.1]
+    prompts = prompts_of(tmp_path, mt_bench, items)
     assert prompts["81-1"].text == "Q first 81? A one" and prompts["81-1"].system == "system  [[rating]]"
     assert prompts["151-2"].text == "first 151?|one|second {151}?|{two}" and prompts["151-2"].system == "system -multi-turn [[rating]]"
     assert prompts["111-1"].text == "Q first 111? R r1 A one"
-    assert prompts["111-2"].text == "r1|r2|first 111?|one|second {111}?|{two}" and prompts["111-2"].row["prompt_name"] == "single-math-v1-multi-turn"
+    assert prompts["111-2"].text == "r1|r2|first 111?|one|second {111}?|{two}"
+    row = mt_bench.judge_rows([prompts["111-2"]], {"111-2": "[[3]]"}, "j")[0]
+    assert row["judge"] == ["j", "single-math-v1-multi-turn"] and (row["question_id"], row["turn"], row["score"], row["model"]) == (111, 2, 3, "m")
     items[0].row["category"] = "reasoning"
-    with pytest.raises(KeyError, match="81"):                            # evaluate.from_files says it in words
-        MTBench.prompts(str(tmp_path), items, {i.id: told("one", "two") for i in items})
+    with pytest.raises(KeyError, match="81"):                            # evaluate.official_files says it in words
+        prompts_of(tmp_path, mt_bench, items)
 
 
 @official
 def test_mt_bench_prompts_are_the_official_templates_filled():
     """Byte for byte, for all 80 questions and both turns."""
-    items = MTBench.items(OFFICIAL)
-    answers = {i.id: told(f"first {{answer}} to {i.id}\n[[5]]", f"second {i.id}") for i in items}
-    prompts = {p.id: p for p in MTBench.prompts(OFFICIAL, items, answers)}
-    folder = Path(OFFICIAL) / "mt_bench"
-    rules = {r["name"]: r for r in load(folder / "judge_prompts.jsonl")}
-    truth = {r["question_id"]: r["choices"][0]["turns"] for r in load(folder / "reference_answer" / "gpt-4.jsonl")}
+    items = answered(items_of(OFFICIAL, mt_bench), lambda item: [f"first {{answer}} to {item.id}\n[[5]]", f"second {item.id}"])
+    prompts = prompts_of(OFFICIAL, mt_bench, items)
+    where = Path(OFFICIAL) / "mt_bench"
+    rules = {r["name"]: r for r in load(where / "judge_prompts.jsonl")}
+    truth = {r["question_id"]: r["choices"][0]["turns"] for r in load(where / "reference_answer" / "gpt-4.jsonl")}
     assert len(prompts) == 160
-    for row in load(folder / "question.jsonl"):
-        n, (a1, a2) = row["question_id"], [a["text"] for a in answers[str(row["question_id"])]]
+    for item in items:
+        n, (q1, q2), (a1, a2) = item.row["question_id"], item.row["turns"], item.texts
         math = n in truth
-        assert math == (row["category"] in ("math", "reasoning", "coding"))
+        assert math == (item.row["category"] in ("math", "reasoning", "coding"))
         extra = {"ref_answer_1": truth[n][0], "ref_answer_2": truth[n][1]} if math else {}
         one, two = (rules[("single-math-v1" if math else "single-v1") + end] for end in ("", "-multi-turn"))
-        assert prompts[f"{n}-1"].text == one["prompt_template"].format(question=row["turns"][0], answer=a1, **extra)
-        assert prompts[f"{n}-2"].text == two["prompt_template"].format(question_1=row["turns"][0], question_2=row["turns"][1],
-                                                                       answer_1=a1, answer_2=a2, **extra)
+        assert prompts[f"{n}-1"].text == one["prompt_template"].format(question=q1, answer=a1, **extra)
+        assert prompts[f"{n}-2"].text == two["prompt_template"].format(question_1=q1, question_2=q2, answer_1=a1, answer_2=a2, **extra)
         assert (prompts[f"{n}-1"].system, prompts[f"{n}-2"].system) == (one["system_prompt"], two["system_prompt"])
 
 
@@ -180,64 +194,54 @@ def ranks(one, two):
     return f"[{{'model': 'model_1', 'rank': {one}}}, {{'model': 'model_2', 'rank': {two}}}]"
 
 
-def alpaca(folder: Path, n: int = 6) -> Path:
-    write(folder / "alpaca_eval/alpaca_eval.json", [{"dataset": "d", "instruction": f"do {k}", "output": f"reference {k}", "generator": "davinci"}
-                                                    for k in range(n)])
-    write(folder / "alpaca_eval/alpaca_eval.txt", TEMPLATE)
-    return folder
+def make_alpaca(data: Path, n: int = 6) -> Path:
+    write(data / "alpaca_eval/alpaca_eval.json", [{"dataset": "d", "instruction": f"do {k}", "output": f"reference {k}", "generator": "davinci"}
+                                                  for k in range(n)])
+    write(data / "alpaca_eval/alpaca_eval.txt", TEMPLATE)
+    return data
 
 
-def test_alpaca_eval_prompts(tmp_path):
-    """The order is drawn per instruction, both orders occur; braces in the texts are left alone, but for a field's own name."""
-    items = AlpacaEval.items(str(alpaca(tmp_path, 40)))
+def test_alpaca_eval_prompts_and_judgments(tmp_path):
+    """The order is drawn per instruction, both orders occur; braces in the texts are left alone, but for a field's own name. The
+    swap is undone, and equal answers are a draw that nobody is asked about."""
+    items = items_of(make_alpaca(tmp_path, 40), alpaca_eval)
     items[0].row["instruction"] = "write {x} and {output_2}"
-    answers = {i.id: told("mine {y}") for i in items} | {items[1].id: told(items[1].row["output"])}
-    prompts = {p.id: p for p in AlpacaEval.prompts(str(tmp_path), items, answers)}
-    assert items[1].id not in prompts, "equal answers are a draw, and not asked about"
-    orders = set()
+    items = answered(items, lambda item: [item.row["output"]] if item.id == items[1].id else ["mine {y}"])
+    prompts = prompts_of(tmp_path, alpaca_eval, items)
+    orders = {}
     for item in items[2:]:
         text, swapped = prompts[item.id].text, random.Random(f"is_switched_outputs{item.row['instruction']}0").choices([False, True], k=1)[0]
         first, second = ("mine {y}", item.row["output"]) if swapped else (item.row["output"], "mine {y}")
         assert f"model_1: {first}\nmodel_2: {second}\n" in text and f'"""{item.row["instruction"]}"""' in text
-        orders.add(swapped)
-    assert orders == {False, True} and prompts[items[2].id].system == "Rank." and "<|im" not in prompts[items[2].id].text
+        orders[item.row["instruction"]] = swapped
+    assert {*orders.values()} == {False, True} and prompts[items[2].id].system == "Rank." and "<|im" not in prompts[items[2].id].text
     assert '"""write {x} and ' in prompts[items[0].id].text and "model_2: {output_2}" in prompts[items[0].id].text   # as the official tool does
 
-
-@pytest.mark.parametrize("reply, rank, tolerant", [
-    (ranks(1, 2), 1, 1), (ranks(2, 1), 2, 2), (f"```python\n{ranks(2, 1)}\n```", None, 2), (f"Here: {ranks(1, 2)}. I hope it helps", None, 1),
-    (ranks(3, 1), None, None), ("[]", None, None), ("model_1", None, None), ("", None, None), ("[{'model': 'model_2', 'rank': 1}]", None, None),
-    ("__import__('os')", None, None)])
-def test_alpaca_eval_reads_ranks(reply, rank, tolerant):
-    for read, value in ((AlpacaEval.official, rank), (AlpacaEval.read, tolerant)):
-        if value is None:
-            with pytest.raises(ValueError):
-                read(reply)
-        else:
-            assert read(reply) == value
+    rows = alpaca_eval.judge_rows(list(prompts.values()), {item.id: ranks(1, 2) for item in items}, "j")
+    assert prompts[items[1].id].text == "" and rows[1]["preference"] == 1.5
+    assert all(row["preference"] == (2 if orders[row["instruction"]] else 1) for row in rows[2:])
+    assert {"instruction", "output_1", "output_2", "generator_1", "generator_2", "annotator", "preference"} <= set(rows[0])
 
 
-def annotated(k, preference, said=None):
-    return {"instruction": f"do {k}", "output_1": "r" * 10, "output_2": "m" * (5 + k), "preference": preference, "raw_completion": said}
+def test_alpaca_eval_reads_ranks():
+    bare = {ranks(1, 2): 1, ranks(2, 1): 2, ranks(3, 1): None, "[]": None, "model_1": None, "": None, "[{'model': 'model_2', 'rank': 1}]": None,
+            "__import__('os')": None, "{'model': 1}": None, "[{'model': 'model_1', 'rank': [1]}]": None}
+    fenced, prose = f"```python\n{ranks(2, 1)}\n```", f"Here: {ranks(1, 2)}. I hope it helps"
+    reads(alpaca_eval.official, bare | {fenced: None, prose: None})
+    reads(alpaca_eval.read, bare | {fenced: 2, prose: 1})
 
 
 def test_alpaca_eval_scores_as_the_leaderboard_does():
-    rows = [annotated(k, p) for k, p in enumerate((1, 2, 2, 1.5, 0, None))] + [annotated(9, None, f"```\n{ranks(1, 2)}\n```")]
-    found = AlpacaEval.score([], {}, rows)
+    """The win rate counts official verdicts only; one in a code fence counts where length is controlled for (here it is equal)."""
+    rows = [{"instruction": f"do {k}", "output_1": "r" * (5 + k), "output_2": "m" * (5 + k), "preference": p, "raw_completion": said}
+            for k, (p, said) in enumerate([(1, ""), (2, ""), (2, ""), (1.5, None), (0, ""), (None, None), (None, f"```\n{ranks(1, 2)}\n```")])]
+    found = alpaca_eval.score([], rows)
     values = [0, 1, 1, 0.5, 0.5]
     close(found["scores"]["win rate"], 60, 1.96 * 100 * np.std(values, ddof=1) / 5 ** 0.5)
-    last = AlpacaEval.switched("do 9")                                   # then model_1 is the model, and won
-    close(found["scores"]["tolerant"], 100 * np.mean(values + [1.0 if last else 0.0]))
-    assert (found["ok"], found["total"], found["scores"]["win rate"]["n"]) == (6, 7, 5)
-    assert found["length"] == np.mean([5, 6, 7, 8, 9, 10, 14])
-
-
-def test_judge_rows_undo_the_swap(tmp_path):
-    items = AlpacaEval.items(str(alpaca(tmp_path, 30)))
-    answers = {i.id: told("mine") for i in items}
-    rows = AlpacaEval.judge_rows(items, answers, [], {i.id: ranks(1, 2) for i in items}, "m", "j")
-    assert all(r["preference"] == (2 if AlpacaEval.switched(r["instruction"]) else 1) for r in rows)
-    assert AlpacaEval.judge_rows(items[:1], {items[0].id: told(items[0].row["output"])}, [], {}, "m", "j")[0]["preference"] == 1.5
+    last = 1.0 if alpaca_eval.switched("do 6") else 0.0                  # then model_1 is the model, and won
+    controlled = found["scores"]["controlled"]
+    assert abs(controlled["mean"] - 100 * np.mean([*values, last])) < 0.2 and controlled["n"] == 6
+    assert (found["ok"], found["total"], found["scores"]["win rate"]["n"], found["length"]) == (6, 7, 5, 8)
 
 
 def test_length_control_recovers_what_made_the_judge_decide():
@@ -245,86 +249,76 @@ def test_length_control_recovers_what_made_the_judge_decide():
     rng = np.random.default_rng(1)
     d = rng.normal(300, 500, 4000)
     won = (rng.random(4000) < 1 / (1 + np.exp(-(0.4 + 1.5 * np.tanh(d / d.std()))))).astype(float)
-    found, truth = length_controlled(list(won), list(d)), 100 / (1 + np.exp(-0.4))
+    found, truth = alpaca_eval.at_equal_length(list(won), list(d)), 100 / (1 + np.exp(-0.4))
     assert 100 * won.mean() > truth + 8 and abs(found["mean"] - truth) < found["ci"] < 3 and found["n"] == 4000
-
-
-def test_length_control_at_the_edges():
-    even = length_controlled([1, 0, 0.5, 1] * 50, [0] * 200)
+    even = alpaca_eval.at_equal_length([1, 0, 0.5, 1] * 50, [0] * 200)
     assert abs(even["mean"] - 62.5) < 0.1, "no difference in length: the win rate itself"
-    always = length_controlled([1.0] * 50, [1, -1] * 25)
-    assert 95 < always["mean"] < 100 and np.isfinite(always["ci"]) and length_controlled([], [])["mean"] is None
+    always = alpaca_eval.at_equal_length([1.0] * 50, [1, -1] * 25)
+    assert 95 < always["mean"] < 100 and np.isfinite(always["ci"]) and alpaca_eval.at_equal_length([], [])["mean"] is None
 
 
 # ---- MM-Vet ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reply, grade", [
-    ("0.7", 0.7), ("1", 1.0), ("0.5\n", 0.5), ("0.5\nbecause", 0.5), (" 0.3", 0.3), ("**0.4**", 0.4), ("2", None), ("0.9 since", 0.9),
-    ("I'd say 0.5", None), ("", None), ("-0.5", None), ("1.0.", 1.0), ("8/10", None), ("1/2", None), ("10", None), ("0.5/1", None), (".5", 0.5), ("v0.5", None)])
-def test_mm_vet_reads_grades(reply, grade):
-    if grade is None:
-        with pytest.raises(ValueError):
-            MMVet.read(reply)
-    else:
-        assert MMVet.read(reply) == grade
-        assert MMVet.judge_rows([], {}, [harness.Prompt("v1_0", "")], {"v1_0": reply}, "m", "j")["v1_0"]["score"] == [grade]
+def test_mm_vet_reads_grades():
+    reads(mm_vet.read, {"0.7": 0.7, "1": 1.0, "0.5\n": 0.5, "0.5\nbecause": 0.5, " 0.3": 0.3, "**0.4**": 0.4, "2": None, "0.9 since": 0.9,
+                        "I'd say 0.5": None, "": None, "-0.5": None, "1.0.": 1.0, "8/10": None, "1/2": None, "10": None, "0.5/1": None, ".5": 0.5,
+                        "v0.5": None})
+    assert mm_vet.judge_rows([Prompt("v1_0", ""), Prompt("v1_1", "")], {"v1_0": "0.7 or so"}, "j") == {
+        "v1_0": {"model": ["j"], "content": ["0.7 or so"], "score": [0.7]}}
 
 
-def mm_vet(folder: Path) -> Path:
+def make_mm_vet(data: Path) -> Path:
     rows = {f"v1_{k}": {"imagename": f"v1_{k}.png", "question": f"what {k}?", "answer": "a<AND>b<OR>c", "capability": c, "imagesource": "web"}
             for k, c in enumerate((["ocr", "math"], ["math", "ocr"], ["rec"], ["rec"]))}
-    write(folder / "mm_vet/mm-vet.json", rows)
-    return folder
+    write(data / "mm_vet/mm-vet.json", rows)
+    return data
 
 
 def test_mm_vet_scores_as_its_evaluator_does(tmp_path):
-    items = MMVet.items(str(mm_vet(tmp_path)))
+    items = items_of(make_mm_vet(tmp_path), mm_vet)
     grade = lambda *pairs: {"model": ["gpt-4"] * len(pairs), "content": [c for c, _ in pairs], "score": [s for _, s in pairs]}
     rows = {"v1_0": grade(("1.0", 1.0), ("0.5", 0.5)), "v1_1": grade(("0.0", 0.0), ("0.1", 0.1)), "v1_2": grade(("0.2", 0.2), ("0.4", 0.4)),
             "v1_3": grade(("well", 0.0), ("0.8", 0.8))}
-    found = MMVet.score(items, {}, rows)
+    found = mm_vet.score(items, rows)
     close(found["scores"]["total"], np.mean([(1 + 0 + .2 + 0) / 4, (.5 + .1 + .4 + .8) / 4]) * 100)
-    close(found["scores"]["parsed"], np.mean([(1 + 0 + .2) / 3, (.5 + .1 + .4 + .8) / 4]) * 100)     # "well" is no grade
+    close(found["scores"]["parsed"], (1 + 0 + .2 + .5 + .1 + .4 + .8) / 7 * 100)     # "well" is no grade
     close(found["categories"]["ocr"], np.mean([.5, .3]) * 100)
     close(found["categories"]["math_ocr"], np.mean([.5, .3]) * 100)
     close(found["categories"]["rec"], np.mean([.1, .6]) * 100)
-    assert (found["runs"], found["ok"], found["total"]) == (2, 4, 4) and "rec_rec" not in found["categories"]
-    assert MMVet.score(items, {}, {"v1_3": grade(("well", 0.0))})["ok"] == 0
-    assert MMVet.score(items, {}, {})["scores"]["total"]["mean"] is None
+    sums = [1.5, 0.1, 0.6, 0.8]                                          # of both runs: a question's move together
+    close(found["scores"]["total"], 50 * np.mean(sums), 1.96 * 50 * np.std(sums, ddof=1) / 2)
+    assert (found["runs"], found["ok"], found["total"]) == (2, 4, 4) and set(found["categories"]) == {"math", "ocr", "rec", "math_ocr"}
+    assert mm_vet.score(items, {"v1_3": grade(("well", 0.0))})["ok"] == 0
+    assert mm_vet.score(items, {})["scores"]["total"]["mean"] is None
     with pytest.raises(BadInput, match="no question of mm-vet.json"):
-        MMVet.score(items, {}, {"v1_9": grade(("1", 1.0))})
+        mm_vet.score(items, {"v1_9": grade(("1", 1.0))})
 
 
 def test_mm_vet_takes_the_users_prompt_and_says_whose_it_is(tmp_path):
-    items = MMVet.items(str(mm_vet(tmp_path)))
-    ask = lambda: MMVet.prompts(str(tmp_path), items, {"v1_2": told("A, b")})[0]
-    assert ask().text == f"{MMVet.OURS}\nwhat 2? | a <AND> b <OR> c | A, b | " and "our own wording" in ask().row["wording"]
+    items = answered(items_of(make_mm_vet(tmp_path), mm_vet), {"v1_2": ["A, b"]})
+    ask = lambda: prompts_of(tmp_path, mm_vet, items)["v1_2"]
+    assert ask().text == f"{mm_vet.OURS}\nwhat 2? | a <AND> b <OR> c | A, b | " and "our own wording" in ask().wording
     write(tmp_path / "mm_vet/prompt.txt", "OFFICIAL\nQ | G | P | C\n")
-    assert ask().text == "OFFICIAL\nQ | G | P | C\nwhat 2? | a <AND> b <OR> c | A, b | " and "official" in ask().row["wording"] and ask().system == ""
+    assert ask().text == "OFFICIAL\nQ | G | P | C\nwhat 2? | a <AND> b <OR> c | A, b | " and "official" in ask().wording and ask().system == ""
 
 
 # ---- LLaVA-Bench -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reply, pair, parsed", [
-    ("8 7\nBoth", [8, 7], [8, 7]), ("8,7", [8, 7], [8, 7]), ("8, 9\nwell", [-1, -1], [8, 9]), ("8.5 9", [8.5, 9], [8.5, 9]), ("8 7 ", [-1, -1], [8, 7]),
-    ("eight 9", [-1, -1], None), ("", [-1, -1], None), ("8", [-1, -1], None), ("1 2 3", [-1, -1], None), ("80 90", [80, 90], None), ("0 5", [0, 5], None),
-    ("nan 5", None, None)])
-def test_llava_bench_reads_pairs(reply, pair, parsed):
-    assert pair is None or LLaVABench.official(reply) == pair
-    if parsed is None:
-        with pytest.raises(ValueError):
-            LLaVABench.read(reply)
-    else:
-        assert LLaVABench.read(reply) == parsed
+def test_llava_bench_reads_pairs():
+    no = [-1, -1]
+    reads(llava_bench.official, {"8 7\nBoth": [8, 7], "8,7": [8, 7], "8, 9\nwell": no, "8.5 9": [8.5, 9], "8 7 ": no, "eight 9": no, "": no, "8": no,
+                                 "1 2 3": no, "80 90": [80, 90], "0 5": [0, 5]})
+    reads(llava_bench.read, {"8 7\nBoth": [8, 7], "8,7": [8, 7], "8, 9\nwell": [8, 9], "8.5 9": [8.5, 9], "8 7 ": [8, 7], "eight 9": None, "": None,
+                             "8": None, "1 2 3": None, "80 90": None, "0 5": None, "nan 5": None, "8 7 and": None})
 
 
 def reviewed(n, kind, reply):
-    return {"id": n + 1, "question_id": n, "category": f"llava_bench_{kind}", "content": reply, "tuple": LLaVABench.official(reply)}
+    return {"id": n + 1, "question_id": n, "category": f"llava_bench_{kind}", "content": reply, "tuple": llava_bench.official(reply)}
 
 
 def test_llava_bench_scores_as_summarize_gpt_review_does():
     rows = [reviewed(0, "conv", "8 6"), reviewed(1, "detail", "9 7"), reviewed(2, "detail", "8, 8"), reviewed(3, "complex", "10 4")]
-    found = LLaVABench.score([], {}, rows)
+    found = llava_bench.score([], rows)
     m1, m2 = round((8 + 9 - 1 + 10) / 4, 3), round((6 + 7 - 1 + 4) / 4, 3)
     close(found["scores"]["relative"], round(m2 / m1 * 100, 1))                              # -1 averaged in
     close(found["scores"]["parsed"], 100 * (6 + 7 + 8 + 4) / (8 + 9 + 8 + 10))
@@ -333,69 +327,73 @@ def test_llava_bench_scores_as_summarize_gpt_review_does():
     close(found["scores"]["reference"], 10 * m1)
     assert (found["ok"], found["total"]) == (4, 4)
     thirds = [{"question_id": k, "category": "llava_bench_conv", "tuple": t} for k, t in enumerate(([1, 1], [1, 2], [2, 2]))]
-    close(LLaVABench.score([], {}, thirds)["scores"]["relative"], 125.1)    # 1.667 / 1.333 as officially rounded; it is 125
+    close(llava_bench.score([], thirds)["scores"]["relative"], 125.1)    # 1.667 / 1.333 as officially rounded; it is 125
+    silent = llava_bench.score([], [reviewed(k, "conv", "sorry") for k in range(3)])
+    assert silent["scores"]["relative"]["mean"] == 100.0, "as published tables have it"
+    assert silent["scores"]["parsed"]["mean"] is None and silent["ok"] == 0
 
 
-def test_llava_bench_when_nothing_could_be_read():
-    found = LLaVABench.score([], {}, [reviewed(k, "conv", "sorry") for k in range(3)])
-    assert found["scores"]["relative"]["mean"] == 100.0, "as published tables have it"
-    assert found["scores"]["parsed"]["mean"] is None and found["ok"] == 0
-
-
-def llava_bench(folder: Path) -> Path:
-    where = folder / "llava_bench_wild"
+def make_llava_bench(data: Path) -> Path:
+    where = data / "llava_bench_wild"
     write(where / "questions.jsonl", [{"question_id": k, "image": f"00{k // 2 + 1}.jpg", "category": kind, "text": f"what {k}?"}
                                       for k, kind in enumerate(("conv", "detail", "complex"))])
     write(where / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": ["a", "b"]}, {"id": "002", "image": "002.jpg", "caption": "c"}])
-    write(where / "answers_gpt4.jsonl", [{"question_id": k, "text": f"gpt {k}", "answer_id": f"g{k}"} for k in range(3)])
+    write(where / "answers_gpt4.jsonl", [{"question_id": k, "text": f"gpt {k} {{role}}", "answer_id": f"g{k}"} for k in range(3)])
     write(where / "rule.json", {f"llava_bench_{kind}": {"role": "Assistant", "prompt": f"rule {kind}"} for kind in ("conv", "detail", "complex")})
-    return folder
+    return data
 
 
 def test_llava_bench_prompts(tmp_path):
-    items = LLaVABench.items(str(llava_bench(tmp_path)))
+    items = answered(items_of(make_llava_bench(tmp_path), llava_bench), {"1": ["mine"]})
     assert items[2].questions == ["<image>\nwhat 2?"] and items[2].root.endswith("llava_bench_wild/images")
-    p = LLaVABench.prompts(str(tmp_path), items, {"1": told("mine")})[0]
-    assert p.text == ("[Context]\na\nb\n\n[Question]\nwhat 1?\n\n[Assistant 1]\ngpt 1\n\n[End of Assistant 1]\n\n"
-                      "[Assistant 2]\nmine\n\n[End of Assistant 2]\n\n[System]\nrule detail\n\n")
-    assert p.system == LLaVABench.OURS and "our own" in p.row["wording"]
+    prompt = prompts_of(tmp_path, llava_bench, items)["1"]
+    assert prompt.text == ("[Context]\na\nb\n\n[Question]\nwhat 1?\n\n[Assistant 1]\ngpt 1 {role}\n\n[End of Assistant 1]\n\n"
+                           "[Assistant 2]\nmine\n\n[End of Assistant 2]\n\n[System]\nrule detail\n\n")
+    assert prompt.system == llava_bench.OURS and "our own" in prompt.wording
+    assert llava_bench.judge_rows([prompt], {"1": "7 9\nwell"}, "j") == [
+        {"id": 1, "question_id": 1, "answer1_id": "g1", "answer2_id": items[1].answer_id("m"), "category": "llava_bench_detail", "content": "7 9\nwell",
+         "tuple": [7, 9]}]
     write(tmp_path / "llava_bench_wild/system.txt", "be exact\n")
-    assert LLaVABench.prompts(str(tmp_path), items, {"1": told("mine")})[0].system == "be exact"
+    assert prompts_of(tmp_path, llava_bench, items)["1"].system == "be exact"
 
 
 # ---- POPE ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("answer, official, words", [
-    ("Yes", "yes", "yes"), ("No", "no", "no"), ("no", "no", "no"), ("", "yes", "unknown"), ("Yes.", "yes", "yes"), ("NO", "yes", "no"), ("No\n", "yes", "no"),
-    ("There isn't a dog", "yes", "no"), ("Yes, there is no doubt", "no", "yes"), ("I cannot tell", "yes", "unknown"), ("No, there is none.", "no", "no"),
-    ("I'm not sure.", "no", "unknown"), ("There is a dog", "yes", "yes"), ("nope", "yes", "no"), ("A dog is not there", "no", "no"),
-    ("Yes. No dog", "yes", "yes"), ("a notice", "yes", "unknown"), ("t", "yes", "unknown")])
-def test_pope_reads_answers(answer, official, words):
-    assert (POPE.official(answer), POPE.words(answer)) == (official, words)
+def test_pope_reads_answers():
+    for answer, officially, words in (
+            ("Yes", "yes", "yes"), ("No", "no", "no"), ("no", "no", "no"), ("", "yes", "unknown"), ("Yes.", "yes", "yes"), ("NO", "yes", "no"),
+            ("No\n", "yes", "no"), ("There isn't a dog", "yes", "no"), ("There isn’t a dog", "yes", "no"), ("Yes, there is no doubt", "no", "yes"),
+            ("I cannot tell", "yes", "unknown"), ("No, there is none.", "no", "no"), ("I'm not sure.", "no", "unknown"), ("There is a dog", "yes", "yes"),
+            ("nope", "yes", "no"), ("A dog is not there", "no", "no"), ("Yes. No dog", "yes", "yes"), ("a notice", "yes", "unknown"),
+            ("t", "yes", "unknown"), ("**Yes**", "yes", "yes")):
+        assert (pope.official(answer), pope.words(answer)) == (officially, words), answer
 
 
-def pope(folder: Path, images: int = 2, typo: bool = False, question_file: bool = True) -> Path:
+SPLITS = ("adversarial", "popular", "random")
+
+
+def make_pope(data: Path, images: int = 2, typo: bool = False, question_file: bool = True) -> Path:
     """Three splits of `images` pictures with four questions each, half of them yes; LLaVA's file in its own order."""
     rows = {split: [{"question_id": 4 * i + k + 1, "image": f"COCO_{i}.jpg", "text": f"Is there {thing} in the {'imange' if typo else 'image'}?",
                      "label": "yes" if k % 2 == 0 else "no"} for i in range(images) for k, thing in enumerate(("a dog", "an owl", "a car", f"a {split}"))]
-            for split in POPE.SPLITS}
+            for split in SPLITS}
     for split, listed in rows.items():
-        write(folder / f"pope/coco/coco_pope_{split}.json", listed)      # JSON lines in spite of the name
+        write(data / f"pope/coco/coco_pope_{split}.json", listed)        # JSON lines in spite of the name
     if question_file:
-        flat = [{"image": r["image"], "text": r["text"].replace("imange", "image") + POPE.SUFFIX, "category": split} for split in POPE.SPLITS
+        flat = [{"image": r["image"], "text": r["text"].replace("imange", "image") + pope.SUFFIX, "category": split} for split in SPLITS
                 for r in reversed(rows[split])]
-        write(folder / "pope/llava_pope_test.jsonl", [{"question_id": k, **r} for k, r in enumerate(flat)])
-    return folder
+        write(data / "pope/llava_pope_test.jsonl", [{"question_id": k, **r} for k, r in enumerate(flat)])
+    return data
 
 
 def test_pope_scores_by_hand(tmp_path):
-    items = POPE.items(str(pope(tmp_path, images=2, typo=True)))
-    assert len(items) == 24 and items[0].questions[0] == f"<image>\nIs there a adversarial in the image?{POPE.SUFFIX}"
+    items = items_of(make_pope(tmp_path, images=2, typo=True), pope)
+    assert len(items) == 24 and items[0].questions[0] == f"<image>\nIs there a adversarial in the image?{pope.SUFFIX}"
     labels = {(i.row["category"], i.row["image"], i.row["text"].split(" in ")[0]): i.row["label"] for i in items}
     assert labels["random", "COCO_1.jpg", "Is there a dog"] == "yes" and labels["random", "COCO_1.jpg", "Is there an owl"] == "no"
-    answers = {i.id: told({"adversarial": "Yes", "popular": "No" if "COCO_0" in i.images[0] else i.row["label"], "random": "NO"}[i.row["category"]])
-               for i in items}
-    found = POPE.score(items, answers)
+    items = answered(items, lambda i: [{"adversarial": "Yes", "popular": "No" if "COCO_0" in i.images[0] else i.row["label"],
+                                        "random": "NO"}[i.row["category"]]])
+    found = pope.score(items)
     close(found["categories"]["adversarial F1"], 2 * 4 / (2 * 4 + 4))
     close(found["categories"]["adversarial accuracy"], 0.5)
     close(found["categories"]["adversarial yes"], 1.0)
@@ -406,160 +404,140 @@ def test_pope_scores_by_hand(tmp_path):
     close(found["scores"]["F1"], (2 / 3 + 2 * 2 / (2 * 2 + 2) + 2 / 3) / 3)
     close(found["scores"]["words"], (2 / 3 + 2 / 3 + 0) / 3)
     assert (found["ok"], found["total"], found["unknown"]) == (24, 24, 0)
-    fewer = POPE.score(items, {k: v for k, v in answers.items() if int(k) % 2})
+    fewer = pope.score([replace(item, texts=item.texts if int(item.id) % 2 else []) for item in items])
     assert fewer["ok"] == 12 and fewer["total"] == 24
-    silent = POPE.score(items, {i.id: told("No") for i in items})
+    silent = pope.score(answered(items, lambda item: ["No"]))
     assert silent["categories"]["random precision"]["mean"] is None and silent["scores"]["F1"]["mean"] == 0
 
 
 def test_pope_from_its_own_files_alone(tmp_path):
-    items = POPE.items(str(pope(tmp_path, question_file=False)))
-    assert len({i.id for i in items}) == 24 and items[0].row["text"].endswith(POPE.SUFFIX) and items[0].max_new == 128
-    write(tmp_path / "pope/other/coco_pope_random.json", [{"image": "COCO_0.jpg", "text": "Is there a dog in the image?", "label": "no"}])
+    items = items_of(make_pope(tmp_path, question_file=False), pope)
+    assert len({i.id for i in items}) == 24 and items[0].row["text"].endswith(pope.SUFFIX) and items[0].max_new == 128
+    write(tmp_path / "pope/other/coco_pope_random.json", [{"image": "COCO_0.jpg", "text": "Is there a dog in the image?", "label": "no"}] * 2)
     with pytest.raises(BadInput, match="labelled otherwise"):
-        POPE.items(str(tmp_path))
+        items_of(tmp_path, pope)
 
 
 @official
 def test_pope_labels_fit_whichever_version_is_there():
-    items = POPE.items(OFFICIAL)
-    counts = {split: [i.row["label"] for i in items if i.row["category"] == split] for split in POPE.SPLITS}
+    items = items_of(OFFICIAL, pope)
+    counts = {split: [i.row["label"] for i in items if i.row["category"] == split] for split in SPLITS}
     assert {k: len(v) for k, v in counts.items()} == {"adversarial": 3000, "popular": 3000, "random": 2910}
     assert counts["random"].count("yes") == 1500
-    perfect = POPE.score(items, {i.id: told(i.row["label"].capitalize()) for i in items})
+    perfect = pope.score(answered(items, lambda item: [item.row["label"].capitalize()]))
     assert perfect["scores"]["F1"]["mean"] == perfect["scores"]["words"]["mean"] == 1
 
 
 # ---- MMBench ---------------------------------------------------------------------------------------------------
 
-def mmbench(folder: Path) -> Path:
+def make_mmbench(data: Path) -> Path:
     """Two questions: 7 with three rotations, 9 with two; pictures of row 7 as base64, the others refer to it."""
-    data = BytesIO()
-    picture(30, 20).save(data, "JPEG")
-    cell = base64.b64encode(data.getvalue()).decode()
-    rows = [(7, "which?", "a hint\nof two lines", "cat", "dog", "owl", "", "B", cell), (1000007, "which?", "a hint", "owl", "cat", "dog", "", "C", "7"),
+    buffer = BytesIO()
+    picture(30, 20).save(buffer, "JPEG")
+    cell = base64.b64encode(buffer.getvalue()).decode()
+    rows = [(1000007, "which?", "a hint", "owl", "cat", "dog", "", "C", "7"), (7, "which?", "a hint\nof two lines", "cat", "dog", "owl", "", "B", cell),
             (2000007, "which?", "nan", "dog", "owl", "cat", "", "A", "7"), (9, "what\\nnow?", "", "None of it", "none", "z", "", "A", "7"),
             (1000009, "what\\nnow?", "", "y", "None of it", "", "", "B", "7")]
     lines = ["\t".join(("index", "question", "hint", "A", "B", "C", "D", "answer", "image"))]
     lines += ["\t".join(f'"{c}"' if "\n" in str(c) else str(c) for c in row) for row in rows]
-    write(folder / "mmbench/dev.tsv", "\n".join(lines) + "\n")
-    return folder
+    write(data / "mmbench/dev.tsv", "\n".join(lines) + "\n")
+    return data
 
 
 def test_mmbench_prompts_options_and_pictures(tmp_path):
-    items = MMBench.items(str(mmbench(tmp_path)))
-    assert items[0].questions == [f"<image>\na hint\nof two lines\nwhich?\nA. cat\nB. dog\nC. owl\n{MMBench.SUFFIX}"]
-    assert items[2].questions == [f"<image>\nwhich?\nA. dog\nB. owl\nC. cat\n{MMBench.SUFFIX}"], "nan is no hint"
+    items = items_of(make_mmbench(tmp_path), mmbench)
+    assert items[1].questions == [f"<image>\na hint\nof two lines\nwhich?\nA. cat\nB. dog\nC. owl\n{mmbench.SUFFIX}"]
+    assert items[2].questions == [f"<image>\nwhich?\nA. dog\nB. owl\nC. cat\n{mmbench.SUFFIX}"], "nan is no hint"
     assert items[3].row["options"] == {"A": "None of it"}, "options end at the first that is none"
-    MMBench.unpack(items, tmp_path / "pictures")
-    assert {(i.root, *i.images) for i in items} == {(str(tmp_path / "pictures"), "7.jpg"), (str(tmp_path / "pictures"), "9.jpg")}
-    assert (tmp_path / "pictures" / "9.jpg").read_bytes() == (tmp_path / "pictures" / "7.jpg").read_bytes() != b""
-    row = MMBench.answer_rows(items, {"7": told("B")}, "m")[0]
+    assert {(i.root, *i.images) for i in items} == {(str(tmp_path / "unpacked"), "7.jpg"), (str(tmp_path / "unpacked"), "9.jpg")}
+    assert (tmp_path / "unpacked" / "9.jpg").read_bytes() == (tmp_path / "unpacked" / "7.jpg").read_bytes() != b""
+    row = mmbench.answer_rows(answered(items, {"7": ["B"]})[1:2], "m")[0]
     assert (row["question_id"], row["option_char"], row["options"], row["text"]) == (7, ["A", "B", "C"], ["cat", "dog", "owl"], "B")
-    assert "<image>" not in row["prompt"] and row["prompt"].endswith(MMBench.SUFFIX) and row["round_id"] == 0
+    assert "<image>" not in row["prompt"] and row["prompt"].endswith(mmbench.SUFFIX) and row["round_id"] == 0
 
 
-@pytest.mark.parametrize("answer, letter", [
-    ("B", "B"), ("B.", "B"), ("(C)", "C"), ("The answer is B", "B"), ("A or B", None), ("dog", "B"), ("It is the owl.", "C"), ("cat and dog", None), ("", None),
-    ("A cat sits on a very long wall", None), ("the correct answer is **C** and that is it, as one can see from all of this", "C"), ("D", None),
-    ("dog" + " and so on" * 20, None)])
-def test_mmbench_finds_letters(answer, letter):
-    assert MMBench.letter(answer, {"A": "cat", "B": "dog", "C": "owl"}) == letter
+def test_mmbench_finds_letters():
+    for answer, letter in (
+            ("B", "B"), ("B.", "B"), ("(C)", "C"), ("The answer is B", "B"), ("A or B", None), ("dog", "B"), ("It is the owl.", "C"), ("cat and dog", None),
+            ("", None), ("A cat sits on a very long wall", None), ("the correct answer is **C** and that is it, as one can see from all of this", "C"),
+            ("D", None), ("dog" + " and so on" * 20, None)):
+        assert mmbench.letter(answer, {"A": "cat", "B": "dog", "C": "owl"}) == letter, answer
 
 
 def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path):
-    items = MMBench.items(str(mmbench(tmp_path)))
-    answers = {"7": told("B"), "1000007": told("C"), "2000007": told("A"), "9": told("A"), "1000009": told("A")}
-    found = MMBench.score(items, answers)
+    items = items_of(make_mmbench(tmp_path), mmbench)
+    answers = {"7": ["B"], "1000007": ["C"], "2000007": ["A"], "9": ["A"], "1000009": ["A"]}
+    found = mmbench.score(answered(items, answers))
     close(found["scores"]["circular"], 0.5)
     close(found["scores"]["vanilla"], 1.0)
     assert found["scores"]["circular"]["n"] == 2 and found["unknown"] == 0
-    fewer = MMBench.score(items, {k: v for k, v in answers.items() if k != "1000009"})
+    fewer = mmbench.score(answered(items, {k: v for k, v in answers.items() if k != "1000009"}))
     close(fewer["scores"]["circular"], 1.0)                              # 9 is not whole: it does not count, and coverage says so
     assert (fewer["ok"], fewer["total"]) == (4, 5)
-
-
-def test_guessing_four_letters_gets_nearly_nothing():
-    rng = random.Random(0)
-    items = [Item(str(k + r * MMBench.MILLION), [""], {"question_id": k + r * MMBench.MILLION, "options": dict.fromkeys("ABCD", "x"), "answer": "ABCD"[r]})
-             for k in range(3000) for r in range(4)]
-    found = MMBench.score(items, {i.id: told(rng.choice("ABCD")) for i in items})["scores"]
-    assert 0.001 < found["circular"]["mean"] < 0.008 and abs(found["vanilla"]["mean"] - 0.25) < 0.03
+    turned = mmbench.score(answered(items, answers | {"1000007": ["A"]}))
+    assert (turned["scores"]["circular"]["mean"], turned["scores"]["vanilla"]["mean"]) == (0, 1), "vanilla counts what is not turned"
 
 
 @official
 def test_mmbench_groups_of_the_official_table():
-    items = MMBench.items(OFFICIAL)
-    found = MMBench.score(items, {i.id: told(i.row["answer"]) for i in items})
+    items = items_of(OFFICIAL, mmbench)
+    found = mmbench.score(answered(items, lambda item: [item.row["answer"]]))
     assert len(items) == 4377 and found["scores"]["circular"]["n"] == 1176 and found["scores"]["circular"]["mean"] == 1
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
 
-MAKERS = {"mt_bench": mt_bench, "alpaca_eval": alpaca, "mm_vet": mm_vet, "llava_bench": llava_bench, "pope": pope, "mmbench": mmbench}
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_answers_come_back_from_the_benchmarks_own_format(tmp_path, name):
-    kind, items = BENCHES[name], BENCHES[name].items(str(MAKERS[name](tmp_path)))
-    answers = {i.id: told(*(f"answer {k} to {i.id}" for k in range(len(i.questions)))) for i in items}
-    path = tmp_path / ("answers" + Path(kind.files[0]).suffix)
-    harness.dump(path, kind.answer_rows(items, answers, "m"))
-    back = kind.read_answers(path)
-    assert {k: [a["text"] for a in v] for k, v in back.items()} == {k: [a["text"] for a in v] for k, v in answers.items()}
-    some = dict(list(answers.items())[1:])
-    harness.dump(path, kind.answer_rows(items, some, "m"))
-    assert list(kind.read_answers(path)) == list(some), "what was not answered has no row"
-
-
+MAKERS = {"mt_bench": make_mt_bench, "alpaca_eval": make_alpaca, "mm_vet": make_mm_vet, "llava_bench": make_llava_bench, "pope": make_pope,
+          "mmbench": make_mmbench}
 SHAPES = {"mt_bench": {"question_id", "answer_id", "model_id", "choices"}, "alpaca_eval": {"dataset", "instruction", "output", "generator"},
           "llava_bench": {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"},
           "pope": {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"},
           "mmbench": {"question_id", "round_id", "prompt", "text", "options", "option_char", "answer_id", "model_id", "metadata"}}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_answer_files_have_the_fields_that_official_tools_read(tmp_path, name):
-    items = BENCHES[name].items(str(MAKERS[name](tmp_path)))
-    rows = BENCHES[name].answer_rows(items, {i.id: told(*["x"] * len(i.questions)) for i in items}, "m")
-    assert len(rows) == len(items) and all(SHAPES[name] <= set(r) for r in rows)
+@pytest.mark.parametrize("name", MAKERS)
+def test_answers_come_back_from_the_benchmarks_own_format(tmp_path, name):
+    bench = BENCHES[name]
+    items = items_of(MAKERS[name](tmp_path), bench)
+    items = answered(items, lambda item: [f"answer {k} to {item.id}" for k in range(len(item.questions))])
+    rows = bench.answer_rows(items, "m")
+    assert len(rows) == len(items) and (name == "mm_vet" or all(SHAPES[name] <= set(row) for row in rows))
+    path = tmp_path / ("answers" + Path(bench.ANSWERS).suffix)
+    harness.dump(path, rows)
+    back = bench.read_answers(path)
+    assert {key: texts for key, (texts, _) in back.items()} == {item.id: item.texts for item in items}
+    assert name == "mm_vet" or all(finishes == ["stop"] * len(texts) for texts, finishes in back.values())
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
-    with pytest.raises(BadInput, match="mt_bench/ must hold one question.jsonl, not 0; get it from github.com/lm-sys"):
-        MTBench.items(str(tmp_path))
-    write(tmp_path / "mt_bench/question.jsonl", [{"question_id": 1}])
-    with pytest.raises(BadInput, match="row 1 has no category, turns"):
-        MTBench.items(str(tmp_path))
+    with pytest.raises(BadInput, match="mt_bench must hold one question.jsonl, not 0; get it from github.com/lm-sys"):
+        items_of(tmp_path, mt_bench)
     write(tmp_path / "mt_bench/question.jsonl", "{")
     with pytest.raises(BadInput, match="neither JSON nor JSON lines"):
-        MTBench.items(str(tmp_path))
-    mmbench(tmp_path)
+        items_of(tmp_path, mt_bench)
+    make_mmbench(tmp_path)
     write(tmp_path / "mmbench/other.tsv", "index\n1\n")
-    with pytest.raises(BadInput, match=r"must hold one \*.tsv, not 2 \(mmbench/dev.tsv, mmbench/other.tsv\)"):
-        MMBench.items(str(tmp_path))
-    os.remove(tmp_path / "mmbench/dev.tsv")
-    with pytest.raises(BadInput, match="not a table of MMBench"):
-        MMBench.items(str(tmp_path))
+    with pytest.raises(BadInput, match=r"must hold one \*.tsv, not 2; keep one of dev.tsv, other.tsv"):
+        items_of(tmp_path, mmbench)
 
 
 def test_nothing_is_random_without_a_seed():
-    for name in ("harness", "miniature", "text_benchmarks", "vision_benchmarks", "compare", "evaluate"):
-        source = Path(harness.__file__).with_name(f"{name}.py").read_text()
-        assert not re.findall(r"\brandom\.(?!Random\b)\w+|torch\.(?:rand|multinomial)", source), name
+    where = Path(harness.__file__).parent
+    for path in (*where.glob("*.py"), where.parent / "evaluate.py"):
+        assert not re.findall(r"\brandom\.(?!Random\b)\w+|torch\.(?:rand|multinomial)", path.read_text()), path.name
 
 
 @official
 def test_no_official_text_was_copied_into_this_repository():
     """No run of eight words of a question, a judge's prompt or a rule stands in our files."""
-    folder = Path(OFFICIAL)
-    texts = [r[key] for r in load(folder / "mt_bench/judge_prompts.jsonl") for key in ("system_prompt", "prompt_template")]
-    texts += [t for r in load(folder / "mt_bench/question.jsonl") for t in r["turns"]]
-    texts += [r["prompt"] for r in load(next(folder.rglob("rule.json"))).values()] + [next(folder.rglob("alpaca_eval.txt")).read_text()]
-    texts += [r["instruction"] for r in load(next(folder.rglob("alpaca_eval*.json")))] + [r["question"] for r in load(folder / "mm_vet/mm-vet.json").values()]
+    where = Path(OFFICIAL)
+    texts = [r[key] for r in load(where / "mt_bench/judge_prompts.jsonl") for key in ("system_prompt", "prompt_template")]
+    texts += [t for r in load(where / "mt_bench/question.jsonl") for t in r["turns"]]
+    texts += [r["prompt"] for r in load(next(where.rglob("rule.json"))).values()] + [next(where.rglob("alpaca_eval.txt")).read_text()]
+    texts += [r["instruction"] for r in load(next(where.rglob("alpaca_eval*.json")))] + [r["question"] for r in load(where / "mm_vet/mm-vet.json").values()]
     words = lambda text: re.findall(r"[a-z]+", text.lower())
     runs = lambda text: {tuple(w[k:k + 8]) for w in [words(text)] for k in range(len(w) - 7)}
     theirs = set().union(*map(runs, texts))
-    for path in (*(p for p in harness.Path(harness.__file__).parent.glob("*.py")), *Path(__file__).parent.glob("*.py")):
+    for path in (*Path(harness.__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.py")):
         shared = runs(path.read_text()) & theirs
         assert not shared, f"{path.name}: {' '.join(next(iter(shared)))}"

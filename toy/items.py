@@ -88,10 +88,11 @@ def ask(model: Llava, tokens: Tokens, records: list[dict], desc: str) -> list[li
         asked.append(Item(record["id"], questions, record, record["images"], record["root"],
                           max_new=MAX_NEW))
 
-    said, failed = answer(asked, lambda: model, tokens, Pixels(model.config), batch=64, desc=desc)
+    answered = answer(asked, lambda: model, tokens, Pixels(model.config), batch=64, desc=desc)
+    failed = [item.failed for item in answered if item.failed]
     if failed:
         raise BadInput(f"{desc}: {failed}")
-    return [[turn["text"] for turn in said[record["id"]]] for record in records]
+    return [item.texts for item in answered]
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -1,0 +1,149 @@
+"""AlpacaEval 1 (github.com/tatsu-lab/alpaca_eval): 805 instructions; a judge says whether it prefers
+the model's answer or text-davinci-003's, in an order drawn per instruction.
+
+Officially, `win rate` is 100 mean(p - 1), where p is 2 if the model won, and a verdict counts only if
+it is a bare Python list.
+
+Judges like length. `controlled` asks what the win rate were at equal length, over all verdicts that
+can be read, also those in a code fence or in prose. It is a logistic regression with a weight for the
+model and one for length:
+
+    P(model wins) = sigmoid(t + f tanh((length - reference's length) / sd)),  controlled = 100 sigmoid(t)
+
+arXiv:2404.04475 adds a term for an instruction's difficulty, which takes other models' judgments. So
+this is not AlpacaEval 2's length-controlled win rate, whose reference and judge are others, too.
+"""
+import ast
+import random
+import re
+
+import numpy as np
+
+from benchmarks.harness import Item, Prompt, load, mean, readable
+from common import sha
+
+TITLE, FORM, SCALE, TOP = "AlpacaEval", "5.1f", 1, 100
+PICTURES = False
+FOLDER = "alpaca_eval"
+SOURCE = "huggingface.co/datasets/tatsu-lab/alpaca_eval or github.com/tatsu-lab/alpaca_eval"
+ANSWERS = "model_outputs.json"
+JUDGMENTS = "annotations.json"
+
+
+def items(folder):
+    rows = folder.load("alpaca_eval*.json")
+    return [Item(sha(row["instruction"]), [row["instruction"]], row) for row in rows]
+
+
+def answer_rows(items, model):
+    return [{"dataset": item.row.get("dataset"), "instruction": item.row["instruction"],
+             "output": item.texts[0], "generator": model, "finish": item.finishes[0]}
+            for item in items]
+
+
+def read_answers(path):
+    return {sha(row["instruction"]): ([row["output"]], [row.get("finish")]) for row in load(path)}
+
+
+def switched(instruction: str) -> bool:
+    """Is the model's answer shown first? Drawn as the official annotator draws it, seed 0."""
+    generator = random.Random("is_switched_outputs" + instruction + "0")
+    return generator.choices([False, True])[0]
+
+
+def prompts(folder, items, model):
+    template = folder.find("alpaca_eval.txt").read_text(encoding="utf8").strip()
+    return [prompt(template, item, model) for item in items]
+
+
+def prompt(template: str, item: Item, model: str) -> Prompt:
+    """Filled as officially: the first {field} that stands there is replaced, one field after the
+    other, then the ChatML markers split the text into messages. Equal answers are not asked about."""
+    instruction, reference, text = item.row["instruction"], item.row["output"], item.texts[0]
+    row = {"instruction": instruction, "output_1": reference, "output_2": text,
+           "generator_1": item.row.get("generator", "reference"), "generator_2": model,
+           "dataset": item.row.get("dataset")}
+    if text == reference:
+        return Prompt(item.id, "", row=row)
+
+    shown = (text, reference) if switched(instruction) else (reference, text)
+    fields = {"{instruction}": instruction, "{output_1}": shown[0], "{output_2}": shown[1]}
+    for name, value in fields.items():
+        template = template.replace(name, value, 1)
+    messages = {}
+    for part in template.split("<|im_start|>")[1:]:
+        role, body = part.split("\n", 1)
+        messages[role.strip()] = body.split("<|im_end|>")[0].strip()
+    return Prompt(item.id, messages["user"], messages["system"], row)
+
+
+def official(text: str) -> int:
+    """The rank of model_1, 1 or 2, in a bare Python list."""
+    try:
+        ranks = {entry["model"]: entry["rank"] for entry in ast.literal_eval(text.strip())}
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        ranks = {}
+    if ranks.get("model_1") not in (1, 2):
+        raise ValueError("no list that ranks model_1 as 1 or 2")
+    return ranks["model_1"]
+
+
+def read(text: str) -> int:
+    """The same from a list in a code fence or in prose."""
+    found = re.search(r"\[\s*{.*?}\s*,?\s*\]", text, re.S)
+    return official(found[0] if found else text)
+
+
+def preference(read, text: str | None, instruction: str) -> int | None:
+    """1 where the reference is preferred, 2 where the model, None where `read` finds no verdict."""
+    rank = readable(read, text or "")
+    return 3 - rank if rank and switched(instruction) else rank
+
+
+def judge_rows(prompts, replies, judge):
+    rows = []
+    for prompt in prompts:
+        text = replies.get(prompt.id)
+        prefers = preference(official, text, prompt.row["instruction"]) if prompt.text else 1.5
+        rows.append(prompt.row | {"annotator": judge, "raw_completion": text, "preference": prefers})
+    return rows
+
+
+def score(items, rows):
+    verdicts = [100 * won(row["preference"]) for row in rows if row["preference"] is not None]
+    wins, longer = {}, {}                              # of each instruction whose verdict can be read
+    for row in rows:
+        instruction, prefers = row["instruction"], row["preference"]
+        if prefers is None:
+            prefers = preference(read, row.get("raw_completion"), instruction)
+        if prefers is not None:
+            wins[instruction] = won(prefers)
+            longer[instruction] = len(row["output_2"]) - len(row["output_1"])
+    return {"scores": {"win rate": mean(verdicts),
+                       "controlled": at_equal_length([*wins.values()], [*longer.values()])},
+            "length": mean([len(row["output_2"]) for row in rows])["mean"],
+            "ok": len(wins), "total": len(items) or len({row["instruction"] for row in rows})}
+
+
+def won(prefers: float) -> float:
+    """1, 0, or 0.5 for a draw, which older files write as 0."""
+    return 0.5 if prefers in (0, 1.5) else prefers - 1
+
+
+def at_equal_length(wins: list[float], longer: list[float], ridge: float = 0.01) -> dict:
+    """The win rate in % at equal length: the regression above, by Newton's method.
+
+    A little ridge on both weights keeps a model that always wins at a finite place.
+    """
+    if not wins:
+        return mean([])
+    y, d = np.array(wins, float), np.array(longer, float)
+    x = np.stack([np.ones_like(d), np.tanh(d / (d.std() or 1.0))])         # (2, n)
+    weights = np.zeros(2)                                                  # t and f
+    for _ in range(50):                                                    # some ten are enough
+        p = 1 / (1 + np.exp(-weights @ x))
+        hessian = x * (p * (1 - p)) @ x.T + ridge * np.eye(2)
+        weights += np.linalg.solve(hessian, x @ (y - p) - ridge * weights)
+    rate = 1 / (1 + np.exp(-weights[0]))
+    spread = np.linalg.inv(hessian)[0, 0] ** 0.5       # of t; by the delta method, of the rate:
+    return {"mean": 100 * rate, "ci": 196 * rate * (1 - rate) * spread, "n": len(wins)}

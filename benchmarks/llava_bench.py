@@ -1,0 +1,129 @@
+"""LLaVA-Bench in the wild (arXiv:2304.08485): 60 questions about 24 pictures; a judge that reads a
+caption grades GPT-4's answer and the model's from 1 to 10.
+
+Officially, `relative` is 100 mean(model) / mean(reference), rounded on the way. The official parser
+splits the reply's first line at single spaces, so that "8, 9" is no pair of numbers, and averages in
+[-1, -1] for what it cannot read; `parsed` reads any two numbers from 1 to 10, and no others.
+
+The system message stands only in the official code (eval_gpt_review_bench.py): save it as system.txt
+in llava_bench_wild/, or another wording is used, and named in the result.
+"""
+import re
+
+import numpy as np
+
+from benchmarks.harness import Item, Prompt, mean, ratios, readable
+from benchmarks.harness import llava_answers as read_answers, llava_rows as answer_rows
+
+TITLE, FORM, SCALE, TOP = "LLaVA-Bench", "5.1f", 1, 120
+PICTURES = True
+FOLDER = "llava_bench_wild"
+SOURCE = ("huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild; rule.json from "
+          "github.com/haotian-liu/LLaVA, llava/eval/table")
+ANSWERS = "answers/{model}.jsonl"
+JUDGMENTS = "reviews/{model}_{judge}.jsonl"
+
+OURS = "You compare two answers to one question, carefully and without preference for either side."
+TEMPLATE = """[Context]
+{caption}
+
+[Question]
+{question}
+
+[{role} 1]
+{reference}
+
+[End of {role} 1]
+
+[{role} 2]
+{answer}
+
+[End of {role} 2]
+
+[System]
+{rule}
+
+"""
+
+
+def items(folder):
+    root = f"{folder.path}/images"
+    return [Item(str(row["question_id"]), ["<image>\n" + row["text"]], row, [row["image"]], root)
+            for row in folder.load("questions.jsonl")]
+
+
+def prompts(folder, items, model):
+    rules = folder.load("rule.json")
+    captions = {row["image"]: row["caption"] for row in folder.load("context.jsonl")}
+    references = {row["question_id"]: row for row in folder.load("answers_gpt4.jsonl")}
+    system, wording = folder.text("system.txt", OURS)
+    found = []
+    for item in items:
+        number, kind = item.row["question_id"], f"llava_bench_{item.row['category']}"
+        caption, reference = captions[item.row["image"]], references[number]
+        if isinstance(caption, list):
+            caption = "\n".join(caption)
+        text = TEMPLATE.format(
+            caption=caption, question=item.row["text"], role=rules[kind]["role"],
+            reference=reference["text"], answer=item.texts[0], rule=rules[kind]["prompt"])
+        row = {"question_id": number, "answer1_id": reference.get("answer_id"),
+               "answer2_id": item.answer_id(model), "category": kind}
+        found.append(Prompt(item.id, text, system, row, wording))
+    return found
+
+
+def official(text: str) -> list[float]:
+    """LLaVA's parser: [-1, -1] where the first line is not two numbers with one space or comma."""
+    parts = text.split("\n")[0].replace(",", " ").split(" ")
+    try:
+        pair = [float(part) for part in parts]
+    except ValueError:
+        pair = []
+    return pair if len(pair) == 2 else [-1, -1]
+
+
+def read(text: str) -> list[float]:
+    """Two grades, 1 to 10, in the first line."""
+    parts = text.strip().split("\n")[0].replace(",", " ").split()
+    grades = [float(part) for part in parts if re.fullmatch(r"\d+(\.\d+)?", part)]
+    if not len(parts) == len(grades) == 2 or not all(1 <= grade <= 10 for grade in grades):
+        raise ValueError("its first line is not two numbers from 1 to 10")
+    return grades
+
+
+def judge_rows(prompts, replies, judge):
+    rows = []
+    for number, prompt in enumerate(prompts, 1):
+        if text := replies.get(prompt.id):
+            rows.append({"id": number} | prompt.row | {"content": text, "tuple": official(text)})
+    return rows
+
+
+def score(items, rows):
+    last = {row["question_id"]: row.get("content", "{} {}".format(*row["tuple"])) for row in rows}
+    parsed = [readable(read, text) for text in last.values()]
+    parsed = [pair for pair in parsed if pair]
+    categories = {}
+    for kind in dict.fromkeys(row["category"] for row in rows):
+        name = kind.removeprefix("llava_bench_")
+        categories[name] = as_published([row["tuple"] for row in rows if row["category"] == kind])
+    pairs = [row["tuple"] for row in rows]
+    return {"scores": {"relative": as_published(pairs), "parsed": relative(parsed),
+                       "own grade": mean([10 * grade for _, grade in pairs]),
+                       "reference": mean([10 * grade for grade, _ in pairs])},
+            "categories": categories, "ok": len(parsed), "total": len(items) or len(last)}
+
+
+def relative(pairs: list) -> dict:
+    """100 sum(model) / sum(reference) of (reference, model)."""
+    reference, model = np.reshape(pairs, (-1, 2)).T                        # (n,) each
+    return ratios([(100 * model, reference, range(len(pairs)))])
+
+
+def as_published(pairs: list) -> dict:
+    """The same with the official rounding: means to three digits, their ratio to one."""
+    figure = relative(pairs)
+    if figure["mean"] is not None:
+        reference, model = (round(float(x), 3) for x in np.mean(pairs, 0))
+        figure["mean"] = round(model / reference * 100, 1) if reference else None
+    return figure

@@ -1,0 +1,94 @@
+"""MM-Vet (arXiv:2308.02490): 218 questions about pictures, each needing some of six abilities,
+graded 0.0 to 1.0 by a judge that sees the right answer, not the picture.
+
+The official tool re-asks, and after the fifth reply that is no number writes 0.0, so `total` counts
+it as wrong; `parsed` leaves such replies out.
+
+Its prompt stands only in its code (the string `prompt` of mm-vet_evaluator): save it as
+mm_vet/prompt.txt, or another wording is used, and named in the result.
+"""
+import re
+
+from benchmarks.harness import Item, Prompt, load, mean, readable
+from common import BadInput
+
+TITLE, FORM, SCALE, TOP = "MM-Vet", "5.1f", 1, 100
+PICTURES = True
+FOLDER, SOURCE = "mm_vet", "github.com/yuweihao/MM-Vet (mm-vet.zip)"
+ANSWERS = "{model}.json"
+JUDGMENTS = "{model}_{judge}-grade-1runs.json"
+
+OURS = """You grade an answer to a question about a picture that you cannot see, against what is \
+known to be right. In the right answer, <AND> joins parts that are all needed, and <OR> parts of \
+which any one will do. Say how much of it the given answer has: 0.0 for nothing, 1.0 for everything, \
+tenths in between for a part. Wording does not matter; what goes beyond the right answer does no harm \
+unless it contradicts it. Reply with that number alone.
+
+Question | Right answer | Given answer | Grade"""
+
+
+def items(folder):
+    root = f"{folder.path}/images"
+    return [Item(name, ["<image>\n" + row["question"]], row, [row["imagename"]], root)
+            for name, row in folder.load("mm-vet.json").items()]
+
+
+def answer_rows(items, model):
+    return {item.id: item.texts[0] for item in items}
+
+
+def read_answers(path):
+    return {name: ([text], []) for name, text in load(path).items()}
+
+
+def prompts(folder, items, model):
+    head, wording = folder.text("prompt.txt", OURS)
+    found = []
+    for item in items:
+        truth = item.row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        row = " | ".join([item.row["question"], truth, item.texts[0], ""])
+        found.append(Prompt(item.id, f"{head}\n{row}", wording=wording))
+    return found
+
+
+def read(text: str) -> float:
+    """The number, 0 to 1, that a reply begins with: all that the official tool sees, since it cuts
+    replies off after three tokens."""
+    found = re.match(r"[^\w.-]*(\d+(?:\.\d+)?|\.\d+)(?![\d.]*\d|/)", text)
+    if not found or float(found[1]) > 1:
+        raise ValueError("does not begin with a number from 0 to 1")
+    return float(found[1])
+
+
+def judge_rows(prompts, replies, judge):
+    """Where there is no grade there is no entry, and the official tool asks again."""
+    return {prompt.id: {"model": [judge], "content": [replies[prompt.id]],
+                        "score": [read(replies[prompt.id])]}
+            for prompt in prompts if prompt.id in replies}
+
+
+def score(items, rows):
+    needed = {item.id: sorted(item.row["capability"]) for item in items}
+    unknown = sorted(rows.keys() - needed)
+    if unknown:
+        raise BadInput(f"grades of {unknown[0]}, which is no question of mm-vet.json")
+    graded, parsed = [], []                            # (question, grade), once for each of its runs
+    for name, row in rows.items():
+        for text, grade in zip(row["content"], row["score"]):
+            graded.append((name, grade))
+            if readable(read, str(text)) is not None:
+                parsed.append((name, grade))
+
+    # Over the questions that need an ability, and over those that need just these.
+    labels = {name: {*skills, "_".join(skills)} for name, skills in needed.items()}
+    categories = {}
+    for label in sorted(set().union(*labels.values())):
+        categories[label] = average([pair for pair in graded if label in labels[pair[0]]])
+    return {"scores": {"total": average(graded), "parsed": average(parsed)}, "categories": categories,
+            "runs": max((len(row["score"]) for row in rows.values()), default=0),
+            "ok": len({name for name, _ in parsed}), "total": len(items)}
+
+
+def average(pairs: list[tuple[str, float]]) -> dict:
+    """100 times the mean grade; the runs of one question move together."""
+    return mean([100 * grade for _, grade in pairs], [name for name, _ in pairs])

@@ -1,0 +1,105 @@
+"""MMBench (arXiv:2307.06281): 1,176 questions about pictures, answered with one letter of up to four.
+
+Each stands in the table in every rotation of its options, rows index + k 1,000,000. Officially
+(`circular`), a question counts only if it is answered rightly in all of them; `vanilla` counts the
+unrotated rows. Letters are found as in VLMEvalKit, by rule; what shows none is wrong, never guessed.
+"""
+import base64
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.harness import Item, llava_answers as read_answers, llava_rows, mean
+from common import BadInput
+
+TITLE, FORM, SCALE, TOP = "MMBench", "5.1f", 100, 100
+PICTURES = True
+FOLDER, SOURCE = "mmbench", "github.com/open-compass/MMBench"
+ANSWERS, JUDGMENTS = "{model}.jsonl", ""
+
+SUFFIX = "Answer with the option's letter from the given choices directly."
+MILLION = 1_000_000
+
+
+def items(folder):
+    path = folder.find("*.tsv")
+    csv.field_size_limit(1 << 27)
+    with open(path, encoding="utf8", newline="") as f:
+        rows = list(csv.DictReader(f, delimiter="\t"))
+    cells = {row["index"]: row.get("image") or "" for row in rows}
+    found = []
+    for row in rows:
+        row["question_id"], row["options"] = int(row["index"]), options(row)
+        hint = "" if absent(row["hint"]) else row["hint"] + "\n"
+        listed = "".join(f"\n{letter}. {text}" for letter, text in row["options"].items())
+        row["text"] = f"{hint}{row['question']}{listed}\n{SUFFIX}"
+
+        # A short cell names the row that has the picture; without any the pictures lie beside the table.
+        cell = cells.get(cells[row["index"]], cells[row["index"]])
+        name, root = f"{row['question_id'] % MILLION}.jpg", f"{folder.path}/images"
+        if cell:
+            root = unpack(cell, folder.unpacked / name)
+        found.append(Item(row["index"], ["<image>\n" + row["text"]], row, [name], root))
+    return found
+
+
+def unpack(cell: str, path: Path) -> str:
+    """Write a picture once -> its folder."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(cell))
+    return str(path.parent)
+
+
+def options(row: dict) -> dict[str, str]:
+    """Letter -> text, up to the first that is absent."""
+    found = {}
+    for letter in "ABCD":
+        if absent(row[letter]):
+            break
+        found[letter] = row[letter]
+    return found
+
+
+def absent(cell: str | None) -> bool:
+    """LLaVA reads the table with pandas, which calls an empty cell nan."""
+    return cell is None or cell.strip().lower() in ("", "nan", "none")
+
+
+def answer_rows(items, model):
+    rows = llava_rows(items, model)
+    for row, item in zip(rows, items):
+        options = item.row["options"]
+        row |= {"round_id": 0, "options": [*options.values()], "option_char": [*options]}
+    return rows
+
+
+def letter(text: str, options: dict[str, str]) -> str | None:
+    """The option that an answer names, by VLMEvalKit's rules; None where it names none, or several."""
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if found := re.search(r"answer is \*\*([A-D])\*\*", text):
+        return found[1] if found[1] in options else None
+    if len(text) > 2 * sum(map(len, options.values())):
+        return None
+    told = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    return told[0] if len(told) == 1 else None
+
+
+def score(items, rows=None):
+    letters, vanilla = [], []
+    rotations = defaultdict(list)          # question -> was each answered rightly? None: not answered
+    for item in items:
+        number, right = item.row["question_id"], None
+        if item.texts:
+            letters.append(letter(item.texts[0], item.row["options"]))
+            right = float(letters[-1] == item.row["answer"])
+            if number < MILLION:
+                vanilla.append(right)
+        rotations[number % MILLION].append(right)
+    circular = [min(rights) for rights in rotations.values() if None not in rights]
+    return {"scores": {"circular": mean(circular), "vanilla": mean(vanilla)},
+            "ok": len(letters), "total": len(items), "unknown": letters.count(None)}

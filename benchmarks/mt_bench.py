@@ -1,0 +1,119 @@
+"""MT-Bench (arXiv:2306.05685, FastChat's llm_judge): 80 questions of two turns in 8 categories,
+each turn graded from 1 to 10 by a judge.
+
+Officially, `score` is the mean over all rows in which FastChat's parser finds a grade: the first
+[[number]] or, failing that, the first [number], "[1]" of a citation included. A row that was judged
+twice counts twice. `strict` takes only a grade from 1 to 10, and the last judgment of each turn.
+
+Other than officially, the judge is asked at temperature 0 where it can be, and its replies may be
+long. For mathematics, reasoning and coding it is given GPT-4's answers as a reference; 13 of these
+30 are wrong (FastChat pull request 3158).
+"""
+import ast
+import re
+
+from benchmarks.harness import Item, Prompt, load, mean, readable
+
+TITLE, FORM, SCALE, TOP = "MT-Bench", "5.2f", 1, 10
+PICTURES = False
+FOLDER, SOURCE = "mt_bench", "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
+ANSWERS = "model_answer/{model}.jsonl"
+JUDGMENTS = "model_judgment/{judge}_single.jsonl"
+
+WITH_REFERENCE = ("math", "reasoning", "coding")
+TEMPERATURE = {"math": 0.0, "reasoning": 0.0, "coding": 0.0, "extraction": 0.0, "stem": 0.1,
+               "humanities": 0.1}                                    # of the others: 0.7
+
+
+def items(folder):
+    found = []
+    for row in folder.load("question.jsonl"):
+        temperature = TEMPERATURE.get(row["category"], 0.7)
+        found.append(Item(str(row["question_id"]), row["turns"], row, temperature=temperature))
+    return found
+
+
+def answer_rows(items, model):
+    rows = []
+    for item in items:
+        choice = {"index": 0, "turns": item.texts, "finish": item.finishes}
+        rows.append({"question_id": item.row["question_id"], "answer_id": item.answer_id(model),
+                     "model_id": model, "choices": [choice]})
+    return rows
+
+
+def read_answers(path):
+    answers = {}
+    for row in load(path):
+        choice = row["choices"][0]
+        answers[str(row["question_id"])] = choice["turns"], choice.get("finish", [])
+    return answers
+
+
+def prompts(folder, items, model):
+    templates = {row["name"]: row for row in folder.load("judge_prompts.jsonl")}
+    references = {row["question_id"]: row["choices"][0]["turns"]
+                  for row in folder.load("reference_answer/gpt-4.jsonl")}
+    found = []
+    for item in items:
+        number, (q1, q2), (a1, a2) = item.row["question_id"], item.row["turns"], item.texts
+        fields = {"question": q1, "answer": a1,                            # in the first turn's template
+                  "question_1": q1, "answer_1": a1, "question_2": q2, "answer_2": a2}
+        kind = "single"
+        if item.row["category"] in WITH_REFERENCE:
+            fields["ref_answer_1"], fields["ref_answer_2"] = references[number]
+            kind = "single-math"
+        for turn, name in ((1, f"{kind}-v1"), (2, f"{kind}-v1-multi-turn")):
+            text = templates[name]["prompt_template"].format(**fields)
+            row = {"question_id": number, "model": model, "user_prompt": text, "turn": turn,
+                   "judge": name}
+            found.append(Prompt(f"{number}-{turn}", text, templates[name]["system_prompt"], row))
+    return found
+
+
+def official(text: str) -> float:
+    """FastChat's parser; -1 where there is no grade."""
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
+    return ast.literal_eval(found[1]) if found else -1
+
+
+def read(text: str) -> float:
+    """The grade, 1 to 10."""
+    found = (re.search(r"\[\[(\d+(?:\.\d+)?)(?:/10)?\]\]", text)
+             or re.search(r"[Rr]ating:?\s*\**\[(\d+(?:\.\d+)?)\]", text))
+    if not found or not 1 <= float(found[1]) <= 10:
+        raise ValueError("no [[grade]] from 1 to 10")
+    return float(found[1])
+
+
+def judge_rows(prompts, replies, judge):
+    rows = []
+    for prompt in prompts:
+        text = replies.get(prompt.id, "$ERROR$")                     # which has no grade: -1
+        rows.append(prompt.row | {"judge": [judge, prompt.row["judge"]], "judgment": text,
+                                  "score": official(text)})
+    return rows
+
+
+def score(items, rows):
+    last = {}                              # (question, turn) -> what the last judgment of it says
+    for row in rows:
+        last[row["question_id"], row["turn"]] = row.get("judgment", f"[[{row['score']}]]")
+    strict = {key: readable(read, text) for key, text in last.items()}
+    strict = {key: grade for key, grade in strict.items() if grade is not None}
+
+    graded = [row for row in rows if row["score"] != -1]
+    category = {item.row["question_id"]: item.row["category"] for item in items}
+    categories = {}
+    for name in dict.fromkeys(category.values()):
+        categories[name] = average([row for row in graded if category.get(row["question_id"]) == name])
+    return {"scores": {"score": average(graded),
+                       "turn 1": average([row for row in graded if row["turn"] == 1]),
+                       "turn 2": average([row for row in graded if row["turn"] == 2]),
+                       "strict": mean([*strict.values()], [question for question, _ in strict])},
+            "categories": categories, "ok": len(strict), "total": 2 * len(items) or len(last)}
+
+
+def average(rows: list[dict]) -> dict:
+    """The mean score; both turns of a question move together."""
+    return mean([row["score"] for row in rows], [row["question_id"] for row in rows])
