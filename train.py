@@ -547,10 +547,12 @@ def open_metrics(out: Path, done: int):
     if not done:
         return open(path, "w", encoding="utf8")
 
-    lines = []
-    if path.exists():
+    try:
         lines = path.read_text(encoding="utf8").splitlines(keepends=True)[:done]
-    if [json.loads(line)["step"] for line in lines] != list(range(1, done + 1)):
+        steps = [json.loads(line)["step"] for line in lines]
+    except (OSError, ValueError):                        # gone, or torn
+        steps = []
+    if steps != list(range(1, done + 1)):
         raise BadInput(f"{path} does not hold the rows of steps 1 to {done}; put it back, or remove {out}/state")
     write_whole(path, lines)
     return open(path, "a", encoding="utf8")
