@@ -12,12 +12,33 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import ROOT, process, rows_of, tiny_checkpoint
 
 FORKS = dict(re.findall(r"<!-- fork: (\w+) -->\n\n```diff\n(.*?)```\n", (ROOT / "docs/forking.md").read_text(), re.S))
 COMMANDS = re.findall(r"^    python (\w+\.py .*)", (ROOT / "docs/forking.md").read_text(), re.M)
+
+
+# ---- one record through every room ---------------------------------------------------------------------------------
+
+def test_the_walkthrough_prints_what_it_shows():
+    failed, tried = doctest.testfile(str(ROOT / "docs/walkthrough.md"), module_relative=False)
+    assert not failed and tried > 40
+
+
+def test_the_walkthrough_shows_its_records_picture():
+    """Six times as large, the nine patches ruled."""
+    from toy import tasks
+    from toy.world import render
+    record = tasks.preference_prompts(44, seed=0)[43]
+    picture = render(tasks.scene_of(record), record["truth"]["seed"]).resize((288, 288), Image.Resampling.NEAREST)
+    for k in (96, 192):
+        picture.paste((120, 120, 120), (k, 0, k + 1, 288))
+        picture.paste((120, 120, 120), (0, k, 288, k + 1))
+    assert np.array_equal(picture, Image.open(ROOT / "docs/star.png"))
 
 
 # ---- forks -------------------------------------------------------------------------------------------------------
