@@ -427,7 +427,8 @@ def processor_json(config: Config, crop: bool) -> dict[str, dict]:
     processor = {
         "processor_class": "LlavaProcessor",
         "patch_size": config.vision.patch_size,
-        "num_additional_image_tokens": 1,                # CLIP's class token
+        "vision_feature_select_strategy": "default",     # without CLIP's class token,
+        "num_additional_image_tokens": 1,                # which is this one
     }
     return {"preprocessor_config.json": image, "processor_config.json": processor}
 
