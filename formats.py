@@ -1,255 +1,334 @@
-"""One record, and every file people already have.
+"""Every file of preferences, conversations or questions that people already have -> records.
 
-The problem. Preference data comes in as many shapes as there are papers. Everything downstream of this file
-sees one shape only: a conversation about images, with n candidate answers, some of them scored.
+The problem. Such data comes in as many shapes as there are papers. Everything downstream sees one shape
+only: a conversation about images with n candidate answers, some of them scored (the head of data.py).
 
-    {"id": "lrv-000123",
-     "images": ["images/123.jpg"],                      relative to the file (or --image_root), never outside it
-     "messages": [{"role": "user", "content": "<image>\\nWhat is odd here?"}],    any number of turns, the last a user's;
-                                                        the k-th <image> marker stands for images[k]
-     "answers": [{"text": "...", "finish": "stop", "scores": {"helpfulness": 4, ...}, "comment": "..."}, ...],
-     "golden": "...",                                   the judge's or the dataset's own answer, where there is one
-     "pair": [0, 1]}                                    answers[0] was preferred to answers[1], where the data says so
-
-The trick. A foreign record is recognised by its fields, not by its file's name:
+The trick. A foreign shape is recognised by its fields, never by its file's name, and each is one small
+function that says what of it is the conversation, what its answers:
 
     LLaVA               conversations: [{from: human, value}, {from: gpt, value}, ...], image
-    the authors' DPO    question, chosen, rejected: {from, value}, image           (github.com/findalexli/mllm-dpo)
-    TRL conversational  prompt, chosen, rejected: [{role, content}], images        (prompt may be left implicit)
-    RLHF-V              question, chosen, rejected: strings, image or image_path   (or the three inside "text")
-    questions           text, image (LLaVA's question files); question, answer, image_id (LRV-Instruct: ID.jpg);
-                        conversations or q_a_pairs, image_file (SciGraphQA; the last question is the one asked)
+    the authors' DPO    question, chosen, rejected: {from, value}, image     (github.com/findalexli/mllm-dpo)
+    TRL conversational  prompt, chosen, rejected: [{role, content}], images  (prompt may be left implicit)
+    RLHF-V              question, chosen, rejected: strings, image or image_path (or the three inside "text")
+    questions           text, image (LLaVA's question files); question, answer, image_id (LRV-Instruct);
+                        q_a_pairs, image_file (SciGraphQA; the last question is the one asked)
 
-Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed. And nothing piles up:
-`stream` gives one record after another, so a file may be larger than memory.
-
-Previous: checkpoint.py.  Next: data.py (what the loss sees).
+Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed. And
+nothing piles up: `stream` gives one record after another, so a file may be larger than memory.
 """
 import hashlib
 import json
 import os
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
-from typing import Iterator
 
 from tqdm import tqdm
 
 import parallel
-import vision
 from common import BadInput, write_jsonl
+from data import MARKER
+from judge.rubric import RUBRIC
+from vision import decode_image, image_path
 
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-TAKEN = ("conversations", "q_a_pairs", "chosen", "rejected", "prompt", "question", "text", "answer", "image", "image_path",
-         "image_file", "image_id")             # fields of foreign shapes that become something else in ours
 AT_ONCE = 1024                                 # records in memory while their images are looked at
-CONTROL = ("<s>", "</s>", "<unk>", "<pad>")    # these would be read as control tokens, not as text
+SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
-def quality(answer: dict) -> int:
-    """S = helpfulness + correctness + coherence of a scored answer, 0 to 12: what the paper ranks answers by."""
-    return sum(answer["scores"][name] for name in ATTRIBUTES[:3])
+# ---- what shapes are made of ----------------------------------------------------------------------
+
+def as_messages(value, role: str) -> list[dict]:
+    """A text, {from, value} or a list of {role, content} -> messages. `role` speaks where none is named."""
+    if isinstance(value, str):
+        value = {"content": value}
+    turns = value if isinstance(value, list) else [value]
+    if not turns:
+        raise BadInput("has no messages")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise BadInput("a turn must be a text, {from, value} or a list of {role, content}")
+        speaker = turn.get("role", turn.get("from", role))
+        content = turn.get("content", turn.get("value"))
+        messages.append({"role": SPEAKERS.get(str(speaker), speaker), "content": flat(content)})
+    return messages
 
 
-# ---- foreign shapes -> ours ---------------------------------------------------------------------------------
+def flat(content):
+    """TRL's content may be a list of parts. Images come first, as in LLaVA's training."""
+    if not isinstance(content, list):
+        return content
+    markers, texts = "", ""
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            markers += f"{MARKER}\n"
+        elif kind == "text" and isinstance(part.get("text"), str):
+            texts += part["text"]
+        else:
+            raise BadInput(f"has a content part of type {kind!r}; known are image, and text with its text")
+    return markers + texts
 
-def convert(raw: dict, where: str) -> dict:
-    """A raw JSON object in any accepted shape -> a record. Raises BadInput with the reason."""
-    if not isinstance(raw, dict):
-        raise BadInput("is not a JSON object")
-    inner = raw["text"] if isinstance(raw.get("text"), str) else ""
-    if "chosen" in inner and inner.lstrip()[:1] in ("{", "[") and "question" not in raw:        # RLHF-V as on the hub
-        try:
-            raw = raw | json.loads(inner)
-        except (ValueError, TypeError, RecursionError):
-            raise BadInput("its 'text' field is not JSON") from None
-    if "chosen" in raw and "rejected" in raw and "answers" not in raw:
-        record = from_preference(raw)
-    elif "messages" in raw:
-        record = from_messages(raw)
-    elif "conversations" in raw:
-        record = from_llava(raw)
-    elif any(isinstance(raw.get(key), str) for key in ("text", "question")) or raw.get("q_a_pairs"):
-        record = from_question(raw)
-    else:
-        raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see formats.py")
-    record = {key: value for key, value in raw.items() if key not in TAKEN} | record           # what we do not know travels along
-    record["id"] = identity(raw, where)
-    images = next((raw[key] for key in ("images", "image", "image_path", "image_file") if raw.get(key)), [])
-    if not images and raw.get("image_id") is not None:                   # LRV names Visual Genome's pictures by number
-        images = f"{raw['image_id']}.jpg"
-    record["images"] = images if isinstance(images, list) else [images]
-    if "messages" not in raw and not any("<image>" in str(m["content"]) for m in record["messages"]):
-        for first in record["messages"][:1]:                             # foreign data may leave the marker implicit
-            if isinstance(first["content"], str):
-                first["content"] = "<image>\n" * len(record["images"]) + first["content"]
-    return record
 
+def first_of(raw: dict, *keys):
+    """What stands under the first of these keys that has something; None where none has."""
+    for key in keys:
+        if raw.get(key):
+            return raw[key]
+
+
+def asked(messages: list[dict]) -> dict:
+    """A conversation that ends with an answer has it as its golden one."""
+    if not messages or messages[-1]["role"] != "assistant":
+        return {"messages": messages}
+    *messages, answer = messages
+    if answer["content"] is None or not str(answer["content"]).strip():
+        return {"messages": messages}
+    return {"messages": messages, "golden": answer["content"]}
+
+
+# ---- foreign shapes, and what of them makes a record ------------------------------------------------
 
 def from_messages(raw: dict) -> dict:
-    """Ours, or its common variations: content in parts, the last turn an assistant's (then it is the golden answer)."""
-    record = dict(raw)
-    if isinstance(raw["messages"], list) and all(isinstance(m, dict) for m in raw["messages"]):
-        turns = [m | {"content": flatten(m.get("content"))} for m in raw["messages"]]
-        if turns and turns[-1].get("role") == "assistant" and not raw.get("answers") and not raw.get("golden"):
-            record["golden"] = turns.pop()["content"]
-        record["messages"] = turns
-    return record
-
-
-def identity(raw: dict, where: str) -> str:
-    return str(next((raw[key] for key in ("id", "question_id", "idx") if raw.get(key) is not None), where))
-
-
-def from_llava(raw: dict) -> dict:
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-    try:
-        turns = [{"role": roles[t["from"]], "content": t["value"]} for t in raw["conversations"]]
-    except (KeyError, TypeError):
-        raise BadInput("conversations must be a list of {from: human|gpt, value}") from None
-    record = {"messages": turns}
-    if turns and turns[-1]["role"] == "assistant":
-        record |= {"messages": turns[:-1], "golden": turns[-1]["content"]}
-    return record
+    """Ours, or LLaVA's conversations."""
+    messages = as_messages(raw.get("messages", raw.get("conversations")), "user")
+    return {"messages": messages} if raw.get("golden") else asked(messages)
 
 
 def from_question(raw: dict) -> dict:
-    """LLaVA's question files (text), LRV-Instruct (question, answer), SciGraphQA's q_a_pairs, the last of which is asked."""
-    pairs = raw.get("q_a_pairs") or [[raw.get("text") or raw.get("question"), raw.get("answer")]]
-    if not isinstance(pairs, list) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
-        raise BadInput("q_a_pairs must be a list of [question, answer]")
-    turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-    golden = turns.pop()["content"]
-    return {"messages": turns} | ({"golden": golden} if isinstance(golden, str) and golden.strip() else {})
+    question = as_messages(first_of(raw, "text", "question"), "user")
+    return asked([*question, {"role": "assistant", "content": raw.get("answer")}])
+
+
+def from_pairs(raw: dict) -> dict:
+    """SciGraphQA: the last question is asked, the others came before it."""
+    messages = []
+    for pair in raw["q_a_pairs"]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadInput("q_a_pairs must be a list of [question, answer]")
+        messages += as_messages(pair[0], "user") + [{"role": "assistant", "content": pair[1]}]
+    return asked(messages)
 
 
 def from_preference(raw: dict) -> dict:
-    """chosen and rejected as strings, {from, value}, or message lists; the prompt as question, prompt, messages or
-    conversations, or inside chosen and rejected, which then are whole conversations."""
-    prompt = next((raw[key] for key in ("prompt", "question", "messages") if raw.get(key) is not None), None)
-    if prompt is None and "conversations" in raw:
-        prompt = from_llava(raw)["messages"]
-    chosen, rejected = (as_messages(raw[key], "assistant") for key in ("chosen", "rejected"))
-    if prompt is None or [m["role"] for m in chosen[:1]] == ["user"]:    # TRL's implicit prompt: the common beginning
-        same = len([*takewhile(lambda turns: turns[0] == turns[1], zip(chosen, rejected))])
-        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-    if len(chosen) != 1 or len(rejected) != 1:
+    """The prompt in a field of its own, or inside chosen and rejected, which then are whole conversations:
+    their common beginning."""
+    *messages, chosen = as_messages(raw["chosen"], "assistant")
+    *others, rejected = as_messages(raw["rejected"], "assistant")
+    if messages != others:
         raise BadInput("chosen and rejected must each be one assistant turn after a shared prompt")
-    answers = [{"text": chosen[0]["content"]}, {"text": rejected[0]["content"]}]
-    return {"messages": as_messages(prompt, "user"), "answers": answers, "pair": [0, 1]}
+    prompt = first_of(raw, "prompt", "question", "messages", "conversations")
+    if prompt:
+        prompt = as_messages(prompt, "user")
+        if messages[:len(prompt)] != prompt:
+            messages = prompt + messages
+    answers = [{"text": chosen["content"]}, {"text": rejected["content"]}]
+    return {"messages": messages, "answers": answers, "pair": [0, 1]}
 
 
-def as_messages(value, role: str) -> list[dict]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, dict):
-        return [{"role": role, "content": value.get("value", value.get("content"))}]
-    if not isinstance(value, list) or not all(isinstance(m, dict) and "content" in m for m in value):
-        raise BadInput("a turn must be a string, {from, value} or a list of {role, content}")
-    return [{"role": m.get("role", role), "content": flatten(m["content"])} for m in value]
+# Fields that tell a shape, and its function; the first that fits counts.
+SHAPES = [
+    ({"messages", "answers"}, from_messages),
+    ({"chosen", "rejected"}, from_preference),
+    ({"messages"}, from_messages),
+    ({"conversations"}, from_messages),
+    ({"q_a_pairs"}, from_pairs),
+    ({"text"}, from_question),
+    ({"question"}, from_question),
+]
+TAKEN = {"answers", "conversations", "q_a_pairs", "chosen", "rejected", "prompt", "question", "text", "answer", "image",
+         "image_path", "image_file", "image_id"}        # fields that become something else in ours
 
 
-def flatten(content):
-    """TRL content may be a list of parts, {type: image} and {type: text, text}. Images come first, as in LLaVA's training."""
-    if not isinstance(content, list):
-        return content
-    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
-    unknown = [kind for kind in kinds if kind not in ("image", "text")]
-    if unknown:
-        raise BadInput(f"has a content part of type {unknown[0]!r}; known are image and text")
-    texts = [part.get("text") for part in content if part["type"] == "text"]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadInput("has a content part of type 'text' without text")
-    return "<image>\n" * kinds.count("image") + "".join(texts)
+def convert(raw, name: str) -> dict:
+    """A JSON object in any known shape -> the record `name`. Raises BadInput with the reason."""
+    if not isinstance(raw, dict):
+        raise BadInput("is not a JSON object")
+    raw = unfolded(raw)
+    shapes = [shape for wanted, shape in SHAPES if wanted <= raw.keys()]
+    if not shapes:
+        raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see formats.py")
+    record = {"answers": raw.get("answers") or []}
+    for key, value in raw.items():
+        if key not in TAKEN:                             # what we do not know travels along
+            record[key] = value
+    record |= shapes[0](raw) | {"id": name, "images": images_of(raw)}
+    add_markers(record)
+    return record
 
 
-# ---- lint: why a record cannot be used ------------------------------------------------------------------------
+def unfolded(raw: dict) -> dict:
+    """RLHF-V as on the hub: question, chosen and rejected are JSON inside "text"."""
+    inner = raw.get("text")
+    if not isinstance(inner, str) or "question" in raw or "chosen" not in inner or inner.lstrip()[:1] not in "{[":
+        return raw
+    try:
+        return raw | json.loads(inner)
+    except (ValueError, TypeError, RecursionError):
+        raise BadInput("its 'text' field is not JSON") from None
+
+
+def images_of(raw: dict) -> list:
+    images = first_of(raw, "images", "image", "image_path", "image_file") or []
+    if not images and raw.get("image_id") is not None:   # LRV names Visual Genome's pictures by number
+        images = f"{raw['image_id']}.jpg"
+    return images if isinstance(images, list) else [images]
+
+
+def add_markers(record: dict) -> None:
+    """Where no turn says where the images stand, they stand before the first question."""
+    messages = record["messages"]
+    if any(MARKER in str(message["content"]) for message in messages):
+        return
+    for message in messages:
+        if message["role"] == "user" and isinstance(message["content"], str):
+            message["content"] = f"{MARKER}\n" * len(record["images"]) + message["content"]
+            return
+
+
+# ---- why a record cannot be used ------------------------------------------------------------------
 
 def check(record: dict) -> None:
-    """Raises BadInput with the reason a record cannot be used; looks at its text and numbers, not at its files."""
-    messages, answers = record["messages"], record.setdefault("answers", [])
-    if not isinstance(messages, list) or not messages:
+    """Raises BadInput with the reason a record cannot be used; looks at its text and numbers, not at its
+    files."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadInput("is not valid Unicode: it holds half of a character that was cut in two") from None
+    except RecursionError:
+        raise BadInput("is nested too deeply") from None
+    check_messages(record["messages"], len(record["images"]))
+    check_answers(record.get("answers", []))
+    check_text(record.get("golden") or "", "golden")
+    check_pair(record)
+    check_judge(record)
+
+
+def check_messages(messages: list[dict], images: int) -> None:
+    roles = [message["role"] for message in messages]
+    if roles[:1] == ["system"]:
+        del roles[0]
+    if not roles:
         raise BadInput("has no messages")
-    for k, m in enumerate(messages):
-        expected = "assistant" if k % 2 else "user"
-        if not isinstance(m, dict) or not isinstance(m.get("content"), str):
-            raise BadInput(f"message {k} has no text content")
-        if m.get("role") == "system":
-            raise BadInput("has a system message; the vicuna_v1 template has its own, put yours into the user's turn")
-        if m.get("role") != expected or k % 2 and k == len(messages) - 1:
-            raise BadInput(f"message {k} is {m.get('role')!r}'s; turns must alternate, first and last the user's")
-        if not m["content"].strip():
-            raise BadInput(f"message {k} is empty")
-        clean(m["content"], f"message {k}", markers=expected == "user")
-    markers = sum(m["content"].count("<image>") for m in messages)
-    if markers != len(record["images"]):
-        raise BadInput(f"has {markers} <image> markers but {len(record['images'])} images")
+    if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[:len(roles)]:
+        raise BadInput(f"turns must alternate, first and last the user's, not {', '.join(map(str, roles))}")
+
+    markers = 0
+    for k, message in enumerate(messages):
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise BadInput(f"message {k} has no text")
+        found = message["content"].count(MARKER)
+        if found and message["role"] != "user":
+            raise BadInput(f"message {k} contains {MARKER}, which stands for a picture of the user's; remove it")
+        markers += found
+    if markers != images:
+        raise BadInput(f"has {markers} {MARKER} markers but {images} images")
+
+
+def check_text(text, what: str) -> None:
+    if not isinstance(text, str):
+        raise BadInput(f"{what} is no text")
+    if MARKER in text:
+        raise BadInput(f"{what} contains {MARKER}, which stands for a picture of the user's; remove it")
+
+
+def check_answers(answers) -> None:
     if not isinstance(answers, list):
         raise BadInput("answers must be a list")
     for k, answer in enumerate(answers):
-        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
-            raise BadInput(f"answer {k} has no text")
-        clean(answer["text"], f"answer {k}")
+        if not isinstance(answer, dict):
+            raise BadInput(f"answer {k} is no object")
+        check_text(answer.get("text"), f"answer {k}")
         if not isinstance(answer.get("comment") or "", str):
             raise BadInput(f"answer {k}: its comment is no text")
-        check_scores(answer.get("scores"), k)
-    if record.get("golden") is not None:
-        if not isinstance(record["golden"], str):
-            raise BadInput("golden must be text")
-        clean(record["golden"], "golden")
-    judge = record.get("judge") or {}
-    order = judge.get("order") or [] if isinstance(judge, dict) else None
-    if not isinstance(order, list) or order and Counter(map(repr, order)) != Counter(map(repr, range(len(answers)))):
-        raise BadInput("judge must be an object, its order a permutation of the answers; remove it to judge afresh")
-    pair = record.get("pair")
-    if pair is not None:
-        if type(pair) is not list or len(pair) != 2 or not all(type(k) is int and 0 <= k < len(answers) for k in pair):
-            raise BadInput(f"pair {pair} does not name two of its {len(answers)} answers")
-        if answers[pair[0]]["text"].strip() == answers[pair[1]]["text"].strip():
-            raise BadInput("chosen and rejected are the same text")
+        if answer.get("scores") is not None:
+            RUBRIC.check(answer["scores"], f"answer {k}")
 
 
-def check_scores(scores, k: int) -> None:
-    if scores is None:
+def check_pair(record: dict) -> None:
+    pair, answers = record.get("pair"), record.get("answers", [])
+    if pair is None:
         return
-    if not isinstance(scores, dict):
-        raise BadInput(f"answer {k}: scores must be an object of {', '.join(ATTRIBUTES)}")
-    for name in ATTRIBUTES:
-        value = scores.get(name)
-        if type(value) is not int or not 0 <= value <= 4:
-            raise BadInput(f"answer {k}: score {name} is {value!r}, not an integer from 0 to 4")
+    places = range(len(answers))
+    if not isinstance(pair, list) or len(pair) != 2 or not all(type(k) is int and k in places for k in pair):
+        raise BadInput(f"pair {pair} does not name two of its {len(answers)} answers")
+    chosen, rejected = (answers[k]["text"].strip() for k in pair)
+    if chosen == rejected:
+        raise BadInput("chosen and rejected are the same text")
 
 
-def clean(text: str, what: str, markers: bool = False) -> None:
-    """Raises BadInput for what a tokenizer would read as a control token, and for what no file can hold."""
-    for token in CONTROL + (() if markers else ("<image>",)):
-        if token in text:
-            raise BadInput(f"{what} contains {token}, which the tokenizer reads as a control token; remove it")
-    whole(text, what)
+def check_judge(record: dict) -> None:
+    """Whoever takes answers out of judged records leaves an order that does not fit."""
+    judge = record.get("judge") or {}
+    order = (judge.get("order") or []) if isinstance(judge, dict) else None
+    places = range(len(record.get("answers", [])))
+    if not isinstance(order, list) or order and sorted(map(repr, order)) != sorted(map(repr, places)):
+        raise BadInput("judge must be an object, its order a permutation of the answers; remove it to judge "
+                       "afresh")
 
 
-def whole(text: str, what: str) -> None:
+# ---- reading --------------------------------------------------------------------------------------
+
+def raw_objects(path: Path) -> Iterator[tuple[str, object]]:
+    """(a name from its place, object or BadInput) of everything in a file of JSON lines, one after
+    another, or in a JSON array, which is read into memory whole (jq -c ".[]" a.json > a.jsonl makes lines
+    of a large one)."""
+    stem = Path(path).stem
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadInput(f"{what} is not valid Unicode: it holds half of a character that was cut in two") from None
+        with open(path, "rb") as file:
+            if file.peek().lstrip(BOM_UTF8 + b" \t\r\n")[:1] == b"[":
+                for k, raw in enumerate(json.loads(file.read())):
+                    yield f"{stem}-{k:06d}", raw
+                return
+            lines = tqdm(file, desc="reading", unit=" lines", disable=None, leave=False)
+            for number, line in enumerate(lines, 1):
+                line = line.strip()
+                if line:
+                    yield json_line(line, stem, number)
+    except OSError as error:
+        raise BadInput(f"--data {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"--data {path}: malformed JSON array ({error})") from None
 
 
-def image_path(root: Path, name) -> Path:
-    """The file an image name stands for; a name that leads out of `root` (.., absolute, symlink) is refused."""
-    if not isinstance(name, str):
-        raise BadInput(f"image {str(name)[:60]} is not a file name; write embedded images to files and name those")
-    root = Path(root).resolve()
+def json_line(line: bytes, stem: str, number: int) -> tuple[str, object]:
     try:
-        path = (root / name).resolve()
-    except (OSError, ValueError, RuntimeError) as error:                 # a zero byte, a loop of symlinks
-        raise BadInput(f"image {name!r} is not a file name ({error})") from None
-    if not path.is_relative_to(root):
-        raise BadInput(f"image {name} leads outside {root}; move it inside or set --image_root")
-    return path
+        return f"{stem}-{number:06d}", json.loads(line)
+    except (ValueError, RecursionError) as error:        # no JSON, or no UTF-8
+        return f"line {number}", BadInput(f"malformed JSON ({error})")
+
+
+def identity(raw, place: str) -> str:
+    """A record's own id, in letters that can be written; its place in the file where it has none."""
+    if isinstance(raw, dict):
+        for key in ("id", "question_id", "idx"):
+            if raw.get(key) is not None:
+                return str(raw[key]).encode("utf8", "replace").decode()
+    return place
+
+
+def distinct(name: str, seen: Counter) -> str:
+    """LLaVA's own files repeat ids, one per picture: the second a is a#2."""
+    seen[name] += 1
+    return name if seen[name] == 1 else distinct(f"{name}#{seen[name]}", seen)
+
+
+def checked(path: Path) -> Iterator[tuple[str, dict | BadInput]]:
+    """(id, record, or why it cannot be used) of everything in a file; images are not looked at yet."""
+    seen = Counter()
+    for place, raw in raw_objects(path):
+        name = distinct(identity(raw, place), seen)
+        found = raw
+        if not isinstance(raw, BadInput):
+            try:
+                found = convert(raw, name)
+                check(found)
+            except BadInput as problem:
+                found = problem
+        yield name, found
 
 
 def check_images(record: dict, root: Path, size: int) -> str:
@@ -258,108 +337,70 @@ def check_images(record: dict, root: Path, size: int) -> str:
     for name in record["images"]:
         path = image_path(root, name)
         try:
+            if path.exists() and not path.is_file():
+                raise BadInput(f"image {path}: not a regular file")
             data = path.read_bytes()
         except OSError as error:
-            raise BadInput(f"image {path}: {error.strerror}; fix the path or set --image_root") from None
-        vision.decode_image(data, path, small=size)
+            raise BadInput(f"image {str(path)[:200]}: {error.strerror}; fix the path or set --image_root") from None
+        decode_image(data, path, small=size)
         digest.update(data)
     return digest.hexdigest()[:16]
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
-
-def raw_objects(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, object or BadInput) of JSON lines, one after another, or of a JSON array, which is read into memory whole (jq -c
-    ".[]" a.json > a.jsonl makes lines of a large one)."""
-    stem = Path(path).stem
-    try:
-        with open(path, "rb") as f, tqdm(total=os.fstat(f.fileno()).st_size, desc="reading", unit="B", unit_scale=True,
-                                         disable=None, leave=False) as bar:
-            if f.peek().removeprefix(BOM_UTF8).lstrip()[:1] == b"[":
-                yield from ((f"{stem}-{k:06d}", x) for k, x in enumerate(json.loads(f.read().decode("utf-8-sig"))))
-                return
-            for number, line in enumerate(f, 1):                         # bytes end at \n; text would, too, at U+2028
-                bar.update(len(line))
-                text = line.decode("utf8" if number > 1 else "utf-8-sig").rstrip("\r\n")         # a byte-order mark is no JSON
-                if text.strip():
-                    try:
-                        found = f"{stem}-{number:06d}", json.loads(text)
-                    except (ValueError, RecursionError) as error:
-                        found = f"line {number}", BadInput(f"malformed JSON ({error})")
-                    yield found
-    except OSError as error:
-        raise BadInput(f"--data {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"--data {path}: malformed JSON array ({error})") from None
-
-
-def checked(path: Path, root: Path) -> Iterator[tuple[str, dict | BadInput]]:
-    """(id, record, or why it cannot be used) of everything in a file; images are not looked at yet."""
-    seen = Counter()                                                     # by hash: an int of an id, however long
-    for where, raw in raw_objects(path):
-        name = where
-        try:
-            if isinstance(raw, BadInput):
-                raise raw
-            if isinstance(raw, dict):
-                name = identity(raw, where).encode("utf8", "replace").decode()
-            found = convert(raw, where)
-            seen[hash(name)] += 1
-            if seen[hash(name)] > 1 and "messages" not in raw:           # LLaVA's own files repeat ids, one per picture
-                name = found["id"] = f"{name}#{seen[hash(name)]}"
-                seen[hash(name)] += 1
-            if seen[hash(name)] > 1:
-                raise BadInput("a record with this id came before")
-            check(found)
-            whole(json.dumps(found, ensure_ascii=False), "a field")
-            found["root"] = str(root)
-        except BadInput as problem:
-            found = problem
-        yield name, found
-
-
 def stream(path: str | Path, image_root: str = "", image_size: int = 336) -> Iterator[tuple[str, dict | BadInput]]:
-    """(id, usable record, or why it is none) of everything in a data file, in order, few of them in memory. Every image is
-    decoded once, in threads; of several processes that have met each decodes its share, so all must read to the end.
+    """(id, usable record, or why it is none) of everything in a data file, in order, few of them in
+    memory. Every image is decoded once, in threads; of several processes that have met each decodes its
+    share, so all must read to the end.
 
-    A usable record also carries "root" (the folder its image names start from) and "images_sha" (of their bytes).
-    Raises BadInput only where the file as a whole cannot be read.
+    A usable record also carries "root" (the folder its image names start from) and "images_sha" (of their
+    bytes). Raises BadInput only where the file as a whole cannot be read.
     """
-    root = Path(image_root) if image_root else Path(path).resolve().parent
+    root = Path(image_root or Path(path).absolute().parent)
+    rank, world = parallel.seat()
 
-    def look(entry) -> tuple[str, str]:                                  # (hash of the images' bytes, "") or ("", what is wrong)
+    def look(entry) -> str | BadInput:
+        """The hash of a record's images, or why it cannot be used."""
+        _, found = entry
+        if isinstance(found, BadInput):
+            return found
         try:
-            return ("", str(entry[1])) if isinstance(entry[1], BadInput) else (check_images(entry[1], root, image_size), "")
+            return check_images(found, root, image_size)
         except BadInput as problem:
-            return "", str(problem)
-    entries, (rank, world) = checked(path, root), parallel.seat()
+            return problem
+
+    entries = checked(path)
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:       # Pillow decodes outside Python's lock
-        while some := list(islice(entries, AT_ONCE)):
-            mine = list(pool.map(look, some[rank::world]))
+        while block := list(islice(entries, AT_ONCE)):
+            mine = list(pool.map(look, block[rank::world]))
             shares = parallel.gather(mine) if world > 1 else [mine]
-            for k, (name, record) in enumerate(some):
-                images_sha, problem = shares[k % world][k // world]
-                yield name, BadInput(problem) if problem else record | {"images_sha": images_sha}
+            for k, (name, record) in enumerate(block):
+                found = shares[k % world][k // world]
+                if not isinstance(found, BadInput):
+                    found = record | {"root": str(root), "images_sha": found}
+                yield name, found
 
 
 def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple[list[dict], list[dict]]:
     """The same in memory: (usable records, rejects {"id", "reason"})."""
-    found = list(stream(path, image_root, image_size))
-    return ([record for _, record in found if not isinstance(record, BadInput)],
-            [{"id": name, "reason": str(problem)} for name, problem in found if isinstance(problem, BadInput)])
+    records, rejects = [], []
+    for name, found in stream(path, image_root, image_size):
+        if isinstance(found, BadInput):
+            rejects.append({"id": name, "reason": str(found)})
+        else:
+            records.append(found)
+    return records, rejects
 
 
-def report(path, kept: int, rejects: Sequence[dict], out: Path | None) -> None:
+def report(path, kept: int, rejects: list[dict], out: Path | None) -> None:
     """Print what was rejected and why, counted; keep the whole list in `out`/rejects.jsonl."""
     print(f"{path}: {kept} records usable, {len(rejects)} rejected")
-    for reject in islice(rejects, 5):
+    for reject in rejects[:5]:
         print(f"  {reject['id']}: {reject['reason']}")
     if len(rejects) > 5:
-        kinds = Counter(r["reason"].split(":")[0][:60] for r in rejects)
-        print("  ... by reason: " + "; ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)))
+        reasons = Counter(reject["reason"].split(":")[0][:60] for reject in rejects)
+        counts = [f"{n} x {reason}" for reason, n in reasons.most_common(5)]
+        print(f"  ... by reason: {'; '.join(counts)}")
     if out:
-        write_jsonl(Path(out) / "rejects.jsonl", rejects)
+        write_jsonl(out / "rejects.jsonl", rejects)
         if rejects:
-            print(f"  all of them, with reasons: {Path(out) / 'rejects.jsonl'}")
+            print(f"  all of them, with reasons: {out / 'rejects.jsonl'}")

@@ -24,7 +24,7 @@ import evaluate
 import sft
 import story
 from conftest import ROOT, picture, tiny_checkpoint
-from test_records import write_bomb
+from test_formats import write_bomb
 
 
 @pytest.fixture(scope="module")
