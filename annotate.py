@@ -1,17 +1,19 @@
-"""Where preferences come from: sample n answers to each question, have a judge score them, keep everything.
+"""Where preferences come from: sample n answers to each question, have a judge score them, keep all.
 
-The recipe (arXiv:2402.10884). The model answers each image question n = 4 times at temperature > 0. A judge that sees image,
-conversation and all n answers gives each five integers from 0 to 4, and where they differ enough there is a pair. The model
-is thus taught by its own answers: nothing that it could not already say is asked of it.
+The recipe (arXiv:2402.10884). The model answers each image question n = 4 times at temperature > 0. A
+judge that sees image, conversation and all n answers gives each five integers from 0 to 4, and where they
+differ enough there is a pair. The model is thus taught by its own answers: nothing that it could not
+already say is asked of it.
 
-Nothing is computed or paid for twice. Answers go to answers-RANK.jsonl and replies to journal.jsonl as they come; each line is
-named by a hash of everything it depends on, so the same command goes on where it was stopped, and a changed prompt,
-picture, model or setting is asked anew. records.jsonl appears when all is done: every record as it came, in its order, with
-answers and scores, and the pictures beside it (hard links where possible), so that the folder stands alone.
+Nothing is computed or paid for twice. Answers go to answers-RANK.jsonl and replies to journal.jsonl as
+they come; each line is named by a hash of everything it depends on, so the same command goes on where it
+was stopped, and a changed prompt, picture, model or setting is asked anew. records.jsonl appears when all
+is done: every record as it came, in its order, with answers and scores, and the pictures beside it (hard
+links where possible), so that the folder stands alone.
 
-    python annotate.py --ckpt llava-1.5-7b-hf --data prompts.jsonl --out runs/annotate        sample
-    python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run                     what would judging cost?
-    torchrun --nproc_per_node 8 -- annotate.py --ckpt DIR --data FILE --judge gemini:MODEL     sample on 8 GPUs, then judge
+    python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run          what would it cost?
+    python annotate.py --data prompts.jsonl --judge gemini:MODEL --ckpt DIR         sample and judge
+    torchrun --nproc_per_node 8 -- annotate.py ...                                  sample on 8 GPUs
 
 docs/annotate.md walks through it.
 """
@@ -73,29 +75,32 @@ class Settings(JudgeSettings):
     export: str = ""             # trl: also write the pairs in TRL's format, to trl.jsonl
 
 
-# ---- sampling ---------------------------------------------------------------------------------------------------
+# ---- sampling -----------------------------------------------------------------------------------
 
 def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[list[dict], list[dict]]:
-    """Give every record without answers its n -> (records, rejects). Of N processes each does every N-th batch."""
+    """Give every record without answers its n -> (records, rejects). Of N processes each does every
+    N-th batch."""
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
     tokens = Tokens(folder, config, s.template)
     pixels = Pixels(config, s.crop)
-    how = {"n": s.n, "temperature": s.temperature, "top_p": s.top_p, "max_new": s.max_new, "seed": s.seed}
+    how = dict(n=s.n, temperature=s.temperature, top_p=s.top_p, max_new=s.max_new, seed=s.seed)
     about = sha(checkpoint.stamp(folder), str(tokens.template), str(how), str(s.crop), s.dtype)
 
     trees = []                                           # what is to be answered
     keys = {}                                            # id of each -> what its answers depend on
     rejects = []
     for record in records:
-        if not record["answers"]:
-            try:
-                tree = make_tree(tokens, record, [])
-                check_room(tree.length + s.max_new, tokens.room)
-                trees.append(tree)
-                keys[tree.id] = sha(about, tree.id, json.dumps(record["messages"]), record["images_sha"])
-            except BadInput as problem:
-                rejects.append({"id": record["id"], "reason": str(problem)})
+        if record["answers"]:
+            continue
+        try:
+            tree = make_tree(tokens, record, [])
+            check_room(tree.length + s.max_new, tokens.room)
+        except BadInput as problem:
+            rejects.append({"id": record["id"], "reason": str(problem)})
+            continue
+        trees.append(tree)
+        keys[tree.id] = sha(about, tree.id, json.dumps(record["messages"]), record["images_sha"])
     known = read_answers(out)
     if trees:
         before = sum(key in known for key in keys.values())
@@ -109,45 +114,45 @@ def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[li
     if missing:
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
         with closing(Journal(out / f"answers-{parallel.rank()}.jsonl")) as journal:
-            for batch in tqdm(missing, desc="sampling", unit="batch", disable=None, leave=False):
+            for batch in tqdm(missing, "sampling", unit="batch", disable=None, leave=False):
                 for tree, answers in zip(batch, sample_answers(model, tokens, pixels, batch, **how)):
                     if keys[tree.id] not in known:
                         journal.append({"key": keys[tree.id], "id": tree.id, "answers": answers})
-
     parallel.gather(None)                                # everybody's answers are on the disk
+
     known = read_answers(out)
     filled = []
     for record in records:
+        if record["id"] in keys:
+            record = record | {"answers": known[keys[record["id"]]]}
         if record["answers"]:
             filled.append(record)
-        elif record["id"] in keys:
-            filled.append(record | {"answers": known[keys[record["id"]]]})
     return filled, rejects
 
 
 def read_answers(out: Path) -> dict[str, list]:
     """What all processes have sampled so far, this run or an earlier one, by key."""
     known = {}
-    for path in sorted(out.glob("answers-*.jsonl")):
+    for path in out.glob("answers-*.jsonl"):
         for _, row in journal_rows(path):
             known[row["key"]] = row["answers"]
     return known
 
 
-# ---- judging ----------------------------------------------------------------------------------------------------
+# ---- judging ------------------------------------------------------------------------------------
 
 def question(record: dict, s: Settings) -> Question:
     """The one call that a record costs. Its key names all that the reply depends on."""
     order = shown_order(record, s.seed)
-    if len(order) > 26:
-        raise BadInput(f"record {record['id']}: has {len(order)} answers, and there are 26 letters; remove some")
-
-    candidates = []
+    n = len(order)
+    if n > 26:
+        raise BadInput(f"record {record['id']}: has {n} answers, and there are 26 letters; remove some")
+    shown = []
     for place, k in enumerate(order):
         tag = f"candidate_{letter(place)}"
-        candidates.append(f"<{tag}>\n{record['answers'][k]['text']}\n</{tag}>")
-    text = f"The conversation:\n{conversation(record)}\n\nThe candidates:\n" + "\n".join(candidates)
-
+        shown.append(f"<{tag}>\n{record['answers'][k]['text']}\n</{tag}>")
+    candidates = "\n".join(shown)
+    text = f"The conversation:\n{conversation(record)}\n\nThe candidates:\n{candidates}"
     system = RUBRIC.text(s.golden)
     return Question(
         key=sha(f"{s.judge} {s.thinking}", system, record["id"], text, record["images_sha"]),
@@ -155,29 +160,25 @@ def question(record: dict, s: Settings) -> Question:
         system=system,
         text=text,
         images=[Path(record["root"]) / name for name in record["images"]],
-        schema=RUBRIC.schema(len(order), s.golden),
-        check=lambda reply: RUBRIC.read(reply, len(order), s.golden),
+        schema=RUBRIC.schema(n, s.golden),
+        check=lambda reply: RUBRIC.read(reply, n, s.golden),
     )
 
 
 def plan(s: Settings, records: list[dict]) -> str:
     """What judging these records would take, before a cent is spent, and what the judge would read."""
     journal = Path(s.out) / "journal.jsonl"
-    states = {}
-    if journal.exists():
-        states = {row["key"]: row["state"] for _, row in journal_rows(journal) if row["final"]}
+    rows = journal_rows(journal) if journal.exists() else []
+    states = {row["key"]: row["state"] for _, row in rows if row["final"]}
 
     asked = []
     back = 0
-    unsampled = [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n
     for record in records:
-        answers = record["answers"] or unsampled
+        answers = record["answers"] or [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n
         q = question(record | {"answers": answers}, s)
         if q.key not in states or s.retry_failed and states[q.key] != "ok":
             asked.append(q)
-            back += len(answers) * COMMENT
-            if s.golden:
-                back += ANSWER
+            back += len(answers) * COMMENT + (ANSWER if s.golden else 0)
 
     calls = len(asked)
     sent = sum(q.tokens for q in asked)
@@ -187,25 +188,26 @@ def plan(s: Settings, records: list[dict]) -> str:
     lines = [
         f"dry run, nothing is sent: {len(records)} records, {len(records) - calls} judged before",
         f"  calls        {calls:12,}   one per record; a bad reply is asked again, up to {ASKS} times",
-        f"  tokens sent  {sent:12,}   {sent // max(1, calls):,} per call, pictures counted as {IMAGE_TOKENS} each",
-        f"  tokens back  {back:12,}   {COMMENT} per candidate assumed; thinking, where the model does, comes on top",
+        f"  tokens sent  {sent:12,}   {sent // max(1, calls):,} per call, "
+        f"pictures counted as {IMAGE_TOKENS} each",
+        f"  tokens back  {back:12,}   {COMMENT} per candidate assumed; "
+        "thinking, where the model does, comes on top",
         f"  time         {minutes:8.0f} min   at {SECONDS:g} s a call, {s.workers} at once, within --rpm",
     ]
     if not all(record["answers"] for record in records):
         lines.append(f"  answers not sampled yet are taken to be {ANSWER} tokens long")
-    if asked:
-        q = asked[0]
-        lines.append(f"\nthe first call, about record {q.id}; pictures: {len(q.images)}\n\n{q.system}\n\n{q.text}")
+    for q in asked[:1]:
+        lines.append(f"\nthe first call, about record {q.id}; pictures: {len(q.images)}\n")
+        lines.append(f"{q.system}\n\n{q.text}")
     return "\n".join(lines)
 
 
 def judge(s: Settings, records: list[dict], out: Path) -> list[dict]:
     """Every record judged -> the records with scores, states and what the judge was."""
-    questions = [question(record, s) for record in records]
     if s.judge == "oracle":
-        replies = ask_oracle(s, records, questions)
+        replies = ask_oracle(s, records)
     else:
-        replies = ask_judge(s, questions, out)
+        replies = ask_judge(s, records, out)
     judged = []
     for record, (reply, found) in zip(records, replies):
         judged.append(with_scores(record, reply, found, s))
@@ -220,19 +222,20 @@ def judge(s: Settings, records: list[dict], out: Path) -> list[dict]:
     return judged
 
 
-def ask_oracle(s: Settings, records: list[dict], questions: list[Question]) -> list[tuple]:
+def ask_oracle(s: Settings, records: list[dict]) -> list[tuple]:
     """[(reply, what it says)]; the miniature's own judge, which is exact and needs no journal."""
     from toy.oracle import exact_reply
     replies = []
-    for record, q in zip(records, questions):
+    for record in records:
         text = exact_reply(record, shown_order(record, s.seed), s.golden)
-        replies.append(Reply("ok", text, version="exact").checked(q.check))
+        replies.append(Reply("ok", text, version="exact").checked(question(record, s).check))
     return replies
 
 
-def ask_judge(s: Settings, questions: list[Question], out: Path) -> list[tuple]:
-    """[(reply, what it says)], read afresh from the journal's raw text: a better parser needs no new call."""
+def ask_judge(s: Settings, records: list[dict], out: Path) -> list[tuple]:
+    """[(reply, what it says)], read from the journal's raw text: a better parser needs no new call."""
     began = time.perf_counter()
+    questions = [question(record, s) for record in records]
     with closing(Replies(out / "journal.jsonl")) as replies:
         client = Judge(s, replies)
         try:
@@ -261,10 +264,8 @@ def with_scores(record: dict, reply: Reply, found: dict | None, s: Settings) -> 
     if not found:
         about["reason"] = reply.reason
         return judged
-
     for k, (scores, comment) in zip(order, found["shown"]):
-        answers[k]["scores"] = scores
-        answers[k]["comment"] = comment
+        answers[k] |= {"scores": scores, "comment": comment}
     if found["golden"]:
         judged["golden"] = found["golden"]
     return judged
@@ -274,27 +275,24 @@ def without(row: dict, *names: str) -> dict:
     return {name: value for name, value in row.items() if name not in names}
 
 
-# ---- putting it together ----------------------------------------------------------------------------------------
+# ---- putting it together ------------------------------------------------------------------------
 
 def bring_pictures(record: dict, out: Path) -> dict:
     """The record with its pictures in `out`, under their names (hard links where possible)."""
     root = Path(record["root"]).resolve()
-    names = []
-    for name in record["images"]:
-        source = image_path(root, name)
-        name = str(source.relative_to(root))
-        target = out / name
-        names.append(name)
-        if target.exists():
-            if not filecmp.cmp(source, target, shallow=False):
-                raise BadInput(f"record {record['id']}: {target} is another picture of that name; choose another --out")
-            continue
+    sources = [image_path(root, name) for name in record["images"]]
+    names = [str(source.relative_to(root)) for source in sources]
+    for source, target in zip(sources, (out / name for name in names)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:                                  # another disk
-            shutil.copyfile(source, f"{target}.part")
-            os.replace(f"{target}.part", target)
+        if not target.exists():
+            try:
+                os.link(source, target)
+            except OSError:                              # another disk
+                shutil.copyfile(source, f"{target}.part")
+                os.replace(f"{target}.part", target)
+        elif not filecmp.cmp(source, target, shallow=False):
+            raise BadInput(f"record {record['id']}: {target} is another picture of that name; "
+                           "choose another --out")
     return record | {"images": names, "root": str(out)}
 
 
@@ -310,7 +308,8 @@ def check_settings(s: Settings) -> None:
 
 
 def annotate(s: Settings) -> list[dict]:
-    """--data -> records with answers and scores, in memory and in --out; nothing in the processes that only sample."""
+    """--data -> records with answers and scores, in memory and in --out; nothing in the processes that
+    only sample."""
     check_settings(s)
     device = parallel.start(s.device)                    # from here on process 0 alone speaks
     first = parallel.rank() == 0
@@ -368,7 +367,8 @@ def look(s: Settings, records: list[dict]) -> None:
         rates = " --batch 16 --lr 1e-4" if s.judge == "oracle" else ""       # the miniature's
         print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl{rates}")
     elif not s.judge:
-        print(f"next: python annotate.py --data {out}/records.jsonl --out {out} --judge gemini:MODEL --dry_run")
+        print(f"next: python annotate.py --data {out}/records.jsonl --out {out} "
+              "--judge gemini:MODEL --dry_run")
 
 
 def run(s: Settings) -> None:

@@ -1,7 +1,8 @@
 """Asking a model over HTTP, and surviving it: five states, one journal.
 
-The problem. A judge is a program somewhere else. It answers late, or never, or with half a JSON object, or with a score of
-7 out of 4. Code that papers over this with a default score or a dropped row puts invented numbers into published tables.
+The problem. A judge is a program somewhere else. It answers late, or never, or with half a JSON
+object, or with a score of 7 out of 4. Code that papers over this with a default score or a dropped
+row puts invented numbers into published tables.
 
 The trick. Every question ends in exactly one of five states, and only the first may carry scores:
 
@@ -11,16 +12,17 @@ The trick. Every question ends in exactly one of five states, and only the first
     unparseable   ASKS replies to the same unchanged prompt, and none passed the check
     failed        no reply: the network, the server's errors, a request that the server calls invalid
 
-Each reply, good or bad, is a line on disk (journal.jsonl, raw text included) before anything else is asked about the same
-question. Kill the program at any moment: the same command goes on from there, nothing is paid for twice but the calls in
-flight, and a better parser can read the old replies again.
+Each reply, good or bad, is a line on disk (journal.jsonl, raw text included) before anything else is
+asked about the same question. Kill the program at any moment: the same command goes on from there,
+nothing is paid for twice but the calls in flight, and a better parser can read the old replies again.
 
-Traffic. --rpm spaces the calls out evenly. What is worth another try (429, 5xx, a broken connection, a reply that is no
-JSON) waits min(60, 2^k) seconds times a random number ("full jitter") and whatever the server asked for; a 429 makes every
-worker wait. What is not (a wrong key, an unknown model, an empty quota) stops the run with the remedy.
+Traffic. --rpm spaces the calls out evenly. What is worth another try (429, 5xx, a broken connection,
+a reply that is no JSON) waits min(60, 2^k) seconds times a random number ("full jitter") and whatever
+the server asked for; a 429 makes every worker wait. What is not (a wrong key, an unknown model, an
+empty quota) stops the run with the remedy.
 
-The key travels in a header only, redirects are not followed, .netrc is not read, and whatever a server sends back is
-searched for the key before it is printed or stored.
+The key travels in a header only, redirects are not followed, .netrc is not read, and whatever a
+server sends back is searched for the key before it is printed or stored.
 """
 import json
 import os
@@ -31,7 +33,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -44,12 +46,21 @@ from journal import Journal
 from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, names, reply_of
 
 STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
-ASKS = 3                 # replies to one question before it counts as unparseable
-TRIES = 6                # calls without a reply before it counts as failed; a 429 counts a quarter
-WAIT, MOST = 1.0, 60.0   # seconds: the first wait is at most WAIT, it doubles with every try, up to MOST
-PATIENCE = 300           # seconds: a server that asks for more is not waited for
-DEAD = 20                # questions failed in a row, and the server is gone
-LONGEST = 1 << 24        # bytes of a reply
+ASKS = 3            # replies to one question before it counts as unparseable
+TRIES = 6           # calls without a reply before it counts as failed; a 429 counts a quarter
+WAIT = 1.0          # seconds: the first wait is at most so long, and every further one twice as long,
+MOST = 60.0         # up to this
+PATIENCE = 300      # seconds: a server that asks for more is not waited for
+DEAD = 20           # questions failed in a row, and the server is gone
+LONGEST = 1 << 24   # bytes of a reply
+STOPS = {           # status and error -> what no other question would escape, and the remedy
+    r"429.*(PerDay|per day|\bRPD\b|\bTPD\b|insufficient_quota|limit: 0\b(?!\.))":
+        "the quota is spent; wait for the next day or have it raised",
+    "40[13]|400.*(API_KEY_INVALID|API key not valid|FAILED_PRECONDITION)":
+        "the server refuses the key or the account; check {keys}",
+    "404|400.*model_not_found": "{model} is not to be had at {base}; those at {base}/models are",
+    "3": "{base} answers with a redirect; give the final address as --judge_url",
+}
 KEPT = "what was judged is kept; run the same command again afterwards"
 
 
@@ -59,19 +70,19 @@ class JudgeSettings:
     judge: str = ""              # gemini:MODEL, openai:MODEL (any chat-completions server); empty: none
     judge_url: str = ""          # another server, http://host:port
     thinking: str = ""           # how much the judge thinks: low, medium, high; empty: its default
-    budget: int = 8192           # longest reply in tokens, thinking included; doubled once where it was too short
+    budget: int = 8192           # longest reply in tokens, thinking included; doubled once if too short
     workers: int = 16            # calls at once
     timeout: float = 120.0       # seconds until a call counts as lost
-    rpm: int = 0                 # requests per minute that your account allows; 0: no limit on this side
+    rpm: int = 0                 # requests per minute that your account allows; 0: no limit
     retry_failed: bool = False   # ask again for what was blocked, truncated, unparseable or failed
 
 
 class Replies(Journal):
-    """The journal of a judge: what is settled and how, what was replied to questions not yet settled, what it all cost."""
+    """The journal of a judge: how questions ended, what was replied to open ones, what it all cost."""
 
     def __init__(self, path: Path):
-        self.earlier = defaultdict(list)             # key of an open question -> the states of its replies so far
-        self.used = Counter()                        # tokens, by kind
+        self.earlier = defaultdict(list)     # key of an open question -> the states of its replies
+        self.used = Counter()                # tokens, by kind
         super().__init__(path)
 
     def seen(self, row: dict) -> bool:
@@ -83,16 +94,13 @@ class Replies(Journal):
         return row["final"]
 
     def final(self, q: Question) -> tuple[Reply, object]:
-        """How a settled question ended: (the reply, what the question's check makes of it today, or None)."""
+        """How a settled question ended: (the reply, what the question's check makes of it today)."""
         row = self[q.key]
-        reply = Reply(row["state"], row["text"], row["reason"], version=row["version"], usage=row["usage"])
+        reply = Reply(row["state"], row["text"], row["reason"], row["version"], row["usage"])
         return reply.checked(q.check)
 
-    def keep(self, q: Question, reply: Reply, final: bool = True) -> None:
-        self.append({
-            "key": q.key, "id": q.id, "state": reply.state, "final": final, "reason": reply.reason,
-            "version": reply.version, "usage": reply.usage, "time": round(time.time(), 3), "text": reply.text,
-        })
+    def keep(self, q: Question, reply: Reply, final: bool) -> None:
+        self.append({"key": q.key, "id": q.id, "final": final, "time": time.time(), **asdict(reply)})
 
 
 class Stopped(Exception):
@@ -109,7 +117,7 @@ class Judge:
         self.s = s
         self.replies = replies
         self.without = set()             # optional fields that the server does not take
-        self.dead = 0                    # questions failed in a row
+        self.failures = 0                # questions failed in a row
         self.calls = 0
         self.next_call = 0.0             # when one may be made, on time.monotonic's clock
         self.turn = threading.Lock()     # held to change the last two
@@ -118,11 +126,11 @@ class Judge:
     # ---- questions ------------------------------------------------------------------------------
 
     def ask(self, questions: Iterable[Question]) -> None:
-        """Settle every question. Raises BadInput where going on is pointless; what was replied is in the journal."""
+        """Settle every question. Raises BadInput where going on is pointless."""
         states = Counter()
         with ThreadPoolExecutor(self.s.workers) as pool:
             jobs = [pool.submit(self.settle, q) for q in questions]
-            bar = tqdm(as_completed(jobs), total=len(jobs), desc="judging", unit="rec", disable=None, leave=False)
+            bar = tqdm(as_completed(jobs), "judging", len(jobs), unit="rec", disable=None, leave=False)
             try:
                 for job in bar:
                     states[job.result()] += 1            # raises what the job raised
@@ -131,7 +139,8 @@ class Judge:
                 self.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 if isinstance(problem, KeyboardInterrupt):
-                    tqdm.write(f"stopping; the calls in flight are waited for and kept (up to {self.s.timeout:g} s)")
+                    tqdm.write("stopping; the calls in flight are waited for and kept "
+                               f"(up to {self.s.timeout:g} s)")
                 raise
 
     def settle(self, q: Question) -> str:
@@ -141,23 +150,18 @@ class Judge:
             if reply.state == "ok" or not self.s.retry_failed:
                 return reply.state
 
-        try:
-            images = [jpeg(path) for path in q.images]
-        except BadInput as problem:
-            self.replies.keep(q, Reply("failed", reason=str(problem)))
-            return "failed"
-
-        earlier = list(self.replies.earlier[q.key])              # also from before a kill
+        images = [jpeg(path) for path in q.images]
+        earlier = list(self.replies.earlier[q.key])      # also from before a kill
         while True:
             budget = self.s.budget * (2 if "truncated" in earlier else 1)
             reply, _ = self.post(q, images, budget).checked(q.check)
-            final = settled(reply, earlier)
+            final = is_final(reply, earlier)
             self.replies.keep(q, reply, final)
 
-            self.dead = self.dead + 1 if reply.state == "failed" else 0
-            if self.dead >= DEAD:
-                raise BadInput(f"{DEAD} records in a row got no reply from {self.base}: {reply.reason}; when the server "
-                               "is back, run the same command with --retry_failed 1")
+            self.failures = self.failures + 1 if reply.state == "failed" else 0
+            if self.failures >= DEAD:
+                raise BadInput(f"{DEAD} records in a row got no reply from {self.base}: {reply.reason}; "
+                               "when the server is back, run the same command with --retry_failed 1")
             if final:
                 return reply.state
             earlier.append(reply.state)
@@ -165,7 +169,8 @@ class Judge:
     # ---- calls ----------------------------------------------------------------------------------
 
     def post(self, q: Question, images: list[str], budget: int) -> Reply:
-        """One question -> the reply of a 200, or a failed one. Raises Stopped, or BadInput where the whole run must stop."""
+        """The reply of a 200, or one that says why there is none. Raises BadInput where the whole run
+        must stop, Stopped where another question has stopped it."""
         tries = 0.0
         without = set(self.without)
         while True:
@@ -176,15 +181,15 @@ class Judge:
                 if without > self.without:
                     tqdm.write(f"the server does not take {', '.join(without)}; going on without")
                     self.without |= without
-                reply = reply_of(self.wire, data)
-                return replace(reply, text=self.scrub(reply.text), reason=self.scrub(reply.reason), version=self.scrub(reply.version))
+                return self.read(data)
 
             error = error_of(data)
             what = self.scrub(f"HTTP {status}: {error.get('message') or error}" if status else data)[:500]
             self.stop_if_pointless(status, error, what)
             if status == 400:
                 # Not every server names the field that it refuses; then the schema is the likeliest.
-                refused = {name for name in self.wire.optional if names(error, name)} or {self.wire.schema}
+                refused = {field for field in self.wire.optional if names(error, field)}
+                refused = refused or {self.wire.schema}
                 if not refused <= without:
                     without |= refused
                     continue
@@ -204,15 +209,15 @@ class Judge:
                 raise Stopped
 
     def wait_for_turn(self) -> None:
-        """Return when the next call may be made: 60 / rpm seconds after the one before, and not during a pause."""
+        """Return when the next call may be made: 60 / rpm seconds after the last, and in no pause."""
         while not self.stop.is_set():
             with self.turn:
-                now = time.monotonic()
-                if now >= self.next_call:
-                    self.next_call = now + (60 / self.s.rpm if self.s.rpm else 0)
+                wait = self.next_call - time.monotonic()
+                if wait <= 0:
                     self.calls += 1
+                    if self.s.rpm:
+                        self.next_call = time.monotonic() + 60 / self.s.rpm
                     return
-                wait = self.next_call - now
             self.stop.wait(wait)
         raise Stopped
 
@@ -222,19 +227,23 @@ class Judge:
             self.next_call = max(self.next_call, time.monotonic() + seconds)
 
     def send(self, body: dict) -> tuple[int, dict, object]:
-        """One HTTP call -> (status, headers, JSON or text); status 0, and what went wrong, where there was no reply."""
+        """One call -> (status, headers, JSON or text); status 0 and what went wrong for no reply."""
+        url = self.wire.url(self.base, self.model)
         until = time.monotonic() + self.s.timeout
         content = bytearray()
         try:
             with requests.post(
-                self.wire.url(self.base, self.model), json=body, headers=self.wire.headers(self.key),
+                url, json=body, headers=self.wire.headers(self.key),
                 auth=lambda request: request,            # or .netrc would replace our header
                 stream=True, allow_redirects=False, timeout=(20, self.s.timeout),
             ) as response:
-                while chunk := response.raw.read1(1 << 16, decode_content=True):     # what is there: it may come in drips
+                # read1 returns what is there: a reply may come in drips.
+                while chunk := response.raw.read1(1 << 16, decode_content=True):
                     content += chunk
                     if time.monotonic() > until or len(content) > LONGEST:
-                        raise requests.Timeout(f"the reply took longer than {self.s.timeout:g} s, or is endless")
+                        raise requests.Timeout(
+                            f"the reply took longer than {self.s.timeout:g} s, or is endless"
+                        )
         except (requests.RequestException, urllib3.exceptions.HTTPError) as problem:
             return 0, {}, f"no reply: {type(problem).__name__}: {problem}"
 
@@ -246,30 +255,31 @@ class Judge:
             data = data[0]
         return response.status_code, response.headers, data
 
-    def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
-        """Raises BadInput with the remedy for what no other question would escape."""
-        said = json.dumps(error)
-        if status == 429 and re.search(r"PerDay|per day|\bRPD\b|\bTPD\b|insufficient_quota|limit: 0\b(?!\.)", said):
-            raise BadInput(f"the quota is spent ({what}); wait for the next day or have it raised; {KEPT}")
-        if status in (401, 403) or status == 400 and re.search("API_KEY_INVALID|API key not valid|FAILED_PRECONDITION", said):
-            raise BadInput(f"the server refuses the key or the account ({what}); check {' or '.join(self.wire.keys)}; {KEPT}")
-        if status == 404 or status == 400 and "model_not_found" in said:
-            raise BadInput(f"{self.model} is not to be had at {self.base} ({what}); those at {self.base}/models are; {KEPT}")
-        if status == 400 and self.s.thinking and names(error, self.wire.thinking):
-            raise BadInput(f"--thinking {self.s.thinking}: the server does not take it ({what}); {KEPT}")
-        if 300 <= status < 400:
-            raise BadInput(f"{self.base} answers with a redirect ({what}); give the final address as --judge_url")
+    def read(self, data: dict) -> Reply:
+        reply = reply_of(self.wire, data)
+        reply.text = self.scrub(reply.text)
+        reply.reason = self.scrub(reply.reason)
+        reply.version = self.scrub(reply.version)
+        return reply
 
     def scrub(self, text: str) -> str:
-        """Without the key, should a server echo it; halves of characters, which no file can hold, become "?"."""
+        """Without the key, should a server echo it; half a character, which no file can hold, is "?"."""
         text = str(text).encode("utf8", "replace").decode()
         if len(self.key) < 8:
             return text
-        spelled = "".join(rf"(?:{re.escape(c)}|\\u00{ord(c):02x})" for c in self.key)     # JSON can spell it so, too
-        return re.sub(spelled, "[key]", text, flags=re.IGNORECASE)
+        spelled = [rf"({re.escape(c)}|\\u00{ord(c):02x})" for c in self.key]     # as JSON may, too
+        return re.sub("".join(spelled), "[key]", text, flags=re.IGNORECASE)
+
+    def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
+        for pattern, remedy in STOPS.items():
+            if re.match(pattern, f"{status} {json.dumps(error)}"):
+                remedy = remedy.format(keys=" or ".join(self.wire.keys), model=self.model, base=self.base)
+                raise BadInput(f"{remedy} ({what}); {KEPT}")
+        if status == 400 and self.s.thinking and names(error, self.wire.thinking):
+            raise BadInput(f"--thinking {self.s.thinking}: the server does not take it ({what}); {KEPT}")
 
 
-def settled(reply: Reply, earlier: list[str]) -> bool:
+def is_final(reply: Reply, earlier: list[str]) -> bool:
     """Is this reply the last word, after replies that ended in the states `earlier`?"""
     if reply.state == "truncated":
         return "truncated" in earlier
@@ -279,12 +289,12 @@ def settled(reply: Reply, earlier: list[str]) -> bool:
     return True
 
 
-# ---- the door -------------------------------------------------------------------------------------------------
+# ---- the door -----------------------------------------------------------------------------------
 
 def door(s: JudgeSettings, dry: bool = False) -> tuple:
-    """(wire format, model, base URL, key) of a judge; a dry run needs no key. Raises BadInput for what cannot be used."""
+    """(wire format, model, base URL, key) of a judge; a dry run needs no key. Raises BadInput."""
     if min(s.workers, s.budget) < 1 or not 0 < s.timeout < 1e6 or s.rpm < 0:
-        raise BadInput("--workers, --timeout and --budget must be positive, --rpm not negative (0: no limit)")
+        raise BadInput("--workers, --timeout and --budget must be positive, --rpm not negative")
     name, _, model = s.judge.partition(":")
     if name not in PROTOCOLS or not model:
         raise BadInput(f"--judge {s.judge}: say gemini:MODEL, openai:MODEL or, for the miniature, oracle")
@@ -299,15 +309,17 @@ def base_url(usual: str, url: str) -> str:
         return usual
     found = re.fullmatch(r"(https?://[\w.:\[\]-]+)(/[^?#@]*)?", url.rstrip("/"))
     if not found:
-        raise BadInput("--judge_url: say http://host:port or https://host/v1, without a user, password or key in it")
+        raise BadInput("--judge_url: say http://host:port or https://host/v1, "
+                       "without a user, password or key in it")
     return found[1] + (found[2] or urlsplit(usual).path)
 
 
 def find_key(variables: tuple, needed: bool) -> str:
-    values = [os.environ.get(name, "").strip() for name in variables]
-    key = next(filter(None, values), "")
+    found = [os.environ.get(name, "").strip() for name in variables]
+    key = next(filter(None, found), "")
+    where = " or ".join(variables)
     if not key and needed:
-        raise BadInput(f"no key: set {' or '.join(variables)} in the environment")
+        raise BadInput(f"no key: set {where} in the environment")
     if not re.fullmatch(r"[\x21-\x7e]*", key):
-        raise BadInput(f"the key in {' or '.join(variables)} holds characters that no header can carry; copy it again")
+        raise BadInput(f"the key in {where} holds characters that no header can carry; copy it again")
     return key

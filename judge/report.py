@@ -1,15 +1,18 @@
 """A look at scores and pairs before anything is trained on them.
 
-How many records give a pair (data.choose_pair); how the scores are spread, for a judge that says 4 to everything says
-nothing; how the attributes go together (the paper's Fig. 3: whoever finds an answer helpful finds it correct); whether
-chosen answers are simply the longer ones; and whether the place at which an answer was shown decides: places are shuffled,
-so every place should hold the best answer equally often.
+How many records give a pair (data.choose_pair); how the scores are spread, for a judge that says 4 to
+everything says nothing; how the attributes go together (the paper's Fig. 3: whoever finds an answer
+helpful finds it correct); whether chosen answers are simply the longer ones; and whether the place at
+which an answer was shown decides: places are shuffled, so every place should hold the best answer
+equally often.
 
     python annotate.py --data runs/annotate/records.jsonl --pairs --board board.html
 """
 import json
 import math
 import random
+import re
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,7 +27,7 @@ SHOWN = 300     # records on a board; a page with thousands of pictures opens no
 SMALL = 320     # pixels on the longest side of a picture there
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------
+# ---- numbers ------------------------------------------------------------------------------------
 
 def statistics(records: list[dict], gap: int = GAP, seed: int = 0) -> dict:
     """Yield, spread, correlations, lengths and the judge's position bias, as plain numbers."""
@@ -32,19 +35,18 @@ def statistics(records: list[dict], gap: int = GAP, seed: int = 0) -> dict:
     grades = []             # of each scored answer: its grades, in the order of RUBRIC.attributes
     words = []              # of each pair: [words of the chosen answer, of the rejected one]
     for record in records:
-        answers = record["answers"]
-        scored = [answer for answer in answers if answer.get("scores")]
+        scored = [answer for answer in record["answers"] if answer.get("scores")]
         if scored:
             qualities.append([RUBRIC.quality(answer) for answer in scored])
         for answer in scored:
             grades.append([answer["scores"][name] for name in RUBRIC.attributes])
         pair = choose_pair(record, gap, seed)
         if pair:
-            words.append([len(answers[k]["text"].split()) for k in pair])
+            words.append([len(record["answers"][k]["text"].split()) for k in pair])
 
-    grades = np.array(grades, int).reshape(-1, len(RUBRIC.attributes))                   # (answers, attributes)
-    words = np.array(words, int).reshape(-1, 2)                                          # (pairs, 2)
-    longer = words[:, 0] - words[:, 1]
+    grades = np.array(grades, int).reshape(-1, len(RUBRIC.attributes))           # (answers, attributes)
+    chosen, rejected = np.array(words, int).reshape(-1, 2).T                     # (pairs,) each
+    counts = [np.bincount(column, minlength=RUBRIC.highest + 1).tolist() for column in grades.T]
     return {
         "records": len(records),
         "scored": len(qualities),
@@ -52,15 +54,12 @@ def statistics(records: list[dict], gap: int = GAP, seed: int = 0) -> dict:
         "gap": gap,
         "tied_best": sum(S.count(max(S)) > 1 for S in qualities),
         "all_equal": sum(len(set(S)) == 1 for S in qualities),
-        "scores": {
-            name: np.bincount(column, minlength=RUBRIC.highest + 1).tolist()
-            for name, column in zip(RUBRIC.attributes, grades.T)
-        },
+        "scores": dict(zip(RUBRIC.attributes, counts)),
         "correlations": correlations(grades),
-        "words_chosen": mean(words[:, 0]),
-        "words_rejected": mean(words[:, 1]),
-        "chosen_longer": mean(longer > 0),
-        "chosen_shorter": mean(longer < 0),
+        "words_chosen": mean(chosen),
+        "words_rejected": mean(rejected),
+        "chosen_longer": mean(chosen > rejected),
+        "chosen_shorter": mean(chosen < rejected),
         "places": places(records),
     }
 
@@ -71,17 +70,17 @@ def mean(values: np.ndarray) -> float | None:
 
 def correlations(grades: np.ndarray) -> list[list]:
     """(answers, attributes) -> (attributes, attributes); None for an attribute that never varies."""
-    centred = grades - grades.mean(0) if len(grades) else grades
-    length = np.sqrt((centred ** 2).sum(0))
-    with np.errstate(invalid="ignore"):
-        table = centred.T @ centred / np.outer(length, length)
-    return [[None if math.isnan(x) else round(float(x), 3) for x in row] for row in table]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # it divides by the spread, which then is 0
+        table = np.corrcoef(grades, rowvar=False).round(3)
+    return [[None if math.isnan(x) else x for x in row] for row in table.tolist()]
 
 
 def places(records: list[dict]) -> list[dict]:
-    """For every place A, B, ... at which answers were shown: mean S there, how often the best one stood there (ties shared),
-    and how often it would without bias; `ci` is the 95 % half-width of that share."""
-    shown = defaultdict(list)                                    # place -> [(S, share of the best, share without bias)]
+    """For every place A, B, ... at which answers were shown: mean S there, how often the best one
+    stood there (ties shared), and how often it would without bias; `ci` is the 95 % half-width of
+    that share."""
+    shown = defaultdict(list)                # place -> [(S, share of the best, share without bias)]
     for record in records:
         answers = record["answers"]
         order = (record.get("judge") or {}).get("order", [])
@@ -95,7 +94,8 @@ def places(records: list[dict]) -> list[dict]:
     for place, rows in sorted(shown.items()):
         S, best, fair = np.mean(rows, axis=0).tolist()
         ci = 1.96 * math.sqrt(fair * (1 - fair) / len(rows))
-        found.append({"place": letter(place), "n": len(rows), "S": S, "best": best, "fair": fair, "ci": ci})
+        name = letter(place)
+        found.append({"place": name, "n": len(rows), "S": S, "best": best, "fair": fair, "ci": ci})
     return found
 
 
@@ -103,33 +103,42 @@ def show(x: dict) -> str:
     """The statistics as a page of text."""
     if not x["scored"] and not x["pairs"]:
         return f"no scores in {x['records']} records"
+    share = x["pairs"] / x["records"]
+    unscored = x["records"] - x["scored"]
     lines = [
-        f"pairs: {x['pairs']} of {x['records']} records ({x['pairs'] / x['records']:.0%}) by S gap >= {x['gap']}; "
-        f"{x['records'] - x['scored']} not scored, {x['all_equal']} with all answers equal, "
-        f"{x['tied_best']} with a tie at the top"
+        f"pairs: {x['pairs']} of {x['records']} records ({share:.0%}) by S gap >= {x['gap']}; {unscored} "
+        f"not scored, {x['all_equal']} with all answers equal, {x['tied_best']} with a tie at the top"
     ]
     if x["pairs"]:
-        lines.append(f"length: chosen {x['words_chosen']:.1f} words, rejected {x['words_rejected']:.1f}; chosen is longer "
-                     f"in {x['chosen_longer']:.0%} of the pairs, shorter in {x['chosen_shorter']:.0%}")
+        lines.append(
+            f"length: chosen {x['words_chosen']:.1f} words, rejected {x['words_rejected']:.1f}; chosen is "
+            f"longer in {x['chosen_longer']:.0%} of the pairs, shorter in {x['chosen_shorter']:.0%}"
+        )
     if x["scored"]:
-        grades = "".join(f"{grade:>7}" for grade in range(RUBRIC.highest + 1))
-        names = "".join(f"{name[:6]:>8}" for name in RUBRIC.attributes)
-        lines.append(f"\nshare of answers{grades}    mean    correlation with{names}")
-    for name, row in zip(RUBRIC.attributes, x["correlations"]):
-        counts = np.array(x["scores"][name])
-        if counts.any():
-            shares = "".join(f"{share:7.0%}" for share in counts / counts.sum())
-            average = counts @ np.arange(len(counts)) / counts.sum()
-            cells = "".join("       -" if c is None else f"{c:8.2f}" for c in row)
-            lines.append(f"{name:<16}{shares}{average:8.2f}{'':20}{cells}")
+        lines.append(show_grades(x))
     if x["places"]:
         lines.append("\nposition bias: shown at  mean S  was best  (without bias)")
     for p in x["places"]:
-        lines.append(f"{p['place']:>23}{p['S']:8.2f}{p['best']:10.1%}  ({p['fair']:.1%} ± {p['ci']:.1%})")
+        bias = f"{p['best']:10.1%}  ({p['fair']:.1%} ± {p['ci']:.1%})"
+        lines.append(f"{p['place']:>23}{p['S']:8.2f}{bias}")
     return "\n".join(lines)
 
 
-# ---- for others -------------------------------------------------------------------------------------------------
+def show_grades(x: dict) -> str:
+    """A line for each attribute: how often each grade was given, their mean, the correlations."""
+    grades = np.arange(RUBRIC.highest + 1)
+    names = "".join(f"{name[:6]:>8}" for name in RUBRIC.attributes)
+    head = "".join(f"{grade:>7}" for grade in grades)
+    lines = [f"\nshare of answers{head}    mean    correlation with{names}"]
+    for name, row in zip(RUBRIC.attributes, x["correlations"]):
+        shares = np.array(x["scores"][name]) / sum(x["scores"][name])
+        cells = "".join(f"{share:7.0%}" for share in shares) + f"{shares @ grades:8.2f}{'':20}"
+        cells += "".join(f"{'-':>8}" if c is None else f"{c:8.2f}" for c in row)
+        lines.append(f"{name:<16}{cells}")
+    return "\n".join(lines)
+
+
+# ---- for others ---------------------------------------------------------------------------------
 
 def to_trl(record: dict, pair: tuple[int, int]) -> dict:
     """TRL's conversational preference format, image markers as content parts."""
@@ -146,33 +155,32 @@ def to_trl(record: dict, pair: tuple[int, int]) -> dict:
 def parts(content: str) -> list[dict]:
     """"<image>\\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]."""
     found = []
-    for k, text in enumerate(content.replace("<image>\n", "<image>").split("<image>")):
-        if k:
+    for piece in re.split(r"(<image>)\n?", content):
+        if piece == "<image>":
             found.append({"type": "image"})
-        if text:
-            found.append({"type": "text", "text": text})
+        elif piece:
+            found.append({"type": "text", "text": piece})
     return found
 
 
-def board(records: list[dict], root: Path, gap: int = GAP, seed: int = 0, title: str = "records and pairs") -> str:
-    """One self-contained page, board.html with the records in it: pictures embedded, nothing fetched. More than SHOWN records
-    are sampled (seeded)."""
+def board(
+    records: list[dict], root: Path, gap: int = GAP, seed: int = 0, title: str = "records and pairs"
+) -> str:
+    """One self-contained page, board.html with the records in it: pictures embedded, nothing fetched.
+    More than SHOWN records are sampled (seeded)."""
     shown = range(len(records))
     if len(records) > SHOWN:
         shown = sorted(random.Random(seed).sample(shown, SHOWN))
         title += f" ({SHOWN} of {len(records)}, drawn with seed {seed})"
-
     rows = []
     for record in (records[k] for k in shown):
-        rows.append({
-            "id": record["id"],
-            "judge": record.get("judge"),
-            "pictures": [jpeg(image_path(root, name), SMALL) for name in record["images"]],
+        rows.append(record | {
             "conversation": conversation(record),
-            "answers": record["answers"],
-            "golden": record.get("golden"),
             "pair": choose_pair(record, gap, seed),
+            "pictures": [jpeg(image_path(root, name), SMALL) for name in record["images"]],
         })
+
     content = {"title": title, "attributes": RUBRIC.attributes, "ranked": RUBRIC.ranked, "records": rows}
-    safe = json.dumps(content).replace("<", "\\u003c")           # no text can end the script that holds it
-    return Path(__file__).with_name("board.html").read_text(encoding="utf8").replace("CONTENT", safe)
+    safe = json.dumps(content).replace("<", "\\u003c")           # no text can end the script it is in
+    page = Path(__file__).with_name("board.html").read_text(encoding="utf8")
+    return page.replace("CONTENT", safe)

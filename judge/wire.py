@@ -1,17 +1,19 @@
-"""What is said on the wire to a judge: a question, a reply, and how Gemini and OpenAI-style servers spell them.
+"""What is said on the wire to a judge: questions and replies, as Gemini and OpenAI-style servers spell them.
 
-Pure functions between Python and JSON; nothing here sends anything (judge/client.py does). Every server has its own way of
-not answering, with status 200: Gemini leaves the candidates out where the prompt was blocked, sends a candidate without
-content where the answer was, thinks until no room is left to speak, and splits its text over parts, thoughts among them.
-Each of these becomes one of judge/client.py's states, none of them an empty answer.
+Pure functions between Python and JSON; nothing here sends anything (judge/client.py does). Every server
+has its own way of not answering, with status 200: Gemini leaves the candidates out where the prompt was
+blocked, sends a candidate without content where the answer was, thinks until no room is left to speak,
+and splits its text over parts, thoughts among them. Each of these becomes one of judge/client.py's
+states, none of them an empty answer.
 
     Gemini    POST /v1beta/models/MODEL:generateContent     https://ai.google.dev/api/generate-content
     OpenAI    POST /v1/chat/completions                     also vLLM's and many others'
 
 Another kind of server is another class with the same members, and a line in PROTOCOLS.
 
-Deliberate: responseJsonSchema without "additionalProperties", which the endpoint refuses; no temperature for Gemini, whose
-newer models ignore or refuse it; store false, because what is judged is not ours to leave lying there.
+Deliberate: responseJsonSchema without "additionalProperties", which the endpoint refuses; no temperature
+for Gemini, whose newer models ignore or refuse it; store false, because what is judged is not ours to
+leave lying there.
 """
 import base64
 import json
@@ -24,9 +26,9 @@ from urllib.parse import quote
 
 from vision import load_image
 
-SIDE = 1024                        # pictures go out as JPEG, so many pixels on the longest side
-QUALITY = 90                       # of the JPEG
-IMAGE_TOKENS = 1120                # what a picture costs at most on Gemini 3.x at its default resolution
+SIDE = 1024             # pictures go out as JPEG, so many pixels on the longest side
+QUALITY = 90            # of the JPEG
+IMAGE_TOKENS = 1120     # what a picture costs at most on Gemini 3.x at its default resolution
 
 
 @dataclass
@@ -51,13 +53,13 @@ class Reply:
     state: str                     # "ok" from a server means no more than that there is text
     text: str = ""
     reason: str = ""               # why it is not ok
-    again: bool = False            # blocked, but such a block comes and goes
     version: str = ""              # the model that the server says it used
     usage: dict = field(default_factory=dict)
+    again: bool = False            # blocked, but such a block comes and goes
 
     def checked(self, check: Callable[[str], object]) -> tuple["Reply", object]:
-        """(the reply in its true state, what `check` makes of its text). The check alone decides between ok and unparseable,
-        also for a reply of long ago, so that a better parser needs no new call."""
+        """(the reply in its true state, what `check` makes of its text). The check alone tells ok from
+        unparseable, in a reply of long ago, too: a better parser needs no new call."""
         if not self.text or self.state not in ("ok", "unparseable"):
             return self, None
         try:
@@ -72,20 +74,19 @@ def jpeg(path: Path, side: int = SIDE) -> str:
     image = load_image(path, small=side)
     image.thumbnail((side, side))
     image.info = {}
-
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-# ---- two servers ------------------------------------------------------------------------------------------------
+# ---- two servers --------------------------------------------------------------------------------
 
 class Gemini:
     base = "https://generativelanguage.googleapis.com/v1beta"
     keys = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
-    schema = "responseJsonSchema"                        # how it calls the reply's schema
-    thinking = "thinkingLevel"                           # and how much it is to think
-    optional = ("store", "responseJsonSchema")           # what is left out where a server refuses it
+    schema = "responseJsonSchema"                    # its name for the reply's schema,
+    thinking = "thinkingLevel"                       # and for how much is thought
+    optional = ("store", "responseJsonSchema")       # left out where a server refuses them
     version = "modelVersion"
     usage = {
         "prompt": ("usageMetadata", "promptTokenCount"),
@@ -93,8 +94,10 @@ class Gemini:
         "thoughts": ("usageMetadata", "thoughtsTokenCount"),
     }
     harms = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
-    blocks = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY",
-              "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION")
+    blocks = (
+        "SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE",
+        "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION",
+    )
 
     def url(self, base: str, model: str) -> str:
         return f"{base}/models/{quote(model.removeprefix('models/'), safe='')}:generateContent"
@@ -102,25 +105,24 @@ class Gemini:
     def headers(self, key: str) -> dict:
         return {"x-goog-api-key": key}
 
-    def body(self, model: str, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
+    def body(self, model, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
         parts = [{"inlineData": {"mimeType": "image/jpeg", "data": image}} for image in images]
-        parts.append({"text": q.text})
-
         config = {"maxOutputTokens": budget}
+        body = {
+            "contents": [{"role": "user", "parts": [*parts, {"text": q.text}]}],
+            "generationConfig": config,
+            "safetySettings": [
+                {"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in self.harms
+            ],
+        }
+        if q.system:
+            body["systemInstruction"] = {"parts": [{"text": q.system}]}
         if thinking:
             config["thinkingConfig"] = {"thinkingLevel": thinking}
         if q.schema:
             config["responseMimeType"] = "application/json"
         if q.schema and "responseJsonSchema" not in without:
             config["responseJsonSchema"] = q.schema
-
-        body = {
-            "contents": [{"role": "user", "parts": parts}],
-            "generationConfig": config,
-            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in self.harms],
-        }
-        if q.system:
-            body["systemInstruction"] = {"parts": [{"text": q.system}]}
         if "store" not in without:
             body["store"] = False
         return body
@@ -155,8 +157,9 @@ class OpenAI:
     def headers(self, key: str) -> dict:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def body(self, model: str, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
-        parts = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}} for image in images]
+    def body(self, model, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
+        urls = [f"data:image/jpeg;base64,{image}" for image in images]
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         parts.append({"type": "text", "text": q.text})
         messages = [{"role": "user", "content": parts}]
         if q.system:
@@ -164,10 +167,11 @@ class OpenAI:
 
         body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": budget}
         if q.schema:
-            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "schema": q.schema}}
+            schema = {"name": "reply", "schema": q.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         if thinking:
             body["reasoning_effort"] = thinking
-        if "max_tokens" in without:                      # reasoning models have renamed it
+        if "max_tokens" in without:                  # reasoning models have renamed it
             body["max_completion_tokens"] = budget
         return {name: value for name, value in body.items() if name not in without}
 
@@ -184,12 +188,11 @@ PROTOCOLS = {"gemini": Gemini(), "openai": OpenAI()}
 def reply_of(wire, data: dict) -> Reply:
     """What a server says, in one of our states."""
     text, finish, blocked = wire.said(data)
-    reply = Reply("ok", text, finish, version=dig(data, str, wire.version))
-    reply.usage = {name: dig(data, int, *path) for name, path in wire.usage.items()}
-
+    usage = {name: dig(data, int, *path) for name, path in wire.usage.items()}
+    reply = Reply("ok", text, finish, dig(data, str, wire.version), usage)
     if blocked:
         reply.state = "blocked"
-        reply.again = "RECITATION" in finish             # such a block comes and goes
+        reply.again = "RECITATION" in finish         # such a block comes and goes
     elif finish in ("MAX_TOKENS", "length"):
         reply.state = "truncated"
         reply.reason = f"{finish}: a larger --budget gives it more room (thinking counts)"
@@ -209,7 +212,7 @@ def dig(data, kind: type, *path):
     return data if isinstance(data, kind) else kind()
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 def error_of(data) -> dict:
     """What went wrong, from an error body: {"error": {...}}, {"message": ...}, a string, HTML."""
@@ -220,13 +223,13 @@ def error_of(data) -> dict:
 
 
 def names(error: dict, field: str) -> bool:
-    """Does an error complain about this field? "Thinking level is not supported ...", {"param": "max_tokens"}."""
+    """Does an error complain about this field? "Thinking level is not supported ..." does."""
     complaint = re.sub(r"[\s_]", "", str(error.get("param") or error.get("message")))
     return field.replace("_", "").lower() in complaint.lower()
 
 
 def delay_of(headers: dict, error: dict) -> float:
-    """Seconds that a server asks to wait, in RetryInfo ("26s") or Retry-After (a number); 0 where it does not."""
+    """Seconds that a server asks to wait, in RetryInfo ("26s") or Retry-After (a number); or 0."""
     asked = re.search(r'"retryDelay": "(\d+(\.\d+)?)s"', json.dumps(error))
     asked = asked or re.fullmatch(r"(\d+(\.\d+)?)", headers.get("Retry-After", ""))
     return float(asked[1]) if asked else 0.0

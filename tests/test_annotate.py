@@ -403,7 +403,7 @@ EVIL = '</script><script>alert("x")</script><!--<img src="http://evil/x.png" one
 def evil_board(tmp_path):
     picture(700, 300).save(tmp_path / "a.jpg")
     record = judged("<b>id</b>", (4, 4, 4, 1, 0), (0, 0, 0, 0, 1), order=[1, 0], texts=[EVIL, "bad"])
-    record |= {"images": ["a.jpg"], "messages": [{"role": "user", "content": "<image>\n" + EVIL}], "golden": EVIL, "root": "/home/me"}
+    record |= {"images": ["a.jpg"], "messages": [{"role": "user", "content": "<image>\n" + EVIL}], "golden": EVIL}
     record["answers"][0]["comment"] = EVIL
     record["judge"] |= {"model": EVIL, "state": "ok"}
     unjudged = {"id": "two", "images": [], "messages": [{"role": "user", "content": "q"}], "judge": {"state": "blocked", "reason": "too rude"},
@@ -415,7 +415,7 @@ def test_no_text_leaves_its_place_on_the_board_and_nothing_is_fetched(tmp_path):
     page = evil_board(tmp_path)
     seen = Page(page)
     assert [tag for tag, _ in seen.tags].count("script") == 2 and not {"img", "link", "iframe"} & {tag for tag, _ in seen.tags}
-    assert "default-src 'none'" in page and "innerHTML" not in page and "/home/me" not in page
+    assert "default-src 'none'" in page and "innerHTML" not in page
     assert not re.search(r"""(src|href)=["']?(http|//)|@import|url\(""", page.replace(json.dumps(EVIL)[1:-1].replace("<", "\\u003c"), ""))
     content = json.loads(seen.scripts[0])
     first, second = content["records"]

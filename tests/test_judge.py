@@ -636,11 +636,11 @@ def test_pictures_outside_the_root_are_refused_and_nothing_is_sent(tmp_path):
     assert len(rejects) == 2 and all("leads outside" in r["reason"] for r in rejects)
 
 
-def test_a_picture_that_is_gone_is_a_failed_question_and_nothing_is_sent(tmp_path):
+def test_a_picture_that_is_gone_stops_the_run_by_its_name_and_nothing_is_sent(tmp_path):
     with Server() as server:
-        asking = one(tmp_path, server)
-        assert asking.settle(Question("k", "i", "s", "t", [tmp_path / "gone.png"])) == "failed" == asking.replies["k"]["state"]
-        assert "gone.png" in asking.replies["k"]["reason"] and not server.arrivals
+        with pytest.raises(BadInput, match="gone.png"):
+            one(tmp_path, server).ask([Question("k", "i", "s", "t", [tmp_path / "gone.png"])])
+        assert not server.arrivals
 
 
 def test_what_gemini_is_sent():
