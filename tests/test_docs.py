@@ -38,7 +38,8 @@ def test_the_walkthrough_shows_its_records_picture():
     for k in (96, 192):
         picture.paste((120, 120, 120), (k, 0, k + 1, 288))
         picture.paste((120, 120, 120), (0, k, 288, k + 1))
-    assert np.array_equal(picture, Image.open(ROOT / "docs/star.png"))
+    shown = np.asarray(Image.open(ROOT / "docs/star.png"), dtype=int)
+    assert abs(np.asarray(picture, dtype=int) - shown).mean() < 1, "beyond what another Pillow draws"
 
 
 # ---- forks -------------------------------------------------------------------------------------------------------

@@ -7,9 +7,13 @@
     board.png         the first questions of a seeded draw, answered before and after: unpicked
     speed.png         what speed.py measured
 
-Nothing is computed here but means; every function takes rows and returns a figure.
+Nothing is computed here but means; every function takes rows and returns a figure. What needs no more
+than the rows can be drawn again:
+
+    python -m toy.figures        results/reproduce.jsonl -> forgetting.png, curves.png
 """
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
 
@@ -19,7 +23,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import read_jsonl
+from common import main, read_jsonl
 from judge.report import statistics
 from judge.rubric import RUBRIC
 from toy import items, tasks
@@ -31,11 +35,11 @@ PURPLE, GREY, DARK = "#8e44ad", "#777777", "#333333"
 # Where a method's name stands, in points from its dot, so that none covers another.
 METHODS = {
     "LLaVA-mini": (DARK, (10, -5), "left"),
-    "SFT, short answers": (ORANGE, (0, -16), "center"),
-    "SFT, full answers": (BLUE, (0, 7), "center"),
-    "Rejection sampling": (GREEN, (0, 7), "center"),
-    "SteerLM, not asked for scores": (PURPLE, (-8, -4), "right"),
-    "DPO": (RED, (0, -16), "center"),
+    "SFT, short answers": (ORANGE, (10, -10), "left"),
+    "SFT, full answers": (BLUE, (10, -4), "left"),
+    "Rejection sampling": (GREEN, (2, 19), "right"),
+    "SteerLM, not asked for scores": (PURPLE, (-12, -14), "right"),
+    "DPO": (RED, (10, -4), "left"),
 }
 
 
@@ -56,7 +60,8 @@ def forgetting(rows: list[dict]):
         end = x.mean(), y.mean()
         axis.scatter(x, y, s=14, color=color, alpha=0.35, linewidths=0)
         axis.scatter(*end, s=60, color=color, zorder=3)
-        axis.annotate(name, end, xytext=offset, textcoords="offset points", color=color, ha=side)
+        axis.annotate(name.replace(", not", ",\nnot"), end, xytext=offset,
+                      textcoords="offset points", color=color, ha=side)
         if name != "LLaVA-mini":
             arrow = {"arrowstyle": "->", "color": color, "alpha": 0.6, "shrinkB": 4}
             axis.annotate("", end, start, arrowprops=arrow)
@@ -74,7 +79,7 @@ def forgetting(rows: list[dict]):
     seeds = len(values(rows, "LLaVA-mini", "text"))
     axis.set(xlabel="image answers, the judge's S (0 to 12)", ylabel="text ability, MT-mini (1 to 10)",
              title=f"What each method makes of the same judged answers ({seeds} seeds)")
-    axis.margins(0.15)
+    axis.margins(x=0.34, y=0.15)
     return figure
 
 
@@ -178,3 +183,19 @@ def draw(rows: list[dict], folder: Path, out: Path) -> None:
         Path(copyfile(folder / "DPO" / "metrics.png", out / "dynamics.png")),
     ]
     print(f"figures: {', '.join(map(str, paths))}")
+
+
+@dataclass
+class Settings:
+    """Draw again what needs no more than the rows of an experiment."""
+    rows: str = "results/reproduce.jsonl"    # what reproduce.py wrote
+    out: str = "results/figures"             # folder of the figures
+
+
+def run(s: Settings) -> None:
+    rows, out = read_jsonl(s.rows), Path(s.out)
+    print(f"figures: {save(forgetting(rows), out / 'forgetting.png')}, {save(curves(rows), out / 'curves.png')}")
+
+
+if __name__ == "__main__":
+    main(Settings, run)
