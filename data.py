@@ -271,9 +271,11 @@ class Tokens:
         stored = path.with_name("steer.json")
         if stored.is_file():
             form = read_json(stored)
-            if not {"text", "grades", "target"} <= form.keys():
-                raise BadInput(f"{stored} is damaged: it lacks text, grades or target; steerlm.py writes it")
-            self.template = replace(self.template, ask=write_scores(form, form["target"]))
+            try:
+                asked = write_scores(form, form["target"])
+            except (LookupError, TypeError, AttributeError):
+                raise BadInput(f"{stored} is damaged: it lacks text, grades or target; steerlm.py writes it") from None
+            self.template = replace(self.template, ask=asked)
             self.steer = form
 
         # Pictures.

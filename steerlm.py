@@ -13,6 +13,7 @@ a question, all fours unless --target says otherwise. Scores are never in the lo
 
     python steerlm.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/steerlm
 """
+import re
 from dataclasses import dataclass
 
 import sft
@@ -40,7 +41,8 @@ def steer_form(s: Settings) -> dict:
     if len(set(grades)) != len(LEVELS) or len(grades) != len(LEVELS):
         raise BadInput(f"--grades {s.grades}: {len(LEVELS)} different words, lowest first")
     form = {"text": s.form, "grades": grades, "target": target_scores(s.target)}
-    if len(wishes(form)) != len(LEVELS):
+    unknown = re.findall(r"{\w*}", write_scores(form, form["target"]))       # a slip of the pen
+    if unknown or len(wishes(form)) != len(LEVELS):
         raise BadInput(f"--form {s.form!r}: does not say the scores; name attributes in braces, such as {{helpfulness}}")
     return form
 

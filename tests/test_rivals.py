@@ -3,33 +3,24 @@
     python -m pytest tests/test_rivals.py -q
 """
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import RECORDS, hf_checkpoint, judged, record, rows_of, tiny_checkpoint, write_data
 
-import annotate
 import checkpoint
-import data
-from toy import items as miniature
+import formats
 import rejection
 import sft
 import steerlm
-from toy import tasks
 from common import BadInput
-from conftest import hf_checkpoint, tiny_checkpoint
-from data import Pixels, Tokens, make_tree, steered
-from formats import ATTRIBUTES
+from data import Pixels, Tokens, make_pack, make_tree
+from judge.rubric import RUBRIC
+from kernels import Mask
+from train import Run, shuffled
 
-FORM = {"text": steerlm.FORM, "grades": list("01234"), "target": dict.fromkeys(ATTRIBUTES, 4)}
-
-
-def judged(*S, id="r", texts=None, **more):
-    """A record whose answers have these qualities S (0 to 12)."""
-    answers = [{"text": (texts or "abcdefgh")[k], "scores": dict(zip(ATTRIBUTES, (min(4, s), min(4, max(0, s - 4)), max(0, s - 8), 1, k % 5)))}
-               for k, s in enumerate(S)]
-    return {"id": id, "images": [], "messages": [{"role": "user", "content": "What?"}], "answers": answers, "root": "."} | more
+ALL_FOURS = dict.fromkeys(RUBRIC.attributes, 4)
+FORM = {"text": steerlm.FORM, "grades": list("01234"), "target": ALL_FOURS}
 
 
 @pytest.fixture(scope="module")
@@ -38,29 +29,92 @@ def ckpt(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def annotated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("annotated")
-    annotate.annotate(annotate.miniature(annotate.Story(out=str(folder), prompts=24)))
-    return folder
+def tokens(ckpt):
+    return Tokens(ckpt, checkpoint.read_config(ckpt)[0])
 
 
 @pytest.fixture
-def scored(annotated, tmp_path):
-    """A folder of records as annotate.py leaves them: sampled answers, scores, pictures beside them."""
-    return Path(shutil.copytree(annotated, tmp_path / "data")) / "records.jsonl"
+def scored(tmp_path):
+    """A file of records as annotate.py leaves them: answers, scores, pictures beside them."""
+    return write_data(tmp_path / "data")
+
+
+def conversations(folder):
+    """LLaVA instruction data: one and two turns, with and without a picture."""
+    write_data(folder)
+
+    def talk(*said):
+        return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
+
+    pictured = talk("<image>\nWhat is it?", "A circle.", "Sure?", "Yes, 12.")
+    plain = talk("Hello.", "Hi there, how are you?")
+    rows = [{"id": f"s{k}", "image": "a.png", "conversations": pictured} if k % 2 else {"id": f"s{k}", "conversations": plain}
+            for k in range(5)]
+    (folder / "llava.json").write_text(json.dumps(rows))
+    return folder / "llava.json"
+
+
+def settings(script, model, file, out, **changes):
+    flags = {"ckpt": str(model), "data": str(file), "out": str(out), "device": "cpu", "steps": 2, "batch": 8, "lr": 1e-3}
+    return script.Settings(**(flags | changes))
+
+
+# ---- supervised fine-tuning --------------------------------------------------------------------------------------
+
+def test_the_sft_target_is_golden_else_the_chosen_else_the_best_scored_else_the_only_answer():
+    assert sft.target(judged(3, 9) | {"golden": "gold", "pair": [0, 1]}) == "gold"
+    assert sft.target(judged(3, 9) | {"golden": "", "pair": [0, 1]}) == "a"
+    assert sft.target(judged(3, 9, 9) | {"golden": None}) == "b"
+    assert sft.target({"answers": [{"text": "only"}]}) == "only"
+    cut = judged(3, 9)
+    cut["answers"][1]["finish"] = "length"
+    assert sft.target(cut) == "a"
+    for answers in ([], [{"text": "a"}, {"text": "b"}], [{"text": "cut", "finish": "length"}]):
+        with pytest.raises(BadInput, match="no golden answer"):
+            sft.target({"answers": answers})
+
+
+def test_sft_runs_from_llava_json_scores_earlier_turns_too_and_learns(ckpt, tokens, tmp_path, capsys):
+    data, out = conversations(tmp_path / "data"), tmp_path / "out"
+    sft.run(settings(sft, ckpt, data, out, steps=12, lr=3e-3))
+    rows = rows_of(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert tuple(rows[0]) == ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s")
+    assert "5 records, 5 answers to learn, 12 steps of 5" in capsys.readouterr().out
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+    records, _ = formats.read(data)
+    trees = [tree for r in records for tree in sft.golden_tree(tokens, r, 9999)]
+    learned = [tokens.tokenizer.decode(make_pack([tree]).targets.tolist(), skip_special_tokens=False) for tree in trees]
+    assert learned == [" Hi there, how are you?</s>", " A circle.</s> Yes, 12.</s>"] * 2 + [" Hi there, how are you?</s>"]
+    assert rows[0]["tokens"] == sum(tree.tokens for tree in trees)
+
+    before, after = (dict(checkpoint.load(folder).named_parameters()) for folder in (ckpt, out / "model"))
+    for name, p in after.items():
+        assert torch.equal(before[name], p) == name.startswith("vision_tower."), name
+
+
+def test_epochs_become_steps_over_the_answers_there_are(ckpt, tmp_path):
+    """Five records and the paper's batch of 128: three epochs are three steps, not one."""
+    sft.run(settings(sft, ckpt, conversations(tmp_path / "data"), tmp_path / "out", steps=-1, epochs=3, batch=128, clip=0.0))
+    assert len(rows_of(tmp_path / "out" / "metrics.jsonl")) == 3
 
 
 # ---- rejection sampling ------------------------------------------------------------------------------------------
 
-def test_the_best_answer_is_the_arg_max_of_S():
+def test_the_best_whole_answer_is_the_arg_max_of_S():
     assert rejection.best(judged(3, 12, 9)) == 1 and rejection.best(judged(0)) == 0
+    assert rejection.best(judged(9, 12), least=12) == 1
+    record = judged(12, 8)
+    record["answers"][0]["finish"] = "length"
+    assert rejection.best(record) == 1
 
 
 def test_ties_are_drawn_with_a_seed_of_the_records_own():
     many = [judged(5, 9, 9, 9, id=str(k)) for k in range(300)]
-    drawn = [rejection.best(r) for r in many]
-    assert all(70 < drawn.count(k) < 130 for k in (1, 2, 3)) and drawn == [rejection.best(r) for r in many]
-    assert drawn != [rejection.best(r, seed=1) for r in many]
+    drawn = [rejection.best(one) for one in many]
+    assert all(70 < drawn.count(k) < 130 for k in (1, 2, 3)) and drawn == [rejection.best(one) for one in many]
+    assert drawn != [rejection.best(one, seed=1) for one in many]
 
 
 @pytest.mark.parametrize("record, least, why", [
@@ -71,62 +125,71 @@ def test_a_record_without_a_best_answer_is_refused(record, least, why):
         rejection.best(record, least)
 
 
-def test_an_answer_that_was_cut_off_is_never_the_best():
-    record = judged(12, 8)
-    record["answers"][0]["finish"] = "length"
-    assert rejection.best(record) == 1
-
-
 # ---- SteerLM -----------------------------------------------------------------------------------------------------
 
-def test_scores_stand_in_the_question_and_never_in_the_loss(ckpt):
-    tokens = Tokens(ckpt, checkpoint.read_config(ckpt)[0])
-    one = judged(12, texts=["the circle is red."])
-    other = judged(0, texts=["the circle is red."])
-    (a,), (b,) = (steerlm.trees_under_scores(tokens, r, FORM, 9999) for r in (one, other))
-    assert a.prompt != b.prompt and a.answers == b.answers, "flipping the scores changes the prompt and nothing that is scored"
-    plain = make_tree(tokens, one, ["the circle is red."])
-    assert data.make_pack([a]).targets.tolist() == data.make_pack([plain]).targets.tolist() == plain.answers[0]
-    assert "helpfulness 4, correctness 4, coherence 4" in tokens.tokenizer.decode(a.prompt)
-    assert "helpfulness 0, correctness 0, coherence 0" in tokens.tokenizer.decode(b.prompt)
+ASKED = "USER: What?\nAnswer with helpfulness {0}, correctness {1}, coherence {2}, complexity {3}, verbosity {4}. ASSISTANT:"
 
 
-def test_every_answer_is_learned_under_its_own_scores(ckpt):
-    tokens = Tokens(ckpt, checkpoint.read_config(ckpt)[0])
-    record = judged(12, 3, 7, texts=["good", "bad", "cut"])
+def test_every_whole_answer_is_learned_under_its_own_scores_and_they_are_never_in_the_loss(tokens):
+    steered = tokens.steered(FORM)
+    record = judged(12, 3, 7, texts=["the circle is red.", "bad", "cut"])
     record["answers"][2]["finish"] = "length"
-    trees = steerlm.trees_under_scores(tokens, record, FORM, 9999)
+    trees = steerlm.trees_under_scores(steered, record, 9999)
     assert len(trees) == 2
     for tree, answer in zip(trees, record["answers"]):
-        asked = steered(record["messages"], FORM, answer["scores"])
-        assert tree.prompt == tokens.encode(data.template(asked)) and tree.answers == make_tree(tokens, record, [answer["text"]]).answers
+        text = tokens.tokenizer.decode(list(tree.prompt), skip_special_tokens=False)
+        assert text.endswith(ASKED.format(*answer["scores"].values())), "the form, to the byte"
+        assert tree.prompt != make_tree(tokens, record, []).prompt
+        assert make_pack([tree]).targets.tolist() == list(make_tree(tokens, record, [answer["text"]]).answers[0])
     with pytest.raises(BadInput, match="no whole answer with scores"):
-        steerlm.trees_under_scores(tokens, {"answers": [{"text": "a"}]}, FORM, 9999)
+        steerlm.trees_under_scores(steered, {"answers": [{"text": "a"}]}, 9999)
 
 
-def test_training_and_use_see_the_same_bytes(ckpt, tmp_path):
+def test_only_the_last_question_asks_for_scores(tokens):
+    talk = record(".", "One?", "Yes.", "Two?")
+    tree = make_tree(tokens.steered(FORM).asking(dict.fromkeys(RUBRIC.attributes, 1)), talk, [])
+    text = tokens.tokenizer.decode(list(tree.prompt))
+    assert "USER: One? ASSISTANT: Yes." in text and "USER: Two?\nAnswer with helpfulness 1," in text
+    assert talk == record(".", "One?", "Yes.", "Two?"), "and nobody's record is rewritten"
+
+
+def test_training_and_use_see_the_same_bytes(ckpt, tokens, tmp_path):
     """The prompt of a perfect answer in training is the prompt that the trained model's folder asks with."""
     model = checkpoint.load(ckpt)
     folder = checkpoint.save(model, tmp_path / "steered", ckpt, more={"steer.json": FORM})
-    before, after = Tokens(ckpt, model.config), Tokens(folder, model.config)
+    steered = Tokens(folder, model.config)
     record = judged(12)
-    record["answers"][0]["scores"] = dict.fromkeys(ATTRIBUTES, 4)
-    trained, = steerlm.trees_under_scores(before, record, FORM, 9999)
-    assert make_tree(after, record, []).prompt == trained.prompt != make_tree(before, record, []).prompt
+    record["answers"][0]["scores"] = ALL_FOURS
+    trained, = steerlm.trees_under_scores(tokens.steered(FORM), record, 9999)
+    plain = make_tree(tokens, record, []).prompt
+    assert make_tree(steered, record, []).prompt == trained.prompt != plain
+    assert make_tree(steered.asking(ALL_FOURS | {"verbosity": 0}), record, []).prompt != trained.prompt
+    assert make_tree(steered.asking(None), record, []).prompt == plain, "asked for nothing it is a model like any other"
+    with pytest.raises(BadInput, match="was not trained to be asked for scores"):
+        tokens.asking(ALL_FOURS)
+
+    # What is trained on from there keeps it, also by another method.
     again = checkpoint.save(model, tmp_path / "again", folder)
-    assert json.loads((again / "steer.json").read_text()) == FORM, "what is trained on from there keeps it"
+    assert json.loads((again / "steer.json").read_text()) == FORM
 
 
-def test_only_the_last_question_asks_for_scores(ckpt):
-    talk = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Two?"}]
-    asked = steered(talk, FORM, dict.fromkeys(ATTRIBUTES, 1))
-    assert asked[:2] == talk[:2] and asked[2]["content"].startswith("Two?\nAnswer with helpfulness 1,") and talk[2]["content"] == "Two?"
+def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_anew(ckpt, scored, tmp_path):
+    steerlm.run(settings(steerlm, ckpt, scored, tmp_path / "one", target="4 4 4 4 0"))
+    folder = tmp_path / "one" / "model"
+    assert json.loads((folder / "steer.json").read_text()) == FORM | {"target": ALL_FOURS | {"verbosity": 0}}
+    assert json.loads((folder / "template.json").read_text())["ask"] == ""
+    config, _ = checkpoint.read_config(folder)
+    assert Tokens(folder, config).template.prompt([{"role": "user", "content": "What?"}]).endswith(ASKED.format(4, 4, 4, 4, 0))
+
+    steerlm.run(settings(steerlm, folder, scored, tmp_path / "two", form=" {helpfulness}!", grades="a b c d e"))
+    again = Tokens(tmp_path / "two" / "model", config).template
+    assert again.prompt([{"role": "user", "content": "What?"}]).endswith("USER: What? e! ASSISTANT:")
 
 
 @pytest.mark.parametrize("flags, why", [
-    ({"grades": "0 1 2 3"}, "five different words"), ({"grades": "0 1 2 3 3"}, "five different words"), ({"target": "4 4 4 4"}, "five numbers"),
-    ({"target": "4 4 4 4 5"}, "five numbers"), ({"form": "{helpfulnes}"}, "cannot be filled in"), ({"form": "be good"}, "does not say the scores"),
-    ({"form": "{"}, "cannot be filled in")])
+    ({"grades": "0 1 2 3"}, "5 different words"), ({"grades": "0 1 2 3 3"}, "5 different words"), ({"target": "4 4 4 4"}, "5 numbers"),
+    ({"target": "4 4 4 4 5"}, "5 numbers"), ({"target": "4 4 4 4 x"}, "5 numbers"), ({"form": "{helpfulnes}"}, "does not say the scores"),
+    ({"form": "be good"}, "does not say the scores"), ({"form": "{helpfulness} {verbositty}"}, "does not say the scores")])
 def test_a_form_that_cannot_work_is_refused(flags, why):
     with pytest.raises(BadInput, match=why):
         steerlm.steer_form(steerlm.Settings(**flags))
@@ -137,77 +200,89 @@ def test_grades_that_the_tokenizer_does_not_know_are_refused(tmp_path):
         steerlm.run(steerlm.Settings(ckpt="toy/llava", data="x", out=str(tmp_path / "out"), steps=1))
 
 
-def test_evaluation_asks_for_the_scores_and_says_so(tmp_path, capsys, monkeypatch):
-    form = {"text": "\nanswer with {helpfulness} {correctness} {coherence} {complexity} {verbosity} .",
-            "grades": ["no", "one", "two", "three", "four"], "target": dict.fromkeys(ATTRIBUTES, 4)}
-    folder = checkpoint.save(checkpoint.load("toy/llava"), tmp_path / "steered", checkpoint.resolve("toy/llava"), more={"steer.json": form})
-    seen = []
-    monkeypatch.setattr(miniature, "measure", lambda model, tokens, *a: seen.append(tokens.tokenizer.decode(
-        make_tree(tokens, tasks.items("text", 1)[0] | {"root": ""}, []).prompt)) or ({}, []))
-    miniature.score_checkpoint(folder, "it", tmp_path, "cpu", torch.float32)
-    miniature.score_checkpoint(folder, "it", tmp_path, "cpu", torch.float32, target="4 4 4 4 0")
-    assert "every question asks for helpfulness 4" in capsys.readouterr().err
-    assert "answer with four four four four four ." in seen[0] and "answer with four four four four no ." in seen[1]
+@pytest.mark.parametrize("damaged", [
+    "{", "[]", "{}", {"text": 3}, {"grades": "01234"[:3]}, {"grades": 5}, {"target": {}}, {"target": [4] * 5},
+    {"target": ALL_FOURS | {"verbosity": 9}}, {"target": ALL_FOURS | {"verbosity": "4"}}], ids=str)
+def test_a_damaged_steer_json_is_named(ckpt, tokens, tmp_path, damaged):
+    folder = tmp_path / "steered"
+    checkpoint.save(checkpoint.load(ckpt), folder, ckpt)
+    text = damaged if isinstance(damaged, str) else json.dumps(FORM | damaged)
+    (folder / "steer.json").write_text(text)
+    with pytest.raises(BadInput, match="steer.json (is damaged|cannot be read)"):
+        Tokens(folder, checkpoint.read_config(folder)[0])
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
 
-def gradients(model, trees, pixels, pack, monkeypatch):
-    """What one step of sft.train hands to the optimizer, the batch cut into packs of `pack` tokens."""
-    kept = []
-    monkeypatch.setattr(sft, "update", lambda optimizer, masters, parameters: kept.extend(p.grad.clone() for p in parameters))
-    model.zero_grad()
-    sft.train(model, iter(trees), pixels.pack, steps=1, batch=len(trees), lr=0.1, clip=0.0, pack=pack)
-    return kept
+def by_hand(model, trees, pixels):
+    """The mean log-prob of all scored tokens: the whole sequence of each answer, plain log_softmax."""
+    logps = []
+    for tree in trees:
+        prompt = tree.ids()
+        ids = torch.tensor(prompt + list(tree.answers[0]))
+        zero = torch.zeros_like(ids)
+        hidden = model(ids, torch.arange(len(ids)), Mask(zero, zero, zero), pixels(tree.images))
+        table = (hidden @ model.head.T).log_softmax(-1)                      # (T, V)
+        shift = len(prompt) - len(tree.prompt)                               # the one picture stands before all turns
+        spans = [(a + shift, b + shift) for a, b in tree.history] + [(len(prompt), len(ids))]
+        for a, b in spans:
+            logps += [table[t - 1, ids[t]] for t in range(a, b)]
+    return torch.stack(logps).mean()
 
 
 @pytest.mark.parametrize("method", ["sft", "rejection", "steerlm"])
-def test_gradients_are_those_of_one_record_at_a_time_however_the_batch_is_cut(ckpt, scored, tmp_path, method, monkeypatch):
-    model = checkpoint.load(ckpt)
-    tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
-    items, _ = annotate.records.read(scored)
-    trees = {"sft": lambda r: [make_tree(tokens, r, [sft.target(r)], history=True)],
+def test_loss_and_gradients_are_the_mean_over_the_batch_s_scored_tokens_however_it_is_cut(ckpt, tokens, tmp_path, method, monkeypatch):
+    path = conversations(tmp_path / "data") if method == "sft" else write_data(tmp_path / "data", rows=RECORDS[:2] + RECORDS[3:])
+    records, _ = formats.read(path)
+    trees = {"sft": lambda r: sft.golden_tree(tokens, r, 9999),
              "rejection": lambda r: [make_tree(tokens, r, [r["answers"][rejection.best(r)]["text"]])],
-             "steerlm": lambda r: steerlm.trees_under_scores(tokens, r, FORM, 9999)}[method]
-    trees = [tree for r in items for tree in trees(r)][:8]
-    model.zero_grad()
-    logps = []
-    for tree in trees:                                                   # by hand: the whole sequence, plain log_softmax
-        ids = torch.tensor(tree.prompt + tree.answers[0])
-        pack = data.make_pack([data.Tree("", tree.prompt + tree.answers[0][:-1], [])], pixels(tree.images))
-        hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels)
-        table = torch.log_softmax(hidden @ model.head.T, -1)             # (T, V)
-        start = len(tree.prompt)
-        logps += [table[t - 1, ids[t]] for t in range(start, len(ids))]
-    (-torch.stack(logps).mean()).backward()
-    want = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-    for pack in (1, 300, 10**6):                                         # eight packs, a few, one
-        for got, expected in zip(gradients(model, trees, pixels, pack, monkeypatch), want, strict=True):
-            assert torch.allclose(got, expected, atol=2e-6 + 1e-5 * expected.abs().max().item())
+             "steerlm": lambda r: steerlm.trees_under_scores(tokens.steered(FORM), r, 9999)}[method]
+    trees = [tree for r in records for tree in trees(r)][:8]
+    model = checkpoint.load(ckpt)
+    pixels = Pixels(model.config)
+    loss = -by_hand(model, trees, pixels)
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.ones(()))
+    for pack in (1, 300, 10**6):                                             # a pack for each, a few, one
+        model = checkpoint.load(ckpt)
+        run = Run(model, sft.Settings(batch=len(trees), pack=pack), pixels.pack, steps=1)
+        found, rows = {}, []
+        run.optimizer.step = lambda: found.update({name: p.grad for name, p in run.trained.items() if p.grad is not None})
+        monkeypatch.setattr(run, "metrics", type("Rows", (), {"write": rows.append, "flush": lambda: None}))
+        sft.train(run, shuffled(trees, 0))
+        assert json.loads(rows[0])["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert found.keys() == expected.keys()
+        for name in found:
+            largest = expected[name].abs().max().item()
+            torch.testing.assert_close(found[name], expected[name], atol=2e-6 + 1e-5 * largest, rtol=1e-4, msg=name)
 
 
 # ---- the scripts -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", [sft, rejection, steerlm], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("script", [sft, rejection, steerlm], ids=lambda module: module.__name__)
 def test_each_rival_runs_on_a_transformers_checkpoint_and_its_result_loads_there(script, scored, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     folder, _ = hf_checkpoint(tmp_path / "hf", "byte")
-    script.run(script.Settings(ckpt=str(folder), data=str(scored), out=str(tmp_path / "out"), batch=8, steps=2, lr=1e-3))
-    assert "24 records" in capsys.readouterr().out
-    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
+    script.run(settings(script, folder, scored, tmp_path / "out"))
+    assert "6 records" in capsys.readouterr().out
+    result = tmp_path / "out" / "model"
+    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(result, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    ours = checkpoint.load(tmp_path / "out" / "model")
+    ours = checkpoint.load(result)
     assert torch.equal(model.lm_head.weight, ours.head) and not torch.equal(ours.head, checkpoint.load(folder).head)
-    assert (tmp_path / "out" / "model" / "steer.json").exists() == (script is steerlm)
+    assert (result / "steer.json").exists() == (script is steerlm)
 
 
 def test_unscored_records_are_counted_and_named(ckpt, scored, tmp_path, capsys):
-    rows = [json.loads(line) for line in open(scored)]
+    rows = rows_of(scored)
     for row in rows[:3]:
-        row["answers"] = [{"text": a["text"]} for a in row["answers"]]
-    scored.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        row["answers"] = [{"text": answer["text"]} for answer in row["answers"]]
+    scored.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for script in (rejection, steerlm):
-        script.run(script.Settings(ckpt=str(ckpt), data=str(scored), out=str(tmp_path / script.__name__), steps=0))
-        rejects = [json.loads(line) for line in open(tmp_path / script.__name__ / "rejects.jsonl")]
-        assert [r["id"] for r in rejects] == [r["id"] for r in rows[:3]] and "no whole answer with scores" in rejects[0]["reason"]
-        assert "21 records usable, 3 rejected" in capsys.readouterr().out
+        script.run(settings(script, ckpt, scored, tmp_path / script.__name__, steps=0))
+        rejects = rows_of(tmp_path / script.__name__ / "rejects.jsonl")
+        assert [reject["id"] for reject in rejects] == [row["id"] for row in rows[:3]]
+        assert "no whole answer with scores" in rejects[0]["reason"]
+        assert "3 records usable, 3 rejected" in capsys.readouterr().out
