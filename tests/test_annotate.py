@@ -26,7 +26,7 @@ import data
 import formats
 import generate
 from common import BadInput
-from conftest import meet, picture, tiny_checkpoint
+from conftest import ROOT, meet, picture, tiny_checkpoint
 from journal import Journal
 from judge import report
 from judge.rubric import RUBRIC, shown_order
@@ -474,6 +474,19 @@ def test_a_board_of_many_records_is_a_seeded_sample_in_their_order(tmp_path, mon
     ids = [int(record["id"][1:]) for record in content["records"]]
     assert len(ids) == 5 and ids == sorted(ids) and content["title"] == "records and pairs (5 of 40, drawn with seed 1)"
     assert page == report.board(rows, tmp_path, seed=1) != report.board(rows, tmp_path, seed=2)
+
+
+# ---- docs/annotate.md -------------------------------------------------------------------------------------------
+
+def test_the_costs_in_the_docs_are_what_a_dry_run_says():
+    question = {"root": ".", "images": ["a.jpg"], "images_sha": "", "answers": [],
+                "messages": [{"role": "user", "content": "<image>\n" + "What is odd about this picture? ".ljust(107, "?")}]}
+    records = [question | {"id": f"{k:04d}"} for k in range(6000)]
+    said = annotate.plan(annotate.Settings(judge="gemini:m", rpm=1000, out="nowhere"), records).splitlines()
+    docs = (ROOT / "docs" / "annotate.md").read_text()
+    for line in said[1:5]:
+        assert line.strip() in docs
+    assert all(state in docs for state in annotate.STATES) and "up to 3 times" in said[1]
 
 
 # ---- the whole of it --------------------------------------------------------------------------------------------
