@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import reproduce
+import train
 from common import BadInput, read_jsonl
 from conftest import ROOT
 from judge.rubric import RUBRIC
@@ -49,6 +50,7 @@ def experiment(tmp_path_factory):
         patch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
         patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
         patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
+        patch.setattr(train, "draw_metrics", lambda run: (run / "metrics.png").touch())     # a second each
         for method in reproduce.METHODS.values():
             patch.setattr(method, "Settings", partial(method.Settings, epochs=1))
         reproduce.run(reproduce.Settings(out=str(out)))
