@@ -91,9 +91,8 @@ def worlds(place):
 
 def part_of(jobs: list[Job]) -> None:
     """One process's part: the runs one after the other."""
-    import time
+    train.draw_metrics = lambda out: None                # it takes longer than such a run
     for job in jobs:
-        print('CPU', time.process_time(), time.time()%1000, job.settings.out, file=sys.stderr)
         undo = stop_process_1_in_step_2() if job.stops else lambda: None
         try:
             job.run(job.settings)
@@ -101,7 +100,6 @@ def part_of(jobs: list[Job]) -> None:
         except SystemExit as end:
             assert job.stops and end.code == 143
         undo()
-    print('CPU', time.process_time(), time.time()%1000, file=sys.stderr)
     torch.distributed.destroy_process_group()
 
 
