@@ -354,8 +354,7 @@ def look(s: Settings, records: list[dict]) -> None:
         write_whole(out / "pairs.json", json.dumps(describe_run(s, pairs=numbers)) + "\n")
         print(report.show(numbers))
     if s.board:
-        title = f"{Path(s.data).name}, judged by {s.judge or 'nobody here'}"
-        write_whole(Path(s.board), report.board(records, out, s.gap, s.seed, title))
+        write_whole(Path(s.board), report.board(records, out, s.gap, s.seed))
         print(f"board: {s.board}, to be opened in a browser")
 
     pairs = [(record, choose_pair(record, s.gap, s.seed)) for record in records]

@@ -181,10 +181,11 @@ class Judge:
                 if without > self.without:
                     tqdm.write(f"the server does not take {', '.join(without)}; going on without")
                     self.without |= without
-                return self.read(data)
+                return reply_of(self.wire, data)
 
             error = error_of(data)
-            what = self.scrub(f"HTTP {status}: {error.get('message') or error}" if status else data)[:500]
+            said = str(error.get("message") or error)[:500]
+            what = f"HTTP {status}: {said}" if status else said
             self.stop_if_pointless(status, error, what)
             if status == 400:
                 # Not every server names the field that it refuses; then the schema is the likeliest.
@@ -247,27 +248,22 @@ class Judge:
         except (requests.RequestException, urllib3.exceptions.HTTPError) as problem:
             return 0, {}, f"no reply: {type(problem).__name__}: {problem}"
 
+        text = self.scrub(content.decode("utf8", "replace"))
         try:
-            data = json.loads(content)
+            data = json.loads(text)
         except (ValueError, RecursionError):
-            data = content.decode("utf8", "replace")
+            return response.status_code, response.headers, text
+        # Half a character, which no file can hold, becomes "?".
+        data = json.loads(json.dumps(data, ensure_ascii=False).encode("utf8", "replace"))
         if data and isinstance(data, list):              # Google's errors may stand in one
             data = data[0]
         return response.status_code, response.headers, data
 
-    def read(self, data: dict) -> Reply:
-        reply = reply_of(self.wire, data)
-        reply.text = self.scrub(reply.text)
-        reply.reason = self.scrub(reply.reason)
-        reply.version = self.scrub(reply.version)
-        return reply
-
     def scrub(self, text: str) -> str:
-        """Without the key, should a server echo it; half a character, which no file can hold, is "?"."""
-        text = str(text).encode("utf8", "replace").decode()
+        """Without the key, should a server echo it, in whatever way JSON spells its characters."""
         if len(self.key) < 8:
             return text
-        spelled = [rf"({re.escape(c)}|\\u00{ord(c):02x})" for c in self.key]     # as JSON may, too
+        spelled = [rf"\\*({re.escape(c)}|u00{ord(c):02x})" for c in self.key]
         return re.sub("".join(spelled), "[key]", text, flags=re.IGNORECASE)
 
     def stop_if_pointless(self, status: int, error: dict, what: str) -> None:

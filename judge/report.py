@@ -163,11 +163,10 @@ def parts(content: str) -> list[dict]:
     return found
 
 
-def board(
-    records: list[dict], root: Path, gap: int = GAP, seed: int = 0, title: str = "records and pairs"
-) -> str:
+def board(records: list[dict], root: Path, gap: int = GAP, seed: int = 0) -> str:
     """One self-contained page, board.html with the records in it: pictures embedded, nothing fetched.
     More than SHOWN records are sampled (seeded)."""
+    title = "records and pairs"
     shown = range(len(records))
     if len(records) > SHOWN:
         shown = sorted(random.Random(seed).sample(shown, SHOWN))

@@ -408,7 +408,7 @@ def evil_board(tmp_path):
     record["judge"] |= {"model": EVIL, "state": "ok"}
     unjudged = {"id": "two", "images": [], "messages": [{"role": "user", "content": "q"}], "judge": {"state": "blocked", "reason": "too rude"},
                 "answers": [{"text": "cut", "finish": "length"}]}
-    return report.board([record, unjudged], tmp_path, title=EVIL)
+    return report.board([record, unjudged], tmp_path)
 
 
 def test_no_text_leaves_its_place_on_the_board_and_nothing_is_fetched(tmp_path):
@@ -419,7 +419,7 @@ def test_no_text_leaves_its_place_on_the_board_and_nothing_is_fetched(tmp_path):
     assert not re.search(r"""(src|href)=["']?(http|//)|@import|url\(""", page.replace(json.dumps(EVIL)[1:-1].replace("<", "\\u003c"), ""))
     content = json.loads(seen.scripts[0])
     first, second = content["records"]
-    assert first["answers"][0]["text"] == first["golden"] == first["judge"]["model"] == content["title"] == EVIL
+    assert first["answers"][0]["text"] == first["golden"] == first["judge"]["model"] == EVIL
     assert first["pair"] == [0, 1] and second["pair"] is None and first["conversation"] == "user: [picture 1]\n" + EVIL
     assert Image.open(io.BytesIO(base64.b64decode(first["pictures"][0]))).size == (320, 137), "small"
 
@@ -459,7 +459,7 @@ def test_the_board_shows_every_record_with_its_pair_and_filters(tmp_path):
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     first, second = seen["all"]
-    assert seen["title"] == EVIL and seen["count"] == "2 of 2 shown" and (first["gap"], second["gap"]) == (12, 0)
+    assert seen["title"] == "records and pairs" and seen["count"] == "2 of 2 shown" and (first["gap"], second["gap"]) == (12, 0)
     assert first["text"].count(EVIL) == 5 and "S 12: helpfulness 4, correctness 4, coherence 4, complexity 1, verbosity 0" in first["text"]
     assert first["roles"] == ["answer chosen", "answer rejected", "answer"] and first["images"] == ["data:image/jpeg;base64,"]
     assert "blocked · too rude" in second["text"] and "not scored, cut off by the token budget" in second["text"]
