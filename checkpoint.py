@@ -359,7 +359,7 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     flaws += [f"{name}: missing" for name in places if name not in found]
     if flaws:
         first = "\n  ".join(flaws[:20])
-        raise BadInput(f"{folder}: the weights do not fit config.json, {len(flaws)} flaws:\n  {first}")
+        raise BadInput(f"{folder}: the weights do not fit config.json; flaws found: {len(flaws)}\n  {first}")
 
     model.load_state_dict(found, assign=True)
     if tied:

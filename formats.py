@@ -1,20 +1,21 @@
 """Every file of preferences, conversations or questions that people already have -> records.
 
-The problem. Such data comes in as many shapes as there are papers. Everything downstream sees one shape
-only: a conversation about images with n candidate answers, some of them scored (the head of data.py).
+The problem. Such data comes in as many shapes as there are papers. Everything downstream sees one
+shape only: a conversation about images with n candidate answers, some of them scored (data.py).
 
-The trick. A foreign shape is recognised by its fields, never by its file's name, and each is one small
-function that says what of it is the conversation, what its answers:
+The trick. A foreign shape is recognised by its fields, never by its file's name, and each is one
+small function that says what of it is the conversation and what its answers:
 
-    LLaVA               conversations: [{from: human, value}, {from: gpt, value}, ...], image
-    the authors' DPO    question, chosen, rejected: {from, value}, image     (github.com/findalexli/mllm-dpo)
-    TRL conversational  prompt, chosen, rejected: [{role, content}], images  (prompt may be left implicit)
-    RLHF-V              question, chosen, rejected: strings, image or image_path (or the three inside "text")
-    questions           text, image (LLaVA's question files); question, answer, image_id (LRV-Instruct);
-                        q_a_pairs, image_file (SciGraphQA; the last question is the one asked)
+    LLaVA           conversations: [{from: human, value}, {from: gpt, value}, ...], image
+    the authors'    question, chosen, rejected: {from, value}, image (findalexli/mllm-dpo)
+    TRL             prompt, chosen, rejected: [{role, content}], images; prompt may be left implicit
+    RLHF-V          question, chosen, rejected: strings, image or image_path (or all in "text")
+    questions       text, image (LLaVA's question files); question, answer, image_id (LRV-Instruct);
+                    q_a_pairs, image_file (SciGraphQA; the last question is the one asked)
 
-Nothing is dropped silently: what cannot be used comes back as (id, reason), is counted and printed. And
-nothing piles up: `stream` gives one record after another, so a file may be larger than memory.
+Another shape is a function that takes the JSON object and returns the fields of a record, and a
+line in SHAPES. Nothing is dropped silently: what cannot be used comes back as (id, reason), is
+counted and printed. And nothing piles up: `stream` gives one record after another.
 """
 import hashlib
 import json
@@ -38,10 +39,10 @@ AT_ONCE = 1024                                 # records in memory while their i
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
-# ---- what shapes are made of ----------------------------------------------------------------------
+# ---- what shapes are made of ---------------------------------------------------------------------
 
 def as_messages(value, role: str) -> list[dict]:
-    """A text, {from, value} or a list of {role, content} -> messages. `role` speaks where none is named."""
+    """A text, {from, value} or a list of {role, content} -> messages; `role` speaks by default."""
     if isinstance(value, str):
         value = {"content": value}
     turns = value if isinstance(value, list) else [value]
@@ -69,11 +70,11 @@ def flat(content):
         elif kind == "text" and isinstance(part.get("text"), str):
             texts += part["text"]
         else:
-            raise BadInput(f"has a content part of type {kind!r}; known are image, and text with its text")
+            raise BadInput(f"has a content part of type {kind!r}; known: image, text with its text")
     return markers + texts
 
 
-def first_of(raw: dict, *keys):
+def first_of(raw, *keys):
     """What stands under the first of these keys that has something; None where none has."""
     for key in keys:
         if raw.get(key):
@@ -90,20 +91,20 @@ def asked(messages: list[dict]) -> dict:
     return {"messages": messages, "golden": answer["content"]}
 
 
-# ---- foreign shapes, and what of them makes a record ------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
-def from_messages(raw: dict) -> dict:
+def from_messages(raw):
     """Ours, or LLaVA's conversations."""
     messages = as_messages(raw.get("messages", raw.get("conversations")), "user")
     return {"messages": messages} if raw.get("golden") else asked(messages)
 
 
-def from_question(raw: dict) -> dict:
+def from_question(raw):
     question = as_messages(first_of(raw, "text", "question"), "user")
     return asked([*question, {"role": "assistant", "content": raw.get("answer")}])
 
 
-def from_pairs(raw: dict) -> dict:
+def from_pairs(raw):
     """SciGraphQA: the last question is asked, the others came before it."""
     messages = []
     for pair in raw["q_a_pairs"]:
@@ -113,9 +114,9 @@ def from_pairs(raw: dict) -> dict:
     return asked(messages)
 
 
-def from_preference(raw: dict) -> dict:
-    """The prompt in a field of its own, or inside chosen and rejected, which then are whole conversations:
-    their common beginning."""
+def from_preference(raw):
+    """The prompt stands in a field of its own, or chosen and rejected are whole conversations, and
+    it is their common beginning."""
     *messages, chosen = as_messages(raw["chosen"], "assistant")
     *others, rejected = as_messages(raw["rejected"], "assistant")
     if messages != others:
@@ -129,7 +130,7 @@ def from_preference(raw: dict) -> dict:
     return {"messages": messages, "answers": answers, "pair": [0, 1]}
 
 
-# Fields that tell a shape, and its function; the first that fits counts.
+# The fields that tell a shape, and its function; the first that fits counts.
 SHAPES = [
     ({"messages", "answers"}, from_messages),
     ({"chosen", "rejected"}, from_preference),
@@ -139,8 +140,10 @@ SHAPES = [
     ({"text"}, from_question),
     ({"question"}, from_question),
 ]
-TAKEN = {"answers", "conversations", "q_a_pairs", "chosen", "rejected", "prompt", "question", "text", "answer", "image",
-         "image_path", "image_file", "image_id"}        # fields that become something else in ours
+TAKEN = {                                                # fields that become something else in ours
+    "answers", "conversations", "q_a_pairs", "chosen", "rejected", "prompt", "question", "text",
+    "answer", "image", "image_path", "image_file", "image_id",
+}
 
 
 def convert(raw, name: str) -> dict:
@@ -150,7 +153,9 @@ def convert(raw, name: str) -> dict:
     raw = unfolded(raw)
     shapes = [shape for wanted, shape in SHAPES if wanted <= raw.keys()]
     if not shapes:
-        raise BadInput(f"has none of the known shapes (fields: {', '.join(raw) or 'none'}); see formats.py")
+        fields = ", ".join(raw) or "none"
+        raise BadInput(f"has none of the known shapes (fields: {fields}); see formats.py")
+
     record = {"answers": raw.get("answers") or []}
     for key, value in raw.items():
         if key not in TAKEN:                             # what we do not know travels along
@@ -160,10 +165,12 @@ def convert(raw, name: str) -> dict:
     return record
 
 
-def unfolded(raw: dict) -> dict:
+def unfolded(raw):
     """RLHF-V as on the hub: question, chosen and rejected are JSON inside "text"."""
     inner = raw.get("text")
-    if not isinstance(inner, str) or "question" in raw or "chosen" not in inner or inner.lstrip()[:1] not in "{[":
+    if "question" in raw or not isinstance(inner, str) or "chosen" not in inner:
+        return raw
+    if inner.lstrip()[0] not in "{[":                    # somebody asks what was chosen
         return raw
     try:
         return raw | json.loads(inner)
@@ -171,14 +178,14 @@ def unfolded(raw: dict) -> dict:
         raise BadInput("its 'text' field is not JSON") from None
 
 
-def images_of(raw: dict) -> list:
+def images_of(raw):
     images = first_of(raw, "images", "image", "image_path", "image_file") or []
-    if not images and raw.get("image_id") is not None:   # LRV names Visual Genome's pictures by number
+    if not images and raw.get("image_id") is not None:   # LRV gives Visual Genome's numbers
         images = f"{raw['image_id']}.jpg"
     return images if isinstance(images, list) else [images]
 
 
-def add_markers(record: dict) -> None:
+def add_markers(record):
     """Where no turn says where the images stand, they stand before the first question."""
     messages = record["messages"]
     if any(MARKER in str(message["content"]) for message in messages):
@@ -189,32 +196,33 @@ def add_markers(record: dict) -> None:
             return
 
 
-# ---- why a record cannot be used ------------------------------------------------------------------
+# ---- why a record cannot be used -----------------------------------------------------------------
 
 def check(record: dict) -> None:
-    """Raises BadInput with the reason a record cannot be used; looks at its text and numbers, not at its
-    files."""
+    """Raises BadInput with the reason a record cannot be used; looks at its text and numbers, not
+    at its files."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise BadInput("is not valid Unicode: it holds half of a character that was cut in two") from None
-    except RecursionError:
-        raise BadInput("is nested too deeply") from None
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise BadInput(f"cannot be written to a file: {error}") from None
+    answers = record.get("answers", [])
     check_messages(record["messages"], len(record["images"]))
-    check_answers(record.get("answers", []))
+    check_answers(answers)
     check_text(record.get("golden") or "", "golden")
-    check_pair(record)
-    check_judge(record)
+    check_pair(record.get("pair"), answers)
+    check_judge(record.get("judge") or {}, len(answers))
 
 
-def check_messages(messages: list[dict], images: int) -> None:
+def check_messages(messages, images):
     roles = [message["role"] for message in messages]
     if roles[:1] == ["system"]:
         del roles[0]
     if not roles:
         raise BadInput("has no messages")
-    if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[:len(roles)]:
-        raise BadInput(f"turns must alternate, first and last the user's, not {', '.join(map(str, roles))}")
+    alternating = ["user", "assistant"] * (len(roles) // 2) + ["user"]
+    if roles != alternating:
+        found = ", ".join(map(str, roles))
+        raise BadInput(f"turns must alternate, first and last the user's, and they are {found}")
 
     markers = 0
     for k, message in enumerate(messages):
@@ -222,20 +230,20 @@ def check_messages(messages: list[dict], images: int) -> None:
             raise BadInput(f"message {k} has no text")
         found = message["content"].count(MARKER)
         if found and message["role"] != "user":
-            raise BadInput(f"message {k} contains {MARKER}, which stands for a picture of the user's; remove it")
+            raise BadInput(f"message {k} contains {MARKER}, which only a user's may; remove it")
         markers += found
     if markers != images:
         raise BadInput(f"has {markers} {MARKER} markers but {images} images")
 
 
-def check_text(text, what: str) -> None:
+def check_text(text, what):
     if not isinstance(text, str):
         raise BadInput(f"{what} is no text")
     if MARKER in text:
-        raise BadInput(f"{what} contains {MARKER}, which stands for a picture of the user's; remove it")
+        raise BadInput(f"{what} contains {MARKER}, which only a user's turn may; remove it")
 
 
-def check_answers(answers) -> None:
+def check_answers(answers):
     if not isinstance(answers, list):
         raise BadInput("answers must be a list")
     for k, answer in enumerate(answers):
@@ -248,34 +256,33 @@ def check_answers(answers) -> None:
             RUBRIC.check(answer["scores"], f"answer {k}")
 
 
-def check_pair(record: dict) -> None:
-    pair, answers = record.get("pair"), record.get("answers", [])
+def check_pair(pair, answers):
     if pair is None:
         return
     places = range(len(answers))
-    if not isinstance(pair, list) or len(pair) != 2 or not all(type(k) is int and k in places for k in pair):
+    named = isinstance(pair, list) and all(type(k) is int and k in places for k in pair)
+    if not named or len(pair) != 2:
         raise BadInput(f"pair {pair} does not name two of its {len(answers)} answers")
     chosen, rejected = (answers[k]["text"].strip() for k in pair)
     if chosen == rejected:
         raise BadInput("chosen and rejected are the same text")
 
 
-def check_judge(record: dict) -> None:
+def check_judge(judge, answers):
     """Whoever takes answers out of judged records leaves an order that does not fit."""
-    judge = record.get("judge") or {}
-    order = (judge.get("order") or []) if isinstance(judge, dict) else None
-    places = range(len(record.get("answers", [])))
-    if not isinstance(order, list) or order and sorted(map(repr, order)) != sorted(map(repr, places)):
-        raise BadInput("judge must be an object, its order a permutation of the answers; remove it to judge "
-                       "afresh")
+    order = judge.get("order") or [] if isinstance(judge, dict) else None
+    if not isinstance(order, list):
+        raise BadInput("judge must be an object, and its order a list")
+    if order and sorted(map(repr, order)) != sorted(map(repr, range(answers))):
+        raise BadInput("judge's order is not one of these answers; remove judge to judge afresh")
 
 
-# ---- reading --------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 def raw_objects(path: Path) -> Iterator[tuple[str, object]]:
     """(a name from its place, object or BadInput) of everything in a file of JSON lines, one after
-    another, or in a JSON array, which is read into memory whole (jq -c ".[]" a.json > a.jsonl makes lines
-    of a large one)."""
+    another, or in a JSON array, which is read into memory whole (jq -c ".[]" a.json > a.jsonl makes
+    lines of a large one)."""
     stem = Path(path).stem
     try:
         with open(path, "rb") as file:
@@ -294,15 +301,15 @@ def raw_objects(path: Path) -> Iterator[tuple[str, object]]:
         raise BadInput(f"--data {path}: malformed JSON array ({error})") from None
 
 
-def json_line(line: bytes, stem: str, number: int) -> tuple[str, object]:
+def json_line(line, stem, number):
     try:
         return f"{stem}-{number:06d}", json.loads(line)
     except (ValueError, RecursionError) as error:        # no JSON, or no UTF-8
         return f"line {number}", BadInput(f"malformed JSON ({error})")
 
 
-def identity(raw, place: str) -> str:
-    """A record's own id, in letters that can be written; its place in the file where it has none."""
+def identity(raw, place):
+    """A record's own id, in letters that can be written, or its place in the file."""
     if isinstance(raw, dict):
         for key in ("id", "question_id", "idx"):
             if raw.get(key) is not None:
@@ -310,29 +317,29 @@ def identity(raw, place: str) -> str:
     return place
 
 
-def distinct(name: str, seen: Counter) -> str:
+def distinct(name, seen):
     """LLaVA's own files repeat ids, one per picture: the second a is a#2."""
     seen[name] += 1
     return name if seen[name] == 1 else distinct(f"{name}#{seen[name]}", seen)
 
 
 def checked(path: Path) -> Iterator[tuple[str, dict | BadInput]]:
-    """(id, record, or why it cannot be used) of everything in a file; images are not looked at yet."""
+    """(id, record or why it cannot be used) of everything in a file, images not looked at yet."""
     seen = Counter()
-    for place, raw in raw_objects(path):
-        name = distinct(identity(raw, place), seen)
-        found = raw
-        if not isinstance(raw, BadInput):
-            try:
-                found = convert(raw, name)
-                check(found)
-            except BadInput as problem:
-                found = problem
+    for place, found in raw_objects(path):
+        name = distinct(identity(found, place), seen)
+        try:
+            if isinstance(found, BadInput):
+                raise found
+            found = convert(found, name)
+            check(found)
+        except BadInput as problem:
+            found = problem
         yield name, found
 
 
 def check_images(record: dict, root: Path, size: int) -> str:
-    """Open and decode every image of a record (JPEGs at reduced size). Returns a hash of their bytes."""
+    """Open and decode every image of a record (JPEGs at reduced size) -> a hash of their bytes."""
     digest = hashlib.sha256()
     for name in record["images"]:
         path = image_path(root, name)
@@ -341,19 +348,24 @@ def check_images(record: dict, root: Path, size: int) -> str:
                 raise BadInput(f"image {path}: not a regular file")
             data = path.read_bytes()
         except OSError as error:
-            raise BadInput(f"image {str(path)[:200]}: {error.strerror}; fix the path or set --image_root") from None
+            shown = str(path)[:200]                      # it may be a picture, as base64
+            raise BadInput(
+                f"image {shown}: {error.strerror}; fix the path or set --image_root"
+            ) from None
         decode_image(data, path, small=size)
         digest.update(data)
     return digest.hexdigest()[:16]
 
 
-def stream(path: str | Path, image_root: str = "", image_size: int = 336) -> Iterator[tuple[str, dict | BadInput]]:
-    """(id, usable record, or why it is none) of everything in a data file, in order, few of them in
-    memory. Every image is decoded once, in threads; of several processes that have met each decodes its
-    share, so all must read to the end.
+def stream(
+    path: str | Path, image_root: str = "", image_size: int = 336
+) -> Iterator[tuple[str, dict | BadInput]]:
+    """(id, usable record or why it is none) of everything in a data file, in order, few of them in
+    memory. Every image is decoded once, in threads; of several processes that have met each decodes
+    its share, so all must read to the end.
 
-    A usable record also carries "root" (the folder its image names start from) and "images_sha" (of their
-    bytes). Raises BadInput only where the file as a whole cannot be read.
+    A usable record also carries "root" (the folder its image names start from) and "images_sha" (of
+    their bytes). Raises BadInput only where the file as a whole cannot be read.
     """
     root = Path(image_root or Path(path).absolute().parent)
     rank, world = parallel.seat()
@@ -361,15 +373,16 @@ def stream(path: str | Path, image_root: str = "", image_size: int = 336) -> Ite
     def look(entry) -> str | BadInput:
         """The hash of a record's images, or why it cannot be used."""
         _, found = entry
-        if isinstance(found, BadInput):
-            return found
         try:
+            if isinstance(found, BadInput):
+                raise found
             return check_images(found, root, image_size)
         except BadInput as problem:
             return problem
 
     entries = checked(path)
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:       # Pillow decodes outside Python's lock
+    threads = min(32, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:            # Pillow decodes outside Python's lock
         while block := list(islice(entries, AT_ONCE)):
             mine = list(pool.map(look, block[rank::world]))
             shares = parallel.gather(mine) if world > 1 else [mine]
@@ -380,7 +393,7 @@ def stream(path: str | Path, image_root: str = "", image_size: int = 336) -> Ite
                 yield name, found
 
 
-def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple[list[dict], list[dict]]:
+def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple[list, list]:
     """The same in memory: (usable records, rejects {"id", "reason"})."""
     records, rejects = [], []
     for name, found in stream(path, image_root, image_size):

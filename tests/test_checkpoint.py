@@ -289,7 +289,7 @@ def test_all_flaws_are_listed_in_one_message_each_once(tmp_path, tiny):
     with pytest.raises(BadInput) as problem:
         load(hub_folder(tmp_path, tiny, edit))
     first, *lines = [line.strip() for line in str(problem.value).splitlines()]
-    assert str(tmp_path / "x") in first and "do not fit config.json, 5 flaws" in first
+    assert str(tmp_path / "x") in first and "do not fit config.json; flaws found: 5" in first
     assert sorted(lines) == sorted([
         "language_model.layers.1.mlp.down_proj.weight: missing",
         "language_model.model.layers.7.mlp.up_proj.weight: extra",
@@ -306,7 +306,7 @@ def test_any_single_missing_tensor_is_an_error(tmp_path, tiny):
 
 
 def test_a_long_list_is_cut(tmp_path, tiny):
-    with pytest.raises(BadInput, match=r"config.json, \d\d flaws") as problem:
+    with pytest.raises(BadInput, match=r"config.json; flaws found: \d\d") as problem:
         load(hub_folder(tmp_path, tiny, lambda w: [w.pop(k) for k in list(w) if "layers" in k]))
     assert len(str(problem.value).splitlines()) == 21
 
