@@ -1,4 +1,4 @@
-"""The repository tells the truth about itself: arrows, reading order, flags, sizes, signposts.
+"""The repository tells the truth about itself: arrows, the tour, commands, links, requirements, numbers.
 
     python -m pytest tests/test_repo.py -q
 """
@@ -11,33 +11,42 @@ from dataclasses import fields
 from functools import cache
 from graphlib import TopologicalSorter
 
-import pytest
-
 from conftest import ROOT
 
-FILES = sorted(f for folder in (".", "kernels", "judge", "benchmarks", "toy") for f in (ROOT / folder).glob("*.py"))
-NAMES = [str(f.relative_to(ROOT)) for f in FILES]
-README = (ROOT / "README.md").read_text(encoding="utf8") if (ROOT / "README.md").is_file() else ""
-TOUR = [a for a, b in re.findall(r"^\|.*?\[`(\S+?\.py)`\]\((\S+?\.py)\)", README, re.M) if a == b]
-OPPONENTS = {"transformers", "trl", "datasets", "peft"}                          # only speed.py runs against them
+FOLDERS = (".", "benchmarks", "judge", "kernels", "toy")
+NAMES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text(encoding="utf8")
+ORACLES = {"transformers", "trl", "datasets", "peft"}            # compared with, never used
+OPPONENTS = {"speed.py", "opponents.py"}                         # the files that run against them
 
 
 @cache
-def imports(name: str) -> frozenset[str]:
-    """Our files that a file imports anywhere in it, functions included. `import kernels` is kernels/__init__.py."""
-    modules = set()
-    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf8"))):
+def source(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf8")
+
+
+@cache
+def modules(name: str) -> frozenset[str]:
+    """What a file imports anywhere in it, functions included: "kernels", "kernels.Mask", "torch"."""
+    found = set()
+    for node in ast.walk(ast.parse(source(name))):
         if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: relative import"
-            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    paths = {m.replace(".", "/") + end for m in modules for end in (".py", "/__init__.py")}
-    return frozenset(paths & set(NAMES)) - {name}
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def imports(name: str) -> set[str]:
+    """Our files among them. `import kernels` is kernels/__init__.py."""
+    paths = {module.replace(".", "/") + end for module in modules(name) for end in (".py", "/__init__.py")}
+    return paths & set(NAMES) - {name}
 
 
 def docstring(name: str) -> str:
-    return ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf8"))) or ""
+    return ast.get_docstring(ast.parse(source(name))) or ""
 
 
 # ---- arrows and reading order ----------------------------------------------------------------------------------
@@ -47,64 +56,96 @@ def test_our_imports_form_a_dag():
     assert set(order) == set(NAMES) and "data.py" in imports("dpo.py"), "the arrows are seen at all"
 
 
+def test_who_reads_dpo_meets_neither_a_server_nor_the_toy():
+    seen, waiting = set(), ["dpo.py"]
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        waiting += imports(name) - seen
+    assert not {name for name in seen if name.startswith(("toy/", "benchmarks/"))} | seen & {"judge/wire.py", "judge/client.py"}
+
+
 def test_kernels_import_nothing_of_ours():
     for name in NAMES:
         if name.startswith("kernels/"):
             assert all(other.startswith("kernels/") for other in imports(name)), name
 
 
-def test_the_tour_lists_every_file_once():
-    assert sorted(TOUR) == NAMES
+def test_the_tour_names_every_file_once():
+    tour = README.split("## The tour")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"\[`\S+?`\]\((\S+?\.py)\)", tour)) == NAMES
+
+
+def test_every_file_opens_with_a_docstring():
+    for name in NAMES:
+        assert len(docstring(name).split("\n")[0]) > 20, f"{name} does not say what it is"
 
 
 # ---- words -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_file_opens_with_a_docstring(name):
-    assert len(docstring(name).splitlines()[0]) > 20, f"{name} does not say what it is"
-
-
 def commands() -> list[tuple[str, str, list[str]]]:
-    """(where, script, flags) of every `python x.py --flag ...` in README and in the docstrings."""
-    texts = {"README.md": README} | {name: docstring(name) for name in NAMES}
-    return [(where, script, re.findall(r"(?<!\S)--(\w+)", rest)) for where, text in texts.items()
-            for script, rest in re.findall(r"\bpython3? ((?:[\w-]+/)*\w+\.py)((?:[^\n`&#]|\\\n)*)", text)]
+    """(where, script, flags) of every `python x.py --flag ...` or `python -m x ...` on the pages and in docstrings."""
+    texts = {page: source(page) for page in PAGES} | {name: docstring(name) for name in NAMES}
+    made = set(re.findall(r"^\+\+\+ b/(\S+)", source("docs/forking.md"), re.M)) - set(NAMES)     # files of forks
+    found = []
+    for where, text in texts.items():
+        for line in re.findall(r"\bpython3? ((?:[^\n`&#]|\\\n)+)", text):
+            script = re.match(r"-m ([\w.]+)|((?:[\w-]+/)*\w+\.py)", line)
+            if not script or script[1] in ("doctest", "pytest", "venv"):
+                continue
+            name = script[2] or script[1].replace(".", "/") + ".py"
+            if name not in made:
+                found.append((where, name, re.findall(r"(?<!\S)--(\w+)", line)))
+    return found
 
 
-def flags_of(name: str) -> set[str]:
-    """The flags of a script: the fields of its Settings, and of its Story where it has one. Kernels have none, and may need triton."""
-    if name.startswith("kernels/"):
-        return set()
+@cache
+def flags_of(name: str) -> frozenset[str]:
+    """The fields of a script's Settings. Kernels have none, and may need triton."""
+    if name.startswith("kernels/") or "class Settings" not in source(name):
+        return frozenset()
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
-    return {f.name for kind in ("Settings", "Story") if hasattr(module, kind) for f in fields(getattr(module, kind))}
+    return frozenset(field.name for field in fields(module.Settings))
 
 
 def test_every_command_shown_names_a_script_and_real_flags():
     found = commands()
     for where, script, flags in found:
-        assert script in NAMES, f"{where} runs {script}, which does not exist"
-        unknown = set(flags) - flags_of(script)
-        assert not unknown, f"{where}: {script} has no --{', --'.join(unknown)}"
+        assert script in NAMES or (ROOT / script).exists(), f"{where} runs {script}, which does not exist"
+        if not script.startswith("tests/"):
+            unknown = set(flags) - flags_of(script)
+            assert not unknown, f"{where}: {script} has no --{', --'.join(unknown)}"
     assert {"ckpt", "data", "out"} <= {flag for _, script, flags in found if script == "dpo.py" for flag in flags}
 
 
-def test_flags_that_messages_and_comments_speak_of_exist():
+def test_flags_that_messages_pages_and_comments_speak_of_exist():
     """"set --image_root", "lower --lr": advice must be takeable."""
-    known = set().union(*map(flags_of, NAMES)) | {"nproc_per_node"}      # which is torchrun's
-    for name in set(NAMES) - {"common.py"}:                              # which speaks of flags as such, and of git's
-        spoken = set(re.findall(r"(?<![\w-])--([a-z]\w*)", (ROOT / name).read_text(encoding="utf8")))
+    known = set().union(*map(flags_of, NAMES)) | {"nproc_per_node", "good"}     # torchrun's, and a fork's
+    foreign = {"common.py", "docs/forking.md"}                                  # flags as such; forks' own
+    for name in {*NAMES, *PAGES} - foreign:
+        text = re.sub(r"^ *(vllm|pip|git) .*", "", source(name), flags=re.M)
+        spoken = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
         assert spoken <= known, f"{name} speaks of --{', --'.join(spoken - known)}"
 
 
-def test_links_in_the_readme_lead_somewhere():
-    links = [x for x in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in x]
-    assert links and not [x for x in links if not (ROOT / x).exists()]
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#\s]+)|src=\"(\S+?)\"", source(page)):
+            path = "".join(link)
+            assert "://" in path or ((ROOT / page).parent / path).exists(), f"{page} links to {path}"
+    for page in PAGES[1:]:
+        assert f"({page})" in README, f"the README does not lead to {page}"
+
+
+def test_the_readme_is_a_front_door():
+    assert len(README.split()) <= 1500 and README.index("python story.py") < 900
 
 
 # ---- requirements ----------------------------------------------------------------------------------------------
 
 def requirements() -> list[str]:
-    return [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines() if line.split("#")[0].strip()]
+    lines = [line.split("#")[0].strip() for line in source("requirements.txt").splitlines()]
+    return [line for line in lines if line]
 
 
 def test_torch_and_triton_are_pinned_and_triton_only_where_it_exists():
@@ -114,33 +155,40 @@ def test_torch_and_triton_are_pinned_and_triton_only_where_it_exists():
 
 def test_requirements_are_what_the_code_imports():
     """And nothing that only tests compare with: transformers, trl and peft stay out of our files."""
-    known = {"pillow": "PIL"}
-    required = {known.get(n, n) for n in (re.split(r"[=<>;\s]", line)[0] for line in requirements())}
-    imported = set()
-    for name in NAMES:
-        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf8"))):
-            for module in ([a.name for a in node.names] if isinstance(node, ast.Import) else
-                           [node.module] if isinstance(node, ast.ImportFrom) else []):
-                imported.add(module.split(".")[0])
+    spelled = {"pillow": "PIL"}
+    required = {re.split(r"[=<>;\s]", line)[0] for line in requirements()}
+    required = {spelled.get(name, name) for name in required}
     ours = {name.split("/")[0].removesuffix(".py") for name in NAMES}
-    assert imported - set(sys.stdlib_module_names) - ours - OPPONENTS <= required
-    for name in set(NAMES) - {"speed.py"}:
-        assert not re.search(rf"^\s*(import|from) ({'|'.join(OPPONENTS)})\b", (ROOT / name).read_text(encoding="utf8"), re.M), name
+    imported = {module.split(".")[0] for name in NAMES for module in modules(name)}
+    assert imported - set(sys.stdlib_module_names) - ours - ORACLES == required - {"pytest"}
+    for name in set(NAMES) - OPPONENTS:
+        assert not ORACLES & {module.split(".")[0] for module in modules(name)}, name
 
 
-def test_the_readmes_table_is_drawn_from_results():
-    """The story's table in the README is miniature.table of what the command wrote, first line of results/story.jsonl."""
-    from toy import items as miniature
-    with open(ROOT / "results" / "story.jsonl", encoding="utf8") as f:
-        rows = json.loads(f.readline())["scores"]
-    readme = [line.strip() for line in README.splitlines()]
-    for line in miniature.table(rows).splitlines():
-        assert line.strip() in readme, f"not in README.md: {line}"
+# ---- numbers on the front page come from results/ ------------------------------------------------------------------
+
+def test_the_readmes_story_is_drawn_from_results():
+    """Its table is three columns of what `python story.py` wrote, the first line of results/story.jsonl."""
+    from benchmarks.harness import aligned, shown
+    from toy.items import COLUMNS
+    rows = json.loads(source("results/story.jsonl").split("\n")[0])["scores"]
+    picked = [name for name in COLUMNS if name in ("text", "terse", "judged")]
+    cells = {}
+    for model, scores in rows.items():
+        cells[model] = [shown(scores[name], COLUMNS[name]) if name in scores else "-" for name in picked]
+    for line in aligned(cells, picked).splitlines():
+        assert f"    {line}\n" in README, f"not in README.md: {line}"
+    assert len(COLUMNS) == 9, "three of the nine columns, it says"
 
 
-def test_the_readmes_look_at_the_pairs_is_drawn_from_results():
-    """Lines of `python annotate.py` in the README are pairs.show of the pairs.json that it wrote."""
-    from judge import report as pairs
-    said = pairs.show(json.loads((ROOT / "results" / "pairs.json").read_text())["pairs"])
-    shown = [line.strip() for line in README.split("`--pairs` prints")[1].split("With several GPUs")[0].splitlines() if line.startswith("    ")]
-    assert len(shown) >= 6 and all(line in ("...", *map(str.strip, said.splitlines())) for line in shown)
+def test_the_readmes_speed_is_drawn_from_results():
+    """How many times as long a step takes TRL at its fastest: lowest and highest over the runs in results/bench.jsonl."""
+    ratios = []
+    for line in source("results/bench.jsonl").splitlines():
+        row = json.loads(line)
+        if row["bench"] == "dpo" and row["name"] == "remedy":
+            ours = row["ms"]
+        if row["bench"] == "dpo" and row["name"] == "TRL, no checkpointing":
+            ratios.append(round(row["ms"] / ours, 1))
+    said = re.search(r"([\d.]+)(?: to ([\d.]+))? times as long", README)
+    assert (float(said[1]), float(said[2] or said[1])) == (min(ratios), max(ratios))
