@@ -40,17 +40,17 @@ import sys
 import threading
 import time
 from array import array
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 import torch
-from torch import Tensor
 
 import checkpoint
 import formats
@@ -59,7 +59,6 @@ import memory
 import parallel
 from common import BadInput, describe_run, device_and_dtype, sha_of, write_whole
 from data import Pack, Pixels, Tokens, Tree, pack_size, split
-from model import Llava
 
 PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, where adapters train beside the projector
 
@@ -98,7 +97,7 @@ WITHOUT_INFLUENCE = {"ckpt", "data", "image_root", "out", "reference", "device",
 
 # ---- the order of things, and how fast --------------------------------------------------------------------------
 
-def shuffled(items: Sequence, seed: int) -> Iterator:
+def shuffled(items, seed):
     """Pass over the items again and again, each pass in a seeded order of its own."""
     epoch = 0
     while True:
@@ -118,9 +117,7 @@ def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) ->
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def adamw(
-    trained: dict[str, Tensor], lr: float, projector_lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
+def adamw(trained, lr, projector_lr, betas, weight_decay):
     """AdamW for tensors by name: the projector may have a peak rate of its own (0: the others'), vectors do not decay."""
     groups = defaultdict(list)                                   # (peak rate, decay) -> tensors
     for name, p in trained.items():
@@ -128,9 +125,9 @@ def adamw(
         peak = projector_lr if projector_lr and in_projector else lr
         decay = weight_decay if p.ndim > 1 else 0.0
         groups[peak, decay].append(p)
-    described = [
-        {"params": tensors, "peak": peak, "weight_decay": decay} for (peak, decay), tensors in groups.items()
-    ]
+    described = []
+    for (peak, decay), tensors in groups.items():
+        described.append({"params": tensors, "peak": peak, "weight_decay": decay})
     optimizer = torch.optim.AdamW(described, lr=lr, betas=betas, fused=True)
 
     # The moments are in place before the first step: what a run needs is taken at once, and can be kept.
@@ -153,20 +150,20 @@ class Part:
     counts: bool = True      # False where this process only keeps the others company
 
 
-def prefetched(make: Callable, parts: Iterable) -> Iterator[tuple]:
+def prefetched(make, parts):
     """(part, make(part)) of every part; the next one is made in a thread (images decoded) while this one is computed with."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
+        begun = deque()
         for part in parts:
-            begun = part, pool.submit(make, part)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = begun
-        if waiting:
-            yield waiting[0], waiting[1].result()
+            begun.append((part, pool.submit(make, part)))
+            if len(begun) == 2:
+                part, made = begun.popleft()
+                yield part, made.result()
+        for part, made in begun:
+            yield part, made.result()
 
 
-def share(items: list, budget: int) -> list[tuple[list, bool]]:
+def share(items, budget):
     """The packs of this process, at most `budget` tokens each, and whether they count.
 
     Of N processes each takes every N-th item. All must compute equally many packs, for they wait for each other: who
@@ -179,12 +176,9 @@ def share(items: list, budget: int) -> list[tuple[list, bool]]:
     return mine + [(items[:1], False)] * missing
 
 
-def packs(items: list, budget: int, pack_of: Callable[[list], Pack], device: torch.device) -> Iterator[Part]:
+def packs(items, budget, pack_of, device) -> Iterator[Part]:
     """This process's share of a batch, at most `budget` tokens at once."""
-    def lay(part: tuple[list, bool]) -> Pack:
-        return pack_of(part[0])
-
-    for (members, counts), pack in prefetched(lay, share(items, budget)):
+    for (members, counts), pack in prefetched(lambda part: pack_of(part[0]), share(items, budget)):
         yield Part(members, pack.to(device), counts)
 
 
@@ -201,18 +195,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        model: Llava,
-        s: Settings,
-        pack_of: Callable[[list], Pack],
-        *,
-        steps: int,
-        batch: int = 0,
-        rate: Callable[[int, int], float] | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        out: Path | None = None,
-        depends: dict | None = None,
+        self, model, s, pack_of, *, steps, batch=0, rate=None, betas=(0.9, 0.999), weight_decay=0.0, out=None, depends=None
     ):
         # A weight that trains is kept in fp32: in 16 bits it could not take small steps (model.py).
         for p in model.parameters():
@@ -223,7 +206,7 @@ class Run:
         self.pack_of = pack_of
         self.total = steps
         self.batch = batch or s.batch
-        self.rate = rate or (lambda step, steps: schedule(step, steps, s.warmup))
+        self.rate = rate or partial(schedule, warmup=s.warmup)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.trained, s.lr, s.projector_lr, betas, weight_decay)
         self.out = out
@@ -232,7 +215,7 @@ class Run:
         self.stop = threading.Event()                    # SIGTERM came
         self.metrics = open(os.devnull, "w")
 
-    def steps(self, order: Iterable) -> Iterator[tuple[int, list]]:
+    def steps(self, order):
         """(step, its batch) for every step that is not done yet; `order` gives the items from step 0 on."""
         self.first = self.done
         order = islice(order, self.done * self.batch, None)
@@ -244,23 +227,23 @@ class Run:
             yield step, self.members
         self.model.eval()
 
-    def packs(self, batch: list) -> Iterator[Part]:
+    def packs(self, batch):
         budget = pack_size(self.settings.pack, self.model.device)
         for part in packs(batch, budget, self.pack_of, self.model.device):
             self.counts = part.counts
             yield part
 
-    def backward(self, loss: Tensor):
+    def backward(self, loss):
         """Add this pack's gradients; a pack that does not count adds zeros."""
         parallel.backward(self.model, loss if self.counts else 0 * loss)
 
-    def record(self, **columns: Tensor):
+    def record(self, **columns):
         """Values of this pack's items, for metrics: each name one vector."""
         if self.counts:
             for name, values in columns.items():
                 self.recorded[name].append(values.detach().float().cpu())
 
-    def columns(self) -> dict[str, Tensor]:
+    def columns(self):
         """What all processes recorded of this batch."""
         mine = {name: torch.cat(vectors) for name, vectors in self.recorded.items()}
         together = defaultdict(list)
@@ -269,7 +252,7 @@ class Run:
                 together[name].append(vector)
         return {name: torch.cat(vectors) for name, vectors in together.items()}
 
-    def update(self, **amounts: float) -> dict:
+    def update(self, **amounts) -> dict:
         """Clip, step, write one line, keep a state when it is time -> the line: step, the mean of every recorded column,
         grad_norm, lr, and each amount of work (pairs=16), also per second (pairs_per_s). Raises BadInput for a NaN."""
         row = {"step": self.done + 1}
@@ -303,7 +286,7 @@ class Run:
 
     # ---- state
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self):
         """Everything an update reads and writes, this process's part of it."""
         found = {}
         for name, p in self.trained.items():
@@ -312,7 +295,7 @@ class Run:
                 found[f"{key}/{name}"] = parallel.local(value)
         return found
 
-    def about(self) -> dict:
+    def about(self):
         """What a state must agree with: every setting that the weights depend on, and what the caller names."""
         settings = {f"--{k}": v for k, v in asdict(self.settings).items() if k not in WITHOUT_INFLUENCE}
         return settings | self.depends | {"processes": parallel.world()}
@@ -401,7 +384,7 @@ class Run:
         print(f"resumed after step {step}: {folder}")
 
 
-def differences(then: dict, now: dict) -> str:
+def differences(then, now) -> str:
     """What was otherwise then, in words; empty: nothing."""
     keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     return ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in keys)
@@ -411,7 +394,7 @@ def latest_state(out: Path) -> Path | None:
     return max((out / "state").glob("step-" + 8 * "[0-9]"), default=None)
 
 
-def flush_folder(folder: Path):
+def flush_folder(folder):
     fd = os.open(folder, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
@@ -452,12 +435,16 @@ def door(s: Settings, full: float, adapters: float) -> tuple[Settings, torch.dev
     return s, device, dtype
 
 
+LEAST = {
+    "batch": 1, "epochs": 1, "pack": 0, "max_length": 0, "lora": 0, "clip": 0, "seed": 0,
+    "lr": 0, "projector_lr": 0, "warmup": 0, "alpha": 0, "save_every": 0,
+}
+
+
 def check_numbers(s: Settings):
-    rates = (s.lr, s.projector_lr, s.warmup, s.alpha)
-    if min(s.batch, s.epochs) < 1 or min(s.pack, s.max_length, s.lora) < 0 or not s.clip >= 0:
-        raise BadInput("--batch and --epochs must be at least 1; --pack, --max_length, --lora and --clip not negative")
-    if not all(0 <= rate < math.inf for rate in rates) or abs(s.seed) >= 1 << 63:
-        raise BadInput("--lr, --projector_lr, --warmup and --alpha: 0 or more, and finite; --seed: a number of 64 bits")
+    for name, least in LEAST.items():
+        if not least <= getattr(s, name) < math.inf:     # nor is it NaN
+            raise BadInput(f"--{name} {getattr(s, name)}: a number from {least} on")
 
 
 @dataclass
@@ -470,7 +457,7 @@ class Reading:
     pictures: str        # a hash of all pictures' bytes, in order
 
 
-def read(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]]) -> Reading:
+def read(s: Settings, trees_of) -> Reading:
     """--data -> what is to be learned from each record, by trees_of(tokens, record, longest).
 
     Where that raises BadInput, or the record was refused before, it is listed with its reason. Raises BadInput where
@@ -496,7 +483,7 @@ def read(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]]) -> Re
     return Reading(tokens, pixels, trees, len(pictures), sha_of(pictures))
 
 
-def trees_digest(trees: Iterable[Tree], pictures: str = "") -> str:
+def trees_digest(trees, pictures="") -> str:
     """Names what would be trained on: every token, in order."""
     digest = hashlib.sha256(pictures.encode())
     for tree in trees:
@@ -510,9 +497,7 @@ def trees_digest(trees: Iterable[Tree], pictures: str = "") -> str:
 # ---- around the loop --------------------------------------------------------------------------------------------------
 
 @contextmanager
-def begin(
-    s: Settings, model: Llava, items: list, pack_of: Callable[[list], Pack], steps: int, depends: dict
-) -> Iterator[Run]:
+def begin(s, model, items, pack_of, steps, depends) -> Iterator[Run]:
     """Inside: a Run over `items` in --out, its largest pack tried, its state restored with --resume. Metrics go to their
     file, SIGTERM lets a step finish, memory that is not there is a message. Behind it the weights are in model.dtype again."""
     if s.lora:
@@ -523,23 +508,22 @@ def begin(
     if s.resume:
         run.restore()
 
-    before = None
-    if threading.current_thread() is threading.main_thread():                    # only there are signals heard
-        before = signal.signal(signal.SIGTERM, lambda *_: run.stop.set())
+    hears = threading.current_thread() is threading.main_thread()                # only there are signals heard
+    before = signal.signal(signal.SIGTERM, lambda *_: run.stop.set()) if hears else None
     try:
         with memory.room(s), open_metrics(run.out, run.done) as run.metrics:
             model.language_model.checkpointing = s.checkpointing
             memory.begin(model, s, items, pack_of)
             yield run
     finally:
-        if before is not None:
+        if hears:
             signal.signal(signal.SIGTERM, before)
     if not parallel.sharded(model):
         for p in run.trained.values():
             p.data = p.data.to(model.dtype)
 
 
-def open_metrics(out: Path, done: int):
+def open_metrics(out, done):
     """Open for the rows after step `done`; rows that a killed process wrote beyond it are cut off, so each step has one."""
     if parallel.rank():
         return open(os.devnull, "w")
@@ -558,14 +542,14 @@ def open_metrics(out: Path, done: int):
     return open(path, "a", encoding="utf8")
 
 
-def count_steps(s: Settings, items: list) -> int:
+def count_steps(s, items) -> int:
     """How many optimizer steps a run over `items` has."""
     if s.steps >= 0:
         return s.steps
     return max(1, s.epochs * len(items) // min(s.batch, len(items)))
 
 
-def rates(s: Settings, model: Llava) -> str:
+def rates(s, model) -> str:
     """Learning rates, device and precision, for the line that a run begins with."""
     projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
     return f"lr {s.lr}{projector}, {model.device} {model.dtype}"
@@ -578,7 +562,7 @@ def describe(s: Settings, **more):
         write_whole(out / "config.json", json.dumps(describe_run(s, **more), indent=1) + "\n")
 
 
-def finish(run: Run, tokens: Tokens, documents: dict[str, dict] | None = None) -> Path:
+def finish(run: Run, tokens: Tokens, documents=None) -> Path:
     """Write what a run leaves, model/ or adapter/, draw its metrics, forget its state. Every process calls it.
     `documents` are JSON files that go with the model."""
     s = run.settings
