@@ -10,7 +10,9 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def forked(name: str, folder):
 
 
 def script(copy, *line: str):
-    """Run `python line` as if in a terminal in `copy`; for a process of its own."""
+    """Run `python line` as if in a terminal in `copy`; for a process of its own, which has none of our modules yet."""
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     sys.argv = list(line)
@@ -163,3 +165,70 @@ def test_a_template_is_one_entry_and_goes_with_the_model(tmp_path, judged):
     train(copy, "dpo.py", judged, "--ckpt", str(folder), "--template", "gemma")
     stored = json.loads((copy / "out/model/template.json").read_text())
     assert stored["name"] == "gemma" and stored["ends"] == ["<end_of_turn>", "<eos>"]
+
+
+def test_a_rubric_is_one_edit(tmp_path, judged):
+    copy = forked("rubric", tmp_path)
+    records = rows_of(judged)
+    for record in records:
+        for answer, grade in zip(record["answers"], (5, 3, 1)):
+            answer["scores"] = {"faithfulness": grade, "coverage": grade, "clarity": 5}
+    data = judged.with_name("rubric.jsonl")
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "pairs: 8 to train on" in train(copy, "dpo.py", data)
+    said = run(copy, "annotate.py", "--data", str(data), "--out", "seen", "--pairs", "--board", "board.html")
+    assert "faith" in said and (copy / "board.html").exists()
+
+
+class Messages(BaseHTTPRequestHandler):
+    """Anthropic's server, as far as it is needed: every candidate is as good as its text is long."""
+
+    def do_POST(self):
+        from judge.rubric import RUBRIC
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        *pictures, words = asked["messages"][0]["content"]
+        assert self.path == "/v1/messages" and self.headers["x-api-key"] == "a-key" and asked["max_tokens"]
+        assert pictures[0]["source"]["media_type"] == "image/jpeg" and "correctness" in asked["system"]
+        grades = []
+        for letter, text in re.findall(r"<candidate_(.)>\n(.*)\n", words["text"]):
+            grades.append({"id": letter, "comment": "", **dict.fromkeys(RUBRIC.attributes, min(4, len(text) // 6))})
+        text = json.dumps({"candidates": grades})
+        reply = {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}],
+                 "model": "one", "stop_reason": "end_turn", "usage": {"input_tokens": 9, "output_tokens": 5}}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *about):
+        pass
+
+
+def test_a_judge_is_one_class(tmp_path, judged, monkeypatch):
+    copy = forked("judge", tmp_path)
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Messages) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        run(copy, "annotate.py", "--data", str(judged), "--judge", "anthropic:one", "--out", "out",
+            "--judge_url", f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    for record in rows_of(copy / "out/records.jsonl"):
+        assert record["judge"]["state"] == "ok" and record["judge"]["version"] == "one"
+        for answer in record["answers"]:
+            assert answer["scores"]["correctness"] == min(4, len(answer["text"]) // 6)
+
+
+def test_a_benchmark_is_one_file_and_its_name(tmp_path):
+    assert changed("benchmark") <= 40
+    copy = forked("benchmark", tmp_path)
+    folder = tmp_path / "data/gsm8k"
+    folder.mkdir(parents=True)
+    rows = [{"question": "what is two plus two ?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+            {"question": "how many days have three years ?", "answer": "#### 1,095"}]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [{"question_id": 1, "text": "It is 4."}, {"question_id": 2, "text": "1095 days, or 1,096."}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    flags = ["--bench", "gsm8k", "--data_dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    said = run(copy, "evaluate.py", *flags, "--answers", str(tmp_path / "mine.jsonl"), "--json")
+    assert json.loads(said)["mine"][0]["scores"]["exact"]["mean"] == 0.5
+    run(copy, "evaluate.py", *flags, "--ckpt", "toy/llava", "--max_new", "4")
+    assert len(rows_of(tmp_path / "out/gsm8k/toy-llava.jsonl")) == 2
