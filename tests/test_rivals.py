@@ -177,13 +177,14 @@ def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_
     steerlm.run(settings(steerlm, ckpt, scored, tmp_path / "one", target="4 4 4 4 0"))
     folder = tmp_path / "one" / "model"
     assert json.loads((folder / "steer.json").read_text()) == FORM | {"target": ALL_FOURS | {"verbosity": 0}}
-    assert json.loads((folder / "template.json").read_text())["ask"] == ""
     config, _ = checkpoint.read_config(folder)
     assert Tokens(folder, config).template.prompt([{"role": "user", "content": "What?"}]).endswith(ASKED.format(4, 4, 4, 4, 0))
 
     steerlm.run(settings(steerlm, folder, scored, tmp_path / "two", form=" {helpfulness}!", grades="a b c d e"))
     again = Tokens(tmp_path / "two" / "model", config).template
     assert again.prompt([{"role": "user", "content": "What?"}]).endswith("USER: What? e! ASSISTANT:")
+    stored = json.loads((tmp_path / "two" / "model" / "template.json").read_text())
+    assert stored["ask"] == "", "what is asked for stands in steer.json alone"
 
 
 @pytest.mark.parametrize("flags, why", [
