@@ -1,23 +1,24 @@
-"""Weights in and out: every layout LLaVA is found in, read strictly, written in one that loads everywhere.
+"""Weights in and out: every layout of LLaVA, read strictly, written in one that loads anywhere.
 
-The problem. The same tensor has had many names: `language_model.model.layers.0...` (llava-hf, as on the
-hub), `model.language_model.layers.0...` (newer transformers), `model.layers.0...` (original LLaVA, and
-every text-only Llama or Vicuna), with the vision tower under `vision_tower.vision_model.`,
-`vision_tower.` or in a folder of its own. And the commonest failure of all is silent: a key the loader
-did not know, left at its random initialisation.
+The problem. The same tensor has had many names: `language_model.model.layers.0...` (llava-hf, as on
+the hub), `model.language_model.layers.0...` (newer transformers), `model.layers.0...` (original
+LLaVA, and every text-only Llama or Vicuna), with the vision tower under
+`vision_tower.vision_model.`, `vision_tower.` or in a folder of its own. And the commonest failure of
+all is silent: a key the loader did not know, left at its random initialisation.
 
-The trick. (1) `canonical` maps every known name to this code's own, so there is one loader. (2) The model
-is built without memory (device "meta") and each tensor goes straight from the memory-mapped file to its
-place, device and dtype, so two copies never exist. (3) Strict: a missing, extra, misshapen or quantized
-key, or a NaN, is an error that lists them; nothing is guessed and nothing is left out.
+The trick. (1) `canonical` maps every known name to this code's own, so there is one loader. (2) The
+model is built without memory (device "meta") and each tensor goes straight from the memory-mapped
+file to its place, device and dtype, so two copies never exist. (3) Strict: a missing, extra,
+misshapen or quantized key, or a NaN, is an error that lists them; nothing is guessed and nothing is
+left out.
 
     llava-hf          config.json, *.safetensors (or .bin, read with weights_only), tokenizer.json
     original LLaVA    the same with mm_projector keys; its vision tower lies in a second folder
-    Llama / Vicuna    text only
-    PEFT's adapter    adapter_config.json and what was trained: it is added to the base model it names
+    Llama, Vicuna     text only
+    PEFT's adapter    adapter_config.json and what was trained, added to the base model it names
 
-`save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained loads (a text-only
-model goes out as LlamaForCausalLM), whole or not at all.
+`save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained loads (a
+text-only model goes out as LlamaForCausalLM), whole or not at all.
 """
 import hashlib
 import json
@@ -43,36 +44,36 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
     "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
     "template.json",                                     # how the model wants its prompts
-    "steer.json",                                        # what a SteerLM model was trained to be asked for
+    "steer.json",                                        # how SteerLM's is asked for scores
 )
 TAKE_TOKENIZER = (
-    "no tokenizer.json in {folder}: copy it there from a llava-hf folder of the same model (for LLaVA-1.5: "
-    "llava-hf/llava-1.5-7b-hf or -13b-hf; for a text-only Llama: its own transformers folder)"
+    "no tokenizer.json in {folder}: copy it there from a llava-hf folder of the same model (for "
+    "LLaVA-1.5: llava-hf/llava-1.5-7b-hf or -13b-hf; for a text-only Llama: its own folder)"
 )
 
 
-# ---- names ----------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
-RENAME = {                                                                         # in this order
-    r"^base_model\.model\.": "",                                                   # PEFT, four times
+RENAME = {                                               # in this order
+    r"^base_model\.model\.": "",                         # PEFT, four times
     r"\.base_layer\.": ".",
     r"\.modules_to_save(\.default)?\.": ".",
     r"\.(lora_[AB])\.default\.": r".\1.",
-    r"^model\.vision_tower\.vision_tower\.": "vision_tower.",                      # original LLaVA
+    r"^model\.vision_tower\.vision_tower\.": "vision_tower.",                     # original LLaVA
     r"^model\.mm_projector\.0\.": "multi_modal_projector.linear_1.",
     r"^model\.mm_projector\.2\.": "multi_modal_projector.linear_2.",
-    r"^model\.(language_model|vision_tower|multi_modal_projector)\.": r"\1.",      # transformers >= 4.52
-    r"^language_model\.model\.": "language_model.",                                # llava-hf on the hub
+    r"^model\.(language_model|vision_tower|multi_modal_projector)\.": r"\1.",     # transformers 5
+    r"^language_model\.model\.": "language_model.",                               # llava-hf
     r"^language_model\.lm_head\.": "lm_head.",
-    r"^model\.(embed_tokens|layers|norm)\.": r"language_model.\1.",                # Llama, original LLaVA
+    r"^model\.(embed_tokens|layers|norm)\.": r"language_model.\1.",               # Llama
     r"^vision_tower\.vision_model\.": "vision_tower.",
 }
-BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")        # computed anew here
-NOT_TOWER = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)")    # of a CLIP
+BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")     # computed anew
+NOT_TOWER = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)")    # of CLIP
 
 
 def canonical(key: str) -> str:
-    """A checkpoint's name -> ours.  language_model.model.norm.weight -> language_model.norm.weight"""
+    """A checkpoint's name -> ours, language_model.model.norm.weight -> language_model.norm.weight."""
     for pattern, to in RENAME.items():
         key = re.sub(pattern, to, key)
     return key
@@ -87,7 +88,7 @@ def hub_name(name, text_only):
     return name.replace("lm_head.", "language_model.lm_head.")
 
 
-# ---- config.json ----------------------------------------------------------------------------------
+# ---- config.json ---------------------------------------------------------------------------------
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file of a checkpoint's folder. Raises BadInput naming it."""
@@ -97,8 +98,10 @@ def read_json(path: Path) -> dict:
             raise ValueError("it is no JSON object")
         return found
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); --ckpt takes a folder with config.json, weights "
-                       "and tokenizer.json") from None
+        raise BadInput(
+            f"{path} cannot be read ({error}); --ckpt takes a folder with config.json, weights and "
+            "tokenizer.json"
+        ) from None
 
 
 def only(raw, where, remedy="", **known):
@@ -106,7 +109,8 @@ def only(raw, where, remedy="", **known):
     computes. Raises BadInput."""
     for name, value in known.items():
         if (raw.get(name) or value) != value:
-            raise BadInput(f"{where}: {name} is {raw[name]!r}, and only {value!r} is known here{remedy}")
+            found = raw[name]
+            raise BadInput(f"{where}: {name} is {found!r}, only {value!r} is known here{remedy}")
 
 
 def stated(raw, config):
@@ -121,7 +125,7 @@ def text_config(raw, where="config.json"):
     sizes.setdefault("num_key_value_heads", heads)
     sizes.setdefault("head_dim", sizes.get("hidden_size", 4096) // heads)
 
-    # transformers 5 says rope_parameters, earlier versions rope_theta and rope_scaling with a "type"
+    # transformers 5 says rope_parameters, older ones rope_theta and rope_scaling with a "type"
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     kind = rope.pop("type", None) or "default"
     rope.setdefault("rope_type", kind)
@@ -137,7 +141,8 @@ def vision_config(raw, layer, where):
     if layer not in range(-n - 1, n + 1):
         raise BadInput(f"{where}: vision_feature_layer {layer} is not one of {n} layers")
     if config.hidden_act not in ACTIVATIONS:
-        raise BadInput(f"{where}: vision hidden_act {config.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
+        known = ", ".join(ACTIVATIONS)
+        raise BadInput(f"{where}: vision hidden_act {config.hidden_act!r}; known: {known}")
     return config
 
 
@@ -152,8 +157,7 @@ def llava_hf(raw, where):
 
 
 def original_llava(raw, where):
-    kind = raw.get("mm_projector_type", "linear")
-    only(raw | {"mm_projector_type": kind}, where, mm_projector_type="mlp2x_gelu",
+    only({"mm_projector_type": "linear"} | raw, where, mm_projector_type="mlp2x_gelu",
          mm_vision_select_feature="patch", mm_use_im_start_end=False)
     tower = beside(where.parent, "vision_tower", raw["mm_vision_tower"])
     clip = read_json(tower / "config.json")
@@ -167,8 +171,8 @@ def original_llava(raw, where):
 
 
 def read_config(folder: Path) -> tuple[Config, Path | None]:
-    """config.json -> (Config, the second folder that holds the vision tower or None). An adapter has
-    its base model's. Raises BadInput."""
+    """config.json -> (Config, the second folder that holds the vision tower or None). An adapter
+    has its base model's. Raises BadInput."""
     folder = base_folder(folder) or folder
     where = folder / "config.json"
     raw = read_json(where)
@@ -181,12 +185,12 @@ def read_config(folder: Path) -> tuple[Config, Path | None]:
             return Config(text_config(raw, where), None, image_token=-1), None
     except BadInput:
         raise
-    except Exception as error:                           # half a config, or words where numbers belong
+    except Exception as error:                           # half a config, or words for numbers
         raise BadInput(f"{where} cannot be used ({error!r}); is it whole?") from None
     raise BadInput(f"{where}: model_type {raw.get('model_type')!r} is neither LLaVA nor Llama")
 
 
-# ---- folders --------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
 def resolve(ckpt: str) -> Path:
     """--ckpt names a folder; toy/llava and toy/vicuna are found beside this file, too."""
@@ -199,12 +203,13 @@ def resolve(ckpt: str) -> Path:
 def beside(folder: Path, what: str, name) -> Path:
     """The folder of another model that this one cannot do without. Raises BadInput."""
     name = Path(str(name))
-    places = [folder / what, name, folder / name, folder.parent / name.name, folder.parent.parent / name.name]
+    above = folder.parent
+    places = [folder / what, name, folder / name, above / name.name, above.parent / name.name]
     for place in places:
         if place != folder and (place / "config.json").is_file():
             return place
-    raise BadInput(f"{folder}: its {what} {name} was looked for in {', '.join(map(str, places))}; "
-                   "put it in one of them")
+    tried = ", ".join(map(str, places))
+    raise BadInput(f"{folder}: its {what} {name} was looked for in {tried}; put it in one of them")
 
 
 def base_folder(folder: Path) -> Path | None:
@@ -221,7 +226,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 def weight_files(folder):
     """safetensors first; .bin only where there are none. An index says which files count."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+    for pattern in ("*.safetensors", "*model*.bin"):
         for index in folder.glob(f"{pattern}.index.json"):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
@@ -229,21 +234,21 @@ def weight_files(folder):
             return [folder / name for name in sorted(set(weight_map.values()))]
         found = sorted(folder.glob(pattern))
         if found:
-            return found
-    raise BadInput(f"{folder}: no *.safetensors and no pytorch_model*.bin")
+            beside_adapters = folder.glob("non_lora_trainables.bin")     # the projector, from LLaVA
+            return [*found, *beside_adapters]
+    raise BadInput(f"{folder}: no *.safetensors and no *model*.bin")
 
 
 def stamp(folder: Path) -> str:
-    """Names a checkpoint by its small files' text and its weight files' sizes and times; 26 GB are not
-    read for it."""
+    """Names a checkpoint by its files' names, sizes and times; 26 GB are not read for it."""
     names = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
-    small = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
-    large = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in weight_files(folder)]
+    files = [folder / name for name in names if (folder / name).is_file()] + weight_files(folder)
+    facts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     base = base_folder(folder)
-    return sha(*small, *large, stamp(base) if base else "")
+    return sha(*facts, stamp(base) if base else "")
 
 
-# ---- in -------------------------------------------------------------------------------------------
+# ---- in ------------------------------------------------------------------------------------------
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of everything in a folder's weight files."""
@@ -254,10 +259,12 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     for key in file.keys():
                         yield key, file.get_tensor(key)
             else:
-                yield from torch.load(path, weights_only=True, mmap=True, map_location="cpu").items()
-        except Exception as error:                       # a truncated or foreign file raises many types
-            raise BadInput(f"{path}: cannot be read ({error!r:.200}); download it again, as safetensors "
-                           "if you can") from None
+                found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+                yield from found.items()
+        except Exception as error:                       # a torn or foreign file raises many types
+            raise BadInput(
+                f"{path}: cannot be read ({error!r:.200}); download it again, best as safetensors"
+            ) from None
 
 
 def weights(folder: Path, device) -> Iterator[tuple[str, str, Tensor]]:
@@ -272,7 +279,7 @@ def weights(folder: Path, device) -> Iterator[tuple[str, str, Tensor]]:
         if BUFFERS.search(key):
             continue
         name = canonical(key)
-        if tower and name in (EMBEDDING, HEAD):          # <image> and <pad>: as improbable as <unk>, id 0
+        if tower and name in (EMBEDDING, HEAD):          # <image> and <pad>, improbable as <unk>
             value = torch.cat([value, value[:1].expand(2, -1)])
         carried = carried or name.startswith("vision_tower.")
         yield key, name, value
@@ -285,8 +292,8 @@ def weights(folder: Path, device) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def corrected(named, folder, device):
-    """Weights of a base model with PEFT's adapter in `folder` added: W + scale B A, in fp32; a weight
-    that it holds whole (the projector's) takes the base model's place."""
+    """Weights of a base model with PEFT's adapter in `folder` added: W + scale B A, in fp32; a
+    weight that it holds whole (the projector's) takes the place of the base model's."""
     where = folder / "adapter_config.json"
     config = read_json(where)
     only(config, where, "; merge it with PEFT first", peft_type="LORA", use_dora=False, bias="none",
@@ -303,16 +310,15 @@ def corrected(named, folder, device):
     for key, name, value in named:
         value = adapter.pop(name, value).to(device)
         layer = name.removesuffix(".weight")
-        halves = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
-        if all(half in adapter for half in halves):
-            a, b = (adapter.pop(half).float() for half in halves)
-            if (*a.shape, *b.shape) != (rank, value.shape[-1], len(value), rank):
-                raise BadInput(f"{folder}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {layer} do "
-                               f"not fit a weight of {tuple(value.shape)} and r = {rank}")
+        halves = [f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"]
+        shapes = [adapter[half].shape for half in halves if half in adapter]
+        if shapes == [(len(value), rank), (rank, value.shape[-1])]:
+            b, a = (adapter.pop(half).float() for half in halves)
             value = value.float().addmm(b, a, alpha=scale)
         yield key, name, value
     if adapter:
-        raise BadInput(f"{folder}: the base model has no place for {', '.join(sorted(adapter)[:20])}")
+        names = ", ".join(sorted(adapter)[:20])
+        raise BadInput(f"{folder}: these fit no weight of the base model, with r = {rank}: {names}")
 
 
 def flaw(name, value, places, found):
@@ -334,8 +340,8 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     """A checkpoint folder -> the model, in evaluation mode, its vision tower frozen; an adapter is
     loaded with its base model, and added to it.
 
-    Raises BadInput listing every key that is missing, extra, twice or misshapen, and every tensor with
-    a NaN or infinity.
+    Raises BadInput listing every key that is missing, extra, twice or misshapen, and every tensor
+    with a NaN or infinity.
     """
     folder = resolve(str(ckpt))
     config, _ = read_config(folder)
@@ -351,15 +357,15 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
         problem = flaw(name, value, places, found)
         if problem:
             flaws.append(f"{key}: {problem}")
-        found[name] = value.to(device=device, dtype=dtype)
-    if tied and EMBEDDING in found:
-        head = found.setdefault(HEAD, found[EMBEDDING])
-        if not torch.equal(head, found[EMBEDDING]):
-            flaws.append(f"{HEAD}: not {EMBEDDING}, but config.json says tie_word_embeddings")
+        found[name] = None if problem else value.to(device=device, dtype=dtype)
+    if tied:
+        found.setdefault(HEAD, found.get(EMBEDDING))
     flaws += [f"{name}: missing" for name in places if name not in found]
+    if tied and not flaws and not torch.equal(found[HEAD], found[EMBEDDING]):
+        flaws.append(f"{HEAD}: not {EMBEDDING}, but config.json says tie_word_embeddings")
     if flaws:
-        first = "\n  ".join(flaws[:20])
-        raise BadInput(f"{folder}: the weights do not fit config.json; flaws found: {len(flaws)}\n  {first}")
+        first = "\n  ".join([f"flaws found: {len(flaws)}", *flaws[:20]])
+        raise BadInput(f"{folder}: the weights do not fit config.json; {first}")
 
     model.load_state_dict(found, assign=True)
     if tied:
@@ -379,14 +385,14 @@ def digest(model: Llava) -> str:
     return found.hexdigest()[:16]
 
 
-# ---- out --------------------------------------------------------------------------------------------
+# ---- out -----------------------------------------------------------------------------------------
 
 def config_json(config: Config, dtype: torch.dtype) -> dict:
     """Our Config -> config.json, as transformers 4 wrote it and 5 reads it."""
     text = asdict(config.text) | {"model_type": "llama", "hidden_act": "silu"}
     rope = text.pop("rope")
     text["rope_theta"] = rope.pop("rope_theta")
-    text["rope_scaling"] = rope
+    text["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     torch_dtype = str(dtype).removeprefix("torch.")
     if config.vision is None:
         return text | {"architectures": ["LlamaForCausalLM"], "torch_dtype": torch_dtype}
@@ -408,8 +414,8 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
 
 
 def processor_json(config: Config, crop: bool) -> dict[str, dict]:
-    """The files that make transformers' processor see what we saw: pad to square and resize, or resize
-    and crop."""
+    """The files that make transformers' processor see what we saw: pad to square and resize, or
+    resize and crop."""
     if config.vision is None:
         return {}
     size = config.vision.image_size
@@ -433,23 +439,23 @@ def processor_json(config: Config, crop: bool) -> dict[str, dict]:
     return {"preprocessor_config.json": image, "processor_config.json": processor}
 
 
-def write_folder(folder: Path, file: str, tensors: dict, documents: dict, tokenizer_from: Path) -> None:
-    """Weights, JSON documents by name and copies of a tokenizer's files, in a folder that takes the old
-    one's place whole: a kill at any moment loses neither."""
+def write_folder(folder: Path, file: str, tensors: dict, documents: dict, source: Path) -> None:
+    """Weights, JSON documents by name and copies of a tokenizer's files, in a folder that takes the
+    old one's place whole: a kill at any moment loses neither."""
     aside, old = Path(f"{folder}.part"), Path(f"{folder}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
 
-    save_file(tensors, aside / file, metadata={"format": "pt"})
-    (aside / file).chmod(0o644)                          # the library lets only their owner read them
-    with open(aside / file, "rb+") as f:
-        os.fsync(f.fileno())
-    source = tokenizer_folder(tokenizer_from)
+    source = tokenizer_folder(source)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, aside / name)
     for name, document in documents.items():
         write_whole(aside / name, json.dumps(document, indent=1) + "\n")
+    save_file(tensors, aside / file, metadata={"format": "pt"})
+    shutil.copymode(aside / name, aside / file)          # from the library: for its owner alone
+    with open(aside / file, "rb+") as f:
+        os.fsync(f.fileno())
 
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -460,10 +466,10 @@ def write_folder(folder: Path, file: str, tensors: dict, documents: dict, tokeni
 
 def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: bool = False,
          more: dict[str, dict] | None = None) -> Path:
-    """Write `folder` whole or not at all: weights in llava-hf names and model.dtype, configs, tokenizer
-    files copied along; `crop` says how the model was shown its images, for those who load it elsewhere.
-    `more` are JSON files by name. Where weights are kept in shards, every process calls it; process 0
-    writes."""
+    """Write `folder` whole or not at all: weights in llava-hf names and model.dtype, configs,
+    tokenizer files copied along; `crop` says how the model was shown its images, for those who load
+    it elsewhere. `more` are JSON files by name. Where weights are kept in shards, every process
+    calls it; process 0 writes."""
     folder, config = Path(folder), model.config
     tensors = {}
     for name, p in model.named_parameters():

@@ -6,6 +6,7 @@ The layouts are written by hand here (names and config.json as on the hub), from
 them must give back that model's weights, bit by bit. transformers, where installed, writes and reads them as well.
 """
 import json
+import os
 import re
 
 import pytest
@@ -457,6 +458,18 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(tmp_path, monkeypatch
     save(model, folder, folder)                                    # over the very folder it was read from
     assert same(weights_of(load(folder)), weights_of(model))
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_no_file_is_more_open_than_the_umask_says(tmp_path, tiny):
+    before = os.umask(0o077)
+    try:
+        closed = save(tiny, tmp_path / "x", tmp_path)
+        os.umask(0o022)
+        open_to_read = save(tiny, tmp_path / "y", tmp_path)
+    finally:
+        os.umask(before)
+    for folder, mode in ((closed, 0o600), (open_to_read, 0o644)):
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {mode}
 
 
 def test_a_loaded_model_is_ready_to_train_with_its_tower_frozen(tmp_path):

@@ -248,7 +248,7 @@ BROKEN = {
                      "language_model.lm_head.weight: quantized: torch.float8_e4m3fn"),
     "integers": (lambda f: change(f, lambda w: w.update({"language_model.model.norm.weight": torch.ones(64, dtype=torch.int8)})),
                  "language_model.model.norm.weight: quantized: torch.int8"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors and no pytorch_model*.bin"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors and no *model*.bin"),
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1000), "model.safetensors: cannot be read"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json in"),
     "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read"),

@@ -209,16 +209,16 @@ UP = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize("spoil, why", [
-    (lambda t, c: t.pop(UP.replace("lora_A", "lora_B")), "no place for language_model.layers.0.mlp.up_proj.lora_A.weight"),
-    (lambda t, c: t.pop(UP), "no place for language_model.layers.0.mlp.up_proj.lora_B.weight"),
-    (lambda t, c: t.update({"base_model.model.model.nothing.lora_A.weight": torch.zeros(4, 4)}), "no place for model.nothing.lora_A.weight"),
-    (lambda t, c: t.update({UP: t[UP][:, :-1].contiguous()}), "lora_A (4, 63) and lora_B (96, 4) of language_model.layers.0.mlp.up_proj do not fit"),
-    (lambda t, c: t.update({UP: t[UP][:-1]}), "do not fit a weight of (96, 64) and r = 4"),
+    (lambda t, c: t.pop(UP.replace("lora_A", "lora_B")), "fit no weight of the base model, with r = 4: language_model.layers.0.mlp.up_proj.lora_A.weight"),
+    (lambda t, c: t.pop(UP), "base model, with r = 4: language_model.layers.0.mlp.up_proj.lora_B.weight"),
+    (lambda t, c: t.update({"base_model.model.model.nothing.lora_A.weight": torch.zeros(4, 4)}), "base model, with r = 4: model.nothing.lora_A"),
+    (lambda t, c: t.update({UP: t[UP][:, :-1].contiguous()}), "0.mlp.up_proj.lora_A.weight, language_model.layers.0.mlp.up_proj.lora_B.weight"),
+    (lambda t, c: t.update({UP: t[UP][:-1]}), "0.mlp.up_proj.lora_A.weight, language_model.layers.0.mlp.up_proj.lora_B.weight"),
     (lambda t, c: t.update({UP: t[UP] * torch.nan}), "layers.0.mlp.up_proj.weight: not finite"),
     (lambda t, c: t.update({UP.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(1)}), "lora_magnitude_vector"),
     (lambda t, c: t.update({"base_model.model.model.multi_modal_projector.linear_1.bias": torch.ones(3)}), "linear_1.bias: misshapen: (3,)"),
     (lambda t, c: t.clear(), "the adapter is empty"),
-    (lambda t, c: c.update(use_dora=True), "use_dora is True, and only False is known here; merge it with PEFT first"),
+    (lambda t, c: c.update(use_dora=True), "use_dora is True, only False is known here; merge it with PEFT first"),
     (lambda t, c: c.update(bias="all"), "bias is 'all'"),
     (lambda t, c: c.update(rank_pattern={"q_proj": 8}), "rank_pattern"),
     (lambda t, c: c.pop("r"), "not two numbers"), (lambda t, c: c.update(r="4"), "not two numbers"),
@@ -234,6 +234,23 @@ def test_an_adapter_that_does_not_fit_is_refused_and_named(run, tmp_path, spoil,
     with pytest.raises(BadInput, match=re.escape(why)) as problem:
         checkpoint.load(folder)
     assert str(folder) in str(problem.value)
+
+
+def test_what_llava_s_own_training_leaves_is_read_whole(run, ckpt, tmp_path):
+    """Adapters in a .bin, the projector in non_lora_trainables.bin, beside a config.json."""
+    folder = tmp_path / "llava-lora"
+    folder.mkdir()
+    for name in ("adapter_config.json", "preprocessor_config.json"):
+        shutil.copy(run[0] / "adapter" / name, folder)
+    shutil.copy(ckpt / "config.json", folder)
+    tensors = load_file(run[0] / "adapter" / "adapter_model.safetensors")
+    projector = {}
+    for key in [key for key in tensors if "projector" in key]:
+        old = key.replace("multi_modal_projector.linear_1", "mm_projector.0").replace("multi_modal_projector.linear_2", "mm_projector.2")
+        projector[old] = tensors.pop(key)
+    torch.save(tensors, folder / "adapter_model.bin")
+    torch.save(projector, folder / "non_lora_trainables.bin")
+    assert len(projector) == 4 and checkpoint.digest(checkpoint.load(folder)) == checkpoint.digest(checkpoint.load(run[0] / "adapter"))
 
 
 def test_an_adapter_finds_its_base_model_beside_it(run, ckpt, tmp_path):
