@@ -3,8 +3,8 @@
 The problem. The same tensor has had many names: `language_model.model.layers.0...` (llava-hf, as on
 the hub), `model.language_model.layers.0...` (newer transformers), `model.layers.0...` (original
 LLaVA, and every text-only Llama or Vicuna), with the vision tower under
-`vision_tower.vision_model.`, `vision_tower.` or in a folder of its own. And the commonest failure of
-all is silent: a key the loader did not know, left at its random initialisation.
+`vision_tower.vision_model.`, `vision_tower.` or in a folder of its own. And the commonest failure
+of all is silent: a key the loader did not know, left at its random initialisation.
 
 The trick. (1) `canonical` maps every known name to this code's own, so there is one loader. (2) The
 model is built without memory (device "meta") and each tensor goes straight from the memory-mapped
@@ -73,7 +73,7 @@ NOT_TOWER = re.compile(r"^(text_model|text_projection|visual_projection|logit_sc
 
 
 def canonical(key: str) -> str:
-    """A checkpoint's name -> ours, language_model.model.norm.weight -> language_model.norm.weight."""
+    """A checkpoint's name -> ours: model.norm.weight -> language_model.norm.weight"""
     for pattern, to in RENAME.items():
         key = re.sub(pattern, to, key)
     return key
@@ -109,8 +109,7 @@ def only(raw, where, remedy="", **known):
     computes. Raises BadInput."""
     for name, value in known.items():
         if (raw.get(name) or value) != value:
-            found = raw[name]
-            raise BadInput(f"{where}: {name} is {found!r}, only {value!r} is known here{remedy}")
+            raise BadInput(f"{where}: {name} is {raw[name]!r}, only {value!r} is known{remedy}")
 
 
 def stated(raw, config):

@@ -1,26 +1,26 @@
 """LoRA: train a thin correction of each matrix, and leave the matrix alone.
 
-    y = W x + (alpha / r) B A x,      A (r, in) random, B (out, r) zero, W frozen          (arXiv:2106.09685)
+    y = W x + (alpha / r) B A x,      A (r, in) random, B (out, r) zero, W frozen (arXiv:2106.09685)
 
-The problem. Full fine-tuning of 13 billion weights needs 16 bytes for each and more; an update of rank
-r = 128 needs them for 4 %. B starts at zero, so at step 0 the model is exactly what it was, and dpo.py's
-contract holds.
+The problem. Full fine-tuning of 13 billion weights needs 16 bytes for each and more; an update of
+rank r = 128 needs them for 4 %. B starts at zero, so at step 0 the model is exactly what it was,
+and dpo.py's contract holds.
 
-Where adapters go decides what is trained. Here: the language model's linear layers, all of them and no
-others. "All linear layers" by name would catch the vision tower's q_proj, k_proj and v_proj, too: a
-common accident. The projector between the two is small and trains beside, whole, at a rate of its own.
-The paper (arXiv:2402.10884): rank 128, alpha twice that, rate 5e-5 for DPO and 4e-4 for its rivals,
-projector 2e-5; `--lora 128` alone asks for all of it. Its dropout of 0.05 is not here: it would make
-policy and reference differ at step 0.
+Where adapters go decides what is trained. Here: the language model's linear layers, all of them and
+no others. "All linear layers" by name would catch the vision tower's q_proj, k_proj and v_proj,
+too: a common accident. The projector between the two is small and trains beside, whole, at a rate
+of its own. The paper (arXiv:2402.10884): rank 128, alpha twice that, rate 5e-5 for DPO and 4e-4 for its
+rivals, projector 2e-5; `--lora 128` alone asks for all of it. Its dropout of 0.05 is not here: it
+would make policy and reference differ at step 0.
 
-The reference needs no second model, nor the usual "switch the adapters off", which is wrong as soon as
-anything else trains (here the projector): its log-probs were computed before the adapters came (dpo.py).
+The reference needs no second model, nor the usual "switch the adapters off", which is wrong as soon
+as anything else trains (here the projector): its log-probs were computed before the adapters came.
 
     python dpo.py --ckpt llava-1.5-13b-hf --data prefs.jsonl --out runs/dpo --lora 128
     python lora.py --ckpt runs/dpo/adapter --out runs/dpo/model
 
-The first leaves runs/dpo/adapter in PEFT's layout, projector included; every script takes it as --ckpt.
-The second adds B A to W, whoever trained the adapter, and writes a model like any other.
+The first leaves runs/dpo/adapter in PEFT's layout, projector included; every script takes it as
+--ckpt. The second adds B A to W, whoever trained the adapter, and writes a model like any other.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,24 +42,25 @@ class Adapted(nn.Module):
         super().__init__()
         out_features, in_features = layer.weight.shape
         device = layer.weight.device
-        bound = in_features ** -0.5                                  # PEFT's: kaiming_uniform with a = sqrt(5)
+        bound = in_features ** -0.5                      # PEFT's: kaiming_uniform with a = sqrt(5)
         start = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
         self.weight = layer.weight
-        self.lora_A = nn.Parameter(start.to(device))                 # what trains is fp32, whatever W is
+        self.lora_A = nn.Parameter(start.to(device))     # what trains is fp32, whatever W is
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
-        thin = F.linear(x, self.lora_A.to(x.dtype))                  # (T, in) -> (T, r)
-        correction = F.linear(thin, self.lora_B.to(x.dtype))         # (T, r) -> (T, out)
+        thin = F.linear(x, self.lora_A.to(x.dtype))              # (T, in) -> (T, r)
+        correction = F.linear(thin, self.lora_B.to(x.dtype))     # (T, r) -> (T, out)
         return F.linear(x, self.weight.to(x.dtype)) + self.scale * correction
 
 
 def attach(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
-    """Freeze everything but the projector, and give each linear layer of the language model an adapter."""
+    """Freeze everything but the projector, and give each linear layer of the language model its
+    adapter."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("multi_modal_projector."))
-    generator = torch.Generator().manual_seed(seed)                  # the same in every process
+    generator = torch.Generator().manual_seed(seed)      # the same in every process
     blocks = model.language_model.layers
     for name, layer in list(blocks.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -71,7 +72,7 @@ def adapters(model: nn.Module) -> dict[str, Adapted]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapted)}
 
 
-# ---- the folder that PEFT loads -------------------------------------------------------------------------
+# ---- the folder that PEFT loads ------------------------------------------------------------------
 
 # Matched against whole names: a list of last names would catch the vision tower's, too.
 TARGETS = r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
@@ -123,13 +124,13 @@ def save_adapter(model: nn.Module, folder: Path, source: Path, crop: bool = Fals
     return folder
 
 
-# ---- the command ------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 @dataclass
 class Settings:
     """Add an adapter to its base model, and write a model that needs neither."""
     ckpt: str = "runs/dpo/adapter"    # the adapter's folder, PEFT's layout; it names its base model
-    out: str = "runs/dpo/model"       # where the whole model goes; a folder that is there is refused
+    out: str = "runs/dpo/model"       # where the whole model goes; it must not be there yet
 
 
 def run(s: Settings) -> None:
