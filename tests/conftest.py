@@ -68,7 +68,7 @@ def one_thread():
 
 
 CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["torch._dynamo", "pytest", "requests", "tokenizers", "PIL.Image"])
+CLEAN.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "pytest", "requests", "tokenizers", "PIL.Image"])
 
 
 @contextmanager

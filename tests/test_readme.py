@@ -1,12 +1,14 @@
-"""A newcomer's path: the commands of the README, run as they are written, one after the other.
+"""A newcomer's path: the commands of the README and of docs/, run as they are written, one after the other.
 
-    SLOW=1 python -m pytest tests/test_readme.py -q         some minutes; without SLOW it skips itself
+    SLOW=1 python -m pytest tests/test_readme.py -q         some minutes; without SLOW it only looks at them
 
-Only the commands on the miniature are run: those for real checkpoints need one.
+Only what works on what is shipped is run: no real checkpoint, judge or question file. The forks of docs/forking.md are
+test_docs.py's.
 """
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -14,26 +16,34 @@ import pytest
 
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf8")
+PAGES = ("docs/experiment.md", "docs/annotate.md", "docs/walkthrough.md", "README.md")
+WANTING = r"llava-1\.5|vicuna-7b|\bMODEL\b|\bDATA\b|\bDIR\b|(?<!/)\bprompts\.jsonl|localhost"     # what a newcomer has not
+LONG = r"^python (reproduce\.py|speed\.py|-m toy\.build)"                                          # what takes many minutes
 
 
-def commands(section: str) -> list[str]:
-    """The `python x.py ...` lines of a section that work on what is shipped, without their remarks."""
-    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
-    found = [re.split(r"\s{3,}", line.strip())[0] for line in text.splitlines() if line.startswith("    python ")]
-    return [line for line in found if "llava-1.5" not in line and "prompts.jsonl" not in line and "reproduce.py" not in line]
+def commands() -> list[str]:
+    """Each once, in order, without its remark."""
+    found = []
+    for page in PAGES:
+        lines = re.findall(r"^    (?:pip install \S+ \S+ && )?(python .*)", (ROOT / page).read_text(encoding="utf8"), re.M)
+        found += [re.split(r"\s{3,}", line.strip())[0] for line in lines]
+    return [line for line in dict.fromkeys(found) if not re.search(WANTING, line) and not re.search(LONG, line)]
 
 
-def test_the_readme_shows_commands_that_need_nothing():
-    assert commands("Preferences of your own")[0] == "python annotate.py" and len(commands("The rivals, and the whole experiment")) == 6
+def test_the_pages_show_commands_that_need_nothing():
+    shown = commands()
+    assert "python story.py" in shown and "python -m toy.tasks --out runs/prompts" in shown
+    for script in ("annotate.py", "sft.py", "rejection.py", "steerlm.py", "dpo.py", "evaluate.py", "chat.py"):
+        assert any(line.startswith(f"python {script} ") for line in shown), script
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="some minutes; SLOW=1 runs it")
-def test_the_commands_on_the_miniature_run_as_written(tmp_path):
-    for path in ROOT.glob("*.py"):
+def test_the_commands_run_as_written(tmp_path):
+    for path in (*ROOT.glob("*.py"), *map(ROOT.joinpath, ("benchmarks", "docs", "judge", "kernels", "toy"))):
         (tmp_path / path.name).symlink_to(path)
-    for line in commands("Preferences of your own") + commands("The rivals, and the whole experiment"):
-        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True,
-                              input="/draw\n/quit\n")
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    for line in commands():
+        words = [sys.executable, *shlex.split(line)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, input="/draw\n/quit\n")
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert (tmp_path / "board.html").exists() and (tmp_path / "runs" / "aligned" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "board.html").exists() and (tmp_path / "runs/aligned/model/model.safetensors").exists()
