@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Iterator
@@ -438,29 +439,34 @@ def processor_json(config: Config, crop: bool) -> dict[str, dict]:
     return {"preprocessor_config.json": image, "processor_config.json": processor}
 
 
-def write_folder(folder: Path, file: str, tensors: dict, documents: dict, source: Path) -> None:
-    """Weights, JSON documents by name and copies of a tokenizer's files, in a folder that takes the
-    old one's place whole: a kill at any moment loses neither."""
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes `folder`'s place whole: a kill at any moment loses neither old
+    nor new."""
     aside, old = Path(f"{folder}.part"), Path(f"{folder}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-
-    source = tokenizer_folder(source)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, aside / name)
-    for name, document in documents.items():
-        write_whole(aside / name, json.dumps(document, indent=1) + "\n")
-    save_file(tensors, aside / file, metadata={"format": "pt"})
-    shutil.copymode(aside / name, aside / file)          # from the library: for its owner alone
-    with open(aside / file, "rb+") as f:
-        os.fsync(f.fileno())
-
+    yield aside
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_folder(folder: Path, file: str, tensors: dict, documents: dict, source: Path) -> None:
+    """Weights, JSON documents by name and copies of a tokenizer's files, whole or not at all."""
+    source = tokenizer_folder(source)
+    with whole_folder(folder) as aside:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, aside / name)
+        for name, document in documents.items():
+            write_whole(aside / name, json.dumps(document, indent=1) + "\n")
+        save_file(tensors, aside / file, metadata={"format": "pt"})
+        shutil.copymode(aside / name, aside / file)      # from the library: for its owner alone
+        with open(aside / file, "rb+") as f:
+            os.fsync(f.fileno())
 
 
 def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: bool = False,

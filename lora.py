@@ -9,9 +9,9 @@ and dpo.py's contract holds.
 Where adapters go decides what is trained. Here: the language model's linear layers, all of them and
 no others. "All linear layers" by name would catch the vision tower's q_proj, k_proj and v_proj,
 too: a common accident. The projector between the two is small and trains beside, whole, at a rate
-of its own. The paper (arXiv:2402.10884): rank 128, alpha twice that, rate 5e-5 for DPO and 4e-4 for its
-rivals, projector 2e-5; `--lora 128` alone asks for all of it. Its dropout of 0.05 is not here: it
-would make policy and reference differ at step 0.
+of its own. The paper (arXiv:2402.10884): rank 128, alpha twice that, rate 5e-5 for DPO and 4e-4 for
+its rivals, projector 2e-5; `--lora 128` alone asks for all of it. Its dropout of 0.05 is not here:
+it would make policy and reference differ at step 0.
 
 The reference needs no second model, nor the usual "switch the adapters off", which is wrong as soon
 as anything else trains (here the projector): its log-probs were computed before the adapters came.
