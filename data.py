@@ -337,6 +337,7 @@ class Tree:
     history: list[tuple[int, int]] = field(default_factory=list)     # spans [a, b) of `prompt`: earlier assistant turns
     image: int = -1                                      # the placeholder's id,
     patches: int = 1                                     # and how often a picture's stands in the expanded prompt
+    reference: list[float] = field(default_factory=list) # log-probs of the answers before training (dpo.py)
 
     @property
     def length(self) -> int:

@@ -29,8 +29,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
@@ -103,13 +102,8 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
 
 # ---- the loop -----------------------------------------------------------------------------------------------------
 
-@dataclass(slots=True)
-class Pair(Tree):
-    """A tree with two answers: chosen, rejected."""
-    reference: tuple[float, float] = (0.0, 0.0)          # their log-probs under the policy as it was before training
-
-
-def train(run: Run, pairs: list[Pair], s: Settings):
+def train(run: Run, pairs: list[Tree], s: Settings):
+    """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
             logps, reference, lengths = pair_logps(run.model, part, s)       # (B, 2) each: chosen, rejected
@@ -129,11 +123,11 @@ def train(run: Run, pairs: list[Pair], s: Settings):
         print(line(run.update(pairs=len(batch))))
 
 
-def pair_logps(model: Llava, part: training.Part, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def pair_logps(model, part, s) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of chosen and rejected now, under the reference, and the answers' lengths in tokens, (B, 2) each."""
     logps = answer_logps(model, part.pack).view(-1, 2)   # (2 B,) -> (B, 2)
-    reference = torch.tensor([pair.reference for pair in part.items], device=logps.device)
-    lengths = torch.tensor([[len(answer) for answer in pair.answers] for pair in part.items], device=logps.device)
+    reference = logps.new_tensor([pair.reference for pair in part.items])
+    lengths = logps.new_tensor([[len(answer) for answer in pair.answers] for pair in part.items])
     if s.average:
         return logps / lengths, reference / lengths, lengths
     return logps, reference, lengths
@@ -153,7 +147,7 @@ def line(row: dict) -> str:
     )
 
 
-def check_contract(columns: dict[str, Tensor], s: Settings, dtype: torch.dtype):
+def check_contract(columns, s, dtype):
     """At step 0 the policy is the reference, so every margin is 0. Raises BadInput where it is not.
 
     Packs differ in shape from the reference pass, so sums of log-probs may differ in their last digits: by less than
@@ -175,7 +169,7 @@ def check_contract(columns: dict[str, Tensor], s: Settings, dtype: torch.dtype):
 
 
 @torch.no_grad()
-def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> dict:
+def preference(model, pairs, pixels, s) -> dict:
     """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
     mine = []
     for part in training.packs(pairs, s.pack, pixels.pack, model.device):
@@ -193,38 +187,25 @@ def preference(model: Llava, pairs: list[Pair], pixels: Pixels, s: Settings) -> 
 @torch.no_grad()
 def reference_logps(model: Llava, trees: list[Tree], pixels: Pixels, budget: int) -> list[list[float]]:
     """log p of every answer under the model as it stands, a list for each tree."""
-    rank = parallel.rank()
-    world = parallel.world()
-    parts = list(split(trees, budget))
+    rank, world = parallel.rank(), parallel.world()
     bar = tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False)
     mine = []
-    for part, pack in training.prefetched(pixels.pack, parts[rank::world]):
+    for part, pack in training.prefetched(pixels.pack, split(trees[rank::world], budget)):
         sums = answer_logps(model, pack.to(model.device)).tolist()
-        mine.append(by_tree(part, sums))
+        for tree in part:
+            logps, sums = sums[:len(tree.answers)], sums[len(tree.answers):]
+            if not all(map(math.isfinite, logps)):
+                raise BadInput(f"record {tree.id}: its reference log-prob is {logps}; use --dtype float32")
+            mine.append(logps)
         bar.update(world * len(part))
     bar.close()
 
-    # Process r computed packs r, r + world, r + 2 world, ...: deal them out again in that order.
+    # Process r has trees r, r + world, r + 2 world, ...: put them in order again.
     shares = parallel.gather(mine)
-    found = []
-    for k in range(len(parts)):
-        found += shares[k % world][k // world]
-    for tree, logps in zip(trees, found):
-        if not all(map(math.isfinite, logps)):
-            raise BadInput(f"record {tree.id}: its reference log-prob is {logps}; use --dtype float32")
-    return found
+    return [shares[k % world][k // world] for k in range(len(trees))]
 
 
-def by_tree(trees: list[Tree], sums: list[float]) -> list[list[float]]:
-    """The answers' numbers, one list per tree."""
-    found = []
-    for tree in trees:
-        found.append(sums[:len(tree.answers)])
-        sums = sums[len(tree.answers):]
-    return found
-
-
-def fingerprint(model: Llava, found: training.Reading) -> dict[str, str]:
+def fingerprint(model, found) -> dict[str, str]:
     """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
     tokens, pixels = found.tokens, found.pixels
     return {
@@ -236,7 +217,7 @@ def fingerprint(model: Llava, found: training.Reading) -> dict[str, str]:
     }
 
 
-def cached_reference(model: Llava, found: training.Reading, path: Path, budget: int, now: dict) -> list[list[float]]:
+def cached_reference(model, found, path, budget, now) -> list[list[float]]:
     """reference.jsonl: computed and written where there is none, refused where its fingerprint is not `now`."""
     note = path.with_suffix(".fingerprint.json")
     if parallel.from_first(path.exists):
@@ -257,7 +238,7 @@ def cached_reference(model: Llava, found: training.Reading, path: Path, budget: 
     return logps
 
 
-def stored_reference(path: Path, note: Path, trees: list[Tree], now: dict) -> list[list[float]]:
+def stored_reference(path, note, trees, now) -> list[list[float]]:
     if not note.exists():
         raise BadInput(
             f"{path} has no {note.name} beside it that says what it was computed with; remove it or choose another "
@@ -286,16 +267,13 @@ def is_held_out(record_id: str, share: float) -> bool:
     return zlib.crc32(record_id.encode()) % 1000 < 1000 * share
 
 
-def make_pairs(trees: Iterable[Tree], choices: Iterable, reference: Iterable[list[float]]) -> list[Pair]:
+def make_pairs(trees: list[Tree], choices: list, reference: list[list[float]]) -> list[Tree]:
     """The trees that have a pair (choices: two indices, or None), with what the reference says of it."""
     pairs = []
     for tree, choice, logps in zip(trees, choices, reference):
         if choice:
-            chosen, rejected = choice
-            pairs.append(Pair(
-                tree.id, tree.prompt, [tree.answers[chosen], tree.answers[rejected]], tree.images,
-                image=tree.image, patches=tree.patches, reference=(logps[chosen], logps[rejected]),
-            ))
+            answers = [tree.answers[k] for k in choice]
+            pairs.append(replace(tree, answers=answers, reference=[logps[k] for k in choice]))
     return pairs
 
 
@@ -365,7 +343,7 @@ def align(s: Settings) -> Llava:
     return model
 
 
-def report_held_out(before: dict, after: dict, out: Path):
+def report_held_out(before, after, out):
     if parallel.rank() == 0:
         write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
     print(
