@@ -112,6 +112,11 @@ def changed(name: str) -> int:
     return len(re.findall(r"^[+-](?!--|\+\+)", FORKS[name], re.M))
 
 
+def test_the_loss_that_the_page_shows_is_the_one_that_stands_there():
+    [shown] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/forking.md").read_text(), re.S)
+    assert shown in (ROOT / "dpo.py").read_text()
+
+
 def test_another_preference_loss_is_one_function(tmp_path, judged):
     assert changed("loss") <= 10
     said = train(forked("loss", tmp_path), command("--loss dpop"), judged)
