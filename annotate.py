@@ -1,19 +1,20 @@
-"""Where preferences come from: sample n answers to each question, have a judge score them, keep all.
+"""Where preferences come from: sample n answers to each question, have a judge score them.
 
-The recipe (arXiv:2402.10884). The model answers each image question n = 4 times at temperature > 0. A
-judge that sees image, conversation and all n answers gives each five integers from 0 to 4, and where they
-differ enough there is a pair. The model is thus taught by its own answers: nothing that it could not
-already say is asked of it.
+The recipe (arXiv:2402.10884). The model answers each image question n = 4 times at temperature >
+0. A judge that sees image, conversation and all n answers gives each five integers from 0 to 4,
+and where they differ enough there is a pair. The model is thus taught by its own answers: nothing
+that it could not already say is asked of it.
 
-Nothing is computed or paid for twice. Answers go to answers-RANK.jsonl and replies to journal.jsonl as
-they come; each line is named by a hash of everything it depends on, so the same command goes on where it
-was stopped, and a changed prompt, picture, model or setting is asked anew. records.jsonl appears when all
-is done: every record as it came, in its order, with answers and scores, and the pictures beside it (hard
-links where possible), so that the folder stands alone.
+Nothing is computed or paid for twice. Answers go to answers-RANK.jsonl and replies to
+journal.jsonl as they come; each line is named by a hash of everything it depends on, so the same
+command goes on where it was stopped, and a changed prompt, picture, model or setting is asked
+anew. records.jsonl appears when all is done: every record as it came, in its order, with answers
+and scores, and the pictures beside it (hard links where possible), so that the folder stands
+alone.
 
-    python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run          what would it cost?
-    python annotate.py --data prompts.jsonl --judge gemini:MODEL --ckpt DIR         sample and judge
-    torchrun --nproc_per_node 8 -- annotate.py ...                                  sample on 8 GPUs
+    python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run     what would it cost?
+    python annotate.py --data prompts.jsonl --judge gemini:MODEL --ckpt DIR    sample and judge
+    torchrun --nproc_per_node 8 -- annotate.py ...                             sample on 8 GPUs
 
 docs/annotate.md walks through it.
 """
@@ -55,31 +56,31 @@ class Settings(JudgeSettings):
     data: str = ""               # records, questions or preference files (see formats.py)
     ckpt: str = ""               # who answers; needed for records that have no answers yet
     image_root: str = ""         # folder the image names start from; empty: the data file's own
-    out: str = "runs/annotate"   # journals, records.jsonl and pictures; the same folder again: go on there
+    out: str = "runs/annotate"   # records.jsonl, pictures, journals; the same again: go on there
     template: str = ""           # how the model wants its prompts; empty: as its tokenizer says
-    seed: int = 0                # of sampling, of the order in which answers are shown, of the rejected one
+    seed: int = 0                # of sampling, of the order of answers, of the rejected one
     device: str = "auto"         # cpu, cuda, ...
     dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
     n: int = 4                   # answers per question (the paper's 4)
-    temperature: float = 1.2     # of the sampling (the authors' script; reviews of the paper say 0.7)
+    temperature: float = 1.2     # of the sampling (the authors' script; some reviews say 0.7)
     top_p: float = 1.0           # of the sampling; 1: everything
     max_new: int = 1024          # longest answer in tokens (the authors' script)
     batch: int = 16              # questions answered at once
     crop: bool = False           # centre-crop images instead of padding them to a square
-    judge: str = ""              # gemini:MODEL, openai:MODEL (any chat-completions server), oracle (the miniature); empty: none
+    judge: str = ""              # gemini:MODEL, openai:MODEL, oracle (the miniature); empty: none
     golden: bool = False         # ask the judge for an answer of its own, too
-    dry_run: bool = False        # say what judging would take, and show the first call; nothing is sent
+    dry_run: bool = False        # say what judging would take, show the first call, send nothing
     gap: int = GAP               # smallest difference in S of a pair (the paper's 2)
-    pairs: bool = False          # print yield, scores, correlations, lengths and the judge's position bias
+    pairs: bool = False          # print yield, scores, correlations, lengths, position bias
     board: str = ""              # write a page of records and pairs to this file
     export: str = ""             # trl: also write the pairs in TRL's format, to trl.jsonl
 
 
 # ---- sampling -----------------------------------------------------------------------------------
 
-def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[list[dict], list[dict]]:
-    """Give every record without answers its n -> (records, rejects). Of N processes each does every
-    N-th batch."""
+def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[list, list]:
+    """Give every record without answers its n -> (records, rejects). Of N processes each does
+    every N-th batch."""
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
     tokens = Tokens(folder, config, s.template)
@@ -104,8 +105,8 @@ def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[li
     known = read_answers(out)
     if trees:
         before = sum(key in known for key in keys.values())
-        print(f"sampling: {s.n} answers to each of {len(trees)} records at temperature {s.temperature}; "
-              f"{before} were answered before")
+        print(f"sampling: {s.n} answers to each of {len(trees)} records at temperature "
+              f"{s.temperature}; {before} were answered before")
 
     # A batch is answered whole or not at all: rounding depends on what is computed together.
     batches = [trees[start:start + s.batch] for start in range(0, len(trees), s.batch)]
@@ -115,7 +116,8 @@ def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[li
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
         with closing(Journal(out / f"answers-{parallel.rank()}.jsonl")) as journal:
             for batch in tqdm(missing, "sampling", unit="batch", disable=None, leave=False):
-                for tree, answers in zip(batch, sample_answers(model, tokens, pixels, batch, **how)):
+                answered = sample_answers(model, tokens, pixels, batch, **how)
+                for tree, answers in zip(batch, answered):
                     if keys[tree.id] not in known:
                         journal.append({"key": keys[tree.id], "id": tree.id, "answers": answers})
     parallel.gather(None)                                # everybody's answers are on the disk
@@ -146,7 +148,7 @@ def question(record: dict, s: Settings) -> Question:
     order = shown_order(record, s.seed)
     n = len(order)
     if n > 26:
-        raise BadInput(f"record {record['id']}: has {n} answers, and there are 26 letters; remove some")
+        raise BadInput(f"record {record['id']}: has {n} answers, and there are 26 letters")
     shown = []
     for place, k in enumerate(order):
         tag = f"candidate_{letter(place)}"
@@ -166,7 +168,7 @@ def question(record: dict, s: Settings) -> Question:
 
 
 def plan(s: Settings, records: list[dict]) -> str:
-    """What judging these records would take, before a cent is spent, and what the judge would read."""
+    """What judging would take, before a cent is spent, and what the judge would read."""
     journal = Path(s.out) / "journal.jsonl"
     rows = journal_rows(journal) if journal.exists() else []
     states = {row["key"]: row["state"] for _, row in rows if row["final"]}
@@ -187,12 +189,14 @@ def plan(s: Settings, records: list[dict]) -> str:
         minutes = max(minutes, calls / s.rpm)
     lines = [
         f"dry run, nothing is sent: {len(records)} records, {len(records) - calls} judged before",
-        f"  calls        {calls:12,}   one per record; a bad reply is asked again, up to {ASKS} times",
-        f"  tokens sent  {sent:12,}   {sent // max(1, calls):,} per call, "
-        f"pictures counted as {IMAGE_TOKENS} each",
-        f"  tokens back  {back:12,}   {COMMENT} per candidate assumed; "
-        "thinking, where the model does, comes on top",
-        f"  time         {minutes:8.0f} min   at {SECONDS:g} s a call, {s.workers} at once, within --rpm",
+        f"  calls        {calls:12,}   "
+        f"one per record; a bad reply is asked again, up to {ASKS} times",
+        f"  tokens sent  {sent:12,}   "
+        f"{sent // max(1, calls):,} per call, pictures counted as {IMAGE_TOKENS} each",
+        f"  tokens back  {back:12,}   "
+        f"{COMMENT} per candidate assumed; thinking, where the model does, comes on top",
+        f"  time         {minutes:8.0f} min   "
+        f"at {SECONDS:g} s a call, {s.workers} at once, within --rpm",
     ]
     if not all(record["answers"] for record in records):
         lines.append(f"  answers not sampled yet are taken to be {ANSWER} tokens long")
@@ -213,7 +217,8 @@ def judge(s: Settings, records: list[dict], out: Path) -> list[dict]:
         judged.append(with_scores(record, reply, found, s))
 
     states = Counter(record["judge"]["state"] for record in judged)
-    print("judged: " + ", ".join(f"{states[name]} {name}" for name in STATES if states[name] or name == "ok"))
+    counts = [f"{states[name]} {name}" for name in STATES if states[name] or name == "ok"]
+    print("judged: " + ", ".join(counts))
     failed = [record for record in judged if record["judge"]["state"] != "ok"]
     for record in failed[:5]:
         print(f"  {record['id']}: {record['judge']['state']}, {record['judge']['reason']}")
@@ -233,7 +238,7 @@ def ask_oracle(s: Settings, records: list[dict]) -> list[tuple]:
 
 
 def ask_judge(s: Settings, records: list[dict], out: Path) -> list[tuple]:
-    """[(reply, what it says)], read from the journal's raw text: a better parser needs no new call."""
+    """[(reply, what it says)], read from the journal's raw text."""
     began = time.perf_counter()
     questions = [question(record, s) for record in records]
     with closing(Replies(out / "journal.jsonl")) as replies:
@@ -243,8 +248,9 @@ def ask_judge(s: Settings, records: list[dict], out: Path) -> list[tuple]:
         finally:
             minutes = (time.perf_counter() - began) / 60
             used = replies.used
-            print(f"used: {client.calls:,} calls in {minutes:.1f} min; tokens so far: {used['prompt']:,} sent, "
-                  f"{used['answer']:,} back, {used['thoughts']:,} of thought")
+            print(f"used: {client.calls:,} calls in {minutes:.1f} min; "
+                  f"tokens so far: {used['prompt']:,} sent, {used['answer']:,} back, "
+                  f"{used['thoughts']:,} of thought")
         return [replies.final(q) for q in questions]
 
 
@@ -308,16 +314,16 @@ def check_settings(s: Settings) -> None:
 
 
 def annotate(s: Settings) -> list[dict]:
-    """--data -> records with answers and scores, in memory and in --out; nothing in the processes that
-    only sample."""
+    """--data -> records with answers and scores, in memory and in --out; nothing in the processes
+    that only sample."""
     check_settings(s)
     device = parallel.start(s.device)                    # from here on process 0 alone speaks
     first = parallel.rank() == 0
     out = Path(s.out)
     records, rejects = formats.read(s.data, s.image_root)
     if rejects and Path(s.data).resolve() == (out / "records.jsonl").resolve():
-        raise BadInput(f"{s.data} would lose {len(rejects)} records, the first being {rejects[0]['id']}: "
-                       f"{rejects[0]['reason']}; mend it, or choose another --out")
+        raise BadInput(f"{s.data} would lose {len(rejects)} records, the first being "
+                       f"{rejects[0]['id']}: {rejects[0]['reason']}; mend it, or change --out")
     formats.report(s.data, len(records), rejects, out if first and not s.dry_run else None)
     if s.dry_run:
         print(plan(s, records))
@@ -328,14 +334,14 @@ def annotate(s: Settings) -> list[dict]:
         write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
     if not all(record["answers"] for record in records):
         if not s.ckpt:
-            raise BadInput(f"{s.data} has records without answers; say with --ckpt which model gives them")
+            raise BadInput(f"{s.data} has records without answers; say with --ckpt who gives them")
         records, too_long = sample(s, records, out, device)
         if too_long:
             formats.report(s.data, len(records), rejects + too_long, out if first else None)
     if not first:
         return []
     if not records:
-        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {out}/rejects.jsonl")
+        raise BadInput(f"{s.data}: no usable record; the reasons are in {out}/rejects.jsonl")
 
     if s.judge:
         records = judge(s, records, out)

@@ -10,16 +10,17 @@ The trick. Every question ends in exactly one of five states, and only the first
     blocked       the server refused (safety, recitation, a content filter)
     truncated     cut off at the token budget, and again at twice the budget
     unparseable   ASKS replies to the same unchanged prompt, and none passed the check
-    failed        no reply: the network, the server's errors, a request that the server calls invalid
+    failed        no reply: the network, the server's errors, a request that it calls invalid
 
-Each reply, good or bad, is a line on disk (journal.jsonl, raw text included) before anything else is
-asked about the same question. Kill the program at any moment: the same command goes on from there,
-nothing is paid for twice but the calls in flight, and a better parser can read the old replies again.
+Each reply, good or bad, is a line on disk (journal.jsonl, raw text included) before anything else
+is asked about the same question. Kill the program at any moment: the same command goes on from
+there, nothing is paid for twice but the calls in flight, and a better parser can read the old
+replies again.
 
-Traffic. --rpm spaces the calls out evenly. What is worth another try (429, 5xx, a broken connection,
-a reply that is no JSON) waits min(60, 2^k) seconds times a random number ("full jitter") and whatever
-the server asked for; a 429 makes every worker wait. What is not (a wrong key, an unknown model, an
-empty quota) stops the run with the remedy.
+Traffic. --rpm spaces the calls out evenly. What is worth another try (429, 5xx, a broken
+connection, a reply that is no JSON) waits min(60, 2^k) seconds times a random number ("full
+jitter") and whatever the server asked for; a 429 makes every worker wait. What is not (a wrong
+key, an unknown model, an empty quota) stops the run with the remedy.
 
 The key travels in a header only, redirects are not followed, .netrc is not read, and whatever a
 server sends back is searched for the key before it is printed or stored.
@@ -48,7 +49,7 @@ from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, nam
 STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
 ASKS = 3            # replies to one question before it counts as unparseable
 TRIES = 6           # calls without a reply before it counts as failed; a 429 counts a quarter
-WAIT = 1.0          # seconds: the first wait is at most so long, and every further one twice as long,
+WAIT = 1.0          # seconds: the first wait is at most so long, each further one twice as long,
 MOST = 60.0         # up to this
 PATIENCE = 300      # seconds: a server that asks for more is not waited for
 DEAD = 20           # questions failed in a row, and the server is gone
@@ -67,10 +68,10 @@ KEPT = "what was judged is kept; run the same command again afterwards"
 @dataclass
 class JudgeSettings:
     """Who judges, and how patiently; scripts that ask a judge inherit these flags."""
-    judge: str = ""              # gemini:MODEL, openai:MODEL (any chat-completions server); empty: none
+    judge: str = ""              # gemini:MODEL, openai:MODEL (and others like it); empty: none
     judge_url: str = ""          # another server, http://host:port
     thinking: str = ""           # how much the judge thinks: low, medium, high; empty: its default
-    budget: int = 8192           # longest reply in tokens, thinking included; doubled once if too short
+    budget: int = 8192           # longest reply in tokens, with its thoughts; doubled once
     workers: int = 16            # calls at once
     timeout: float = 120.0       # seconds until a call counts as lost
     rpm: int = 0                 # requests per minute that your account allows; 0: no limit
@@ -78,7 +79,7 @@ class JudgeSettings:
 
 
 class Replies(Journal):
-    """The journal of a judge: how questions ended, what was replied to open ones, what it all cost."""
+    """The journal of a judge: how questions ended, how open ones went so far, what it cost."""
 
     def __init__(self, path: Path):
         self.earlier = defaultdict(list)     # key of an open question -> the states of its replies
@@ -94,13 +95,14 @@ class Replies(Journal):
         return row["final"]
 
     def final(self, q: Question) -> tuple[Reply, object]:
-        """How a settled question ended: (the reply, what the question's check makes of it today)."""
+        """How a settled question ended: (the reply, what the check makes of it today)."""
         row = self[q.key]
         reply = Reply(row["state"], row["text"], row["reason"], row["version"], row["usage"])
         return reply.checked(q.check)
 
     def keep(self, q: Question, reply: Reply, final: bool) -> None:
-        self.append({"key": q.key, "id": q.id, "final": final, "time": time.time(), **asdict(reply)})
+        about = {"key": q.key, "id": q.id, "final": final, "time": time.time()}
+        self.append(about | asdict(reply))
 
 
 class Stopped(Exception):
@@ -108,7 +110,7 @@ class Stopped(Exception):
 
 
 class Judge:
-    """Asks questions with several threads at once; every reply goes to `replies` before the next step.
+    """Asks questions, several at once; every reply goes to `replies` before the next step.
 
     Raises BadInput for a judge, url or key that cannot be used."""
 
@@ -128,13 +130,15 @@ class Judge:
     def ask(self, questions: Iterable[Question]) -> None:
         """Settle every question. Raises BadInput where going on is pointless."""
         states = Counter()
-        with ThreadPoolExecutor(self.s.workers) as pool:
+        bar = tqdm(desc="judging", unit="rec", disable=None, leave=False)
+        with bar, ThreadPoolExecutor(self.s.workers) as pool:
             jobs = [pool.submit(self.settle, q) for q in questions]
-            bar = tqdm(as_completed(jobs), "judging", len(jobs), unit="rec", disable=None, leave=False)
+            bar.reset(len(jobs))
             try:
-                for job in bar:
+                for job in as_completed(jobs):
                     states[job.result()] += 1            # raises what the job raised
                     bar.set_postfix(states, refresh=False)
+                    bar.update()
             except BaseException as problem:
                 self.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -160,8 +164,10 @@ class Judge:
 
             self.failures = self.failures + 1 if reply.state == "failed" else 0
             if self.failures >= DEAD:
-                raise BadInput(f"{DEAD} records in a row got no reply from {self.base}: {reply.reason}; "
-                               "when the server is back, run the same command with --retry_failed 1")
+                raise BadInput(
+                    f"{DEAD} records in a row got no reply from {self.base}: {reply.reason}; "
+                    "when the server is back, run the same command with --retry_failed 1"
+                )
             if final:
                 return reply.state
             earlier.append(reply.state)
@@ -169,8 +175,8 @@ class Judge:
     # ---- calls ----------------------------------------------------------------------------------
 
     def post(self, q: Question, images: list[str], budget: int) -> Reply:
-        """The reply of a 200, or one that says why there is none. Raises BadInput where the whole run
-        must stop, Stopped where another question has stopped it."""
+        """The reply of a 200, or one that says why there is none. Raises BadInput where the whole
+        run must stop, Stopped where another question has stopped it."""
         tries = 0.0
         without = set(self.without)
         while True:
@@ -188,7 +194,7 @@ class Judge:
             what = f"HTTP {status}: {said}" if status else said
             self.stop_if_pointless(status, error, what)
             if status == 400:
-                # Not every server names the field that it refuses; then the schema is the likeliest.
+                # Not every server names the field that it refuses; the schema is the likeliest.
                 refused = {field for field in self.wire.optional if names(error, field)}
                 refused = refused or {self.wire.schema}
                 if not refused <= without:
@@ -210,7 +216,7 @@ class Judge:
                 raise Stopped
 
     def wait_for_turn(self) -> None:
-        """Return when the next call may be made: 60 / rpm seconds after the last, and in no pause."""
+        """Return when the next call may be made: 60 / rpm seconds after the last, in no pause."""
         while not self.stop.is_set():
             with self.turn:
                 wait = self.next_call - time.monotonic()
@@ -228,7 +234,7 @@ class Judge:
             self.next_call = max(self.next_call, time.monotonic() + seconds)
 
     def send(self, body: dict) -> tuple[int, dict, object]:
-        """One call -> (status, headers, JSON or text); status 0 and what went wrong for no reply."""
+        """One call -> (status, headers, JSON or text); (0, {}, what went wrong) for no reply."""
         url = self.wire.url(self.base, self.model)
         until = time.monotonic() + self.s.timeout
         content = bytearray()
@@ -269,10 +275,12 @@ class Judge:
     def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
         for pattern, remedy in STOPS.items():
             if re.match(pattern, f"{status} {json.dumps(error)}"):
-                remedy = remedy.format(keys=" or ".join(self.wire.keys), model=self.model, base=self.base)
+                keys = " or ".join(self.wire.keys)
+                remedy = remedy.format(keys=keys, model=self.model, base=self.base)
                 raise BadInput(f"{remedy} ({what}); {KEPT}")
         if status == 400 and self.s.thinking and names(error, self.wire.thinking):
-            raise BadInput(f"--thinking {self.s.thinking}: the server does not take it ({what}); {KEPT}")
+            raise BadInput(f"--thinking {self.s.thinking}: the server does not take it ({what}); "
+                           "choose another level, or leave it out")
 
 
 def is_final(reply: Reply, earlier: list[str]) -> bool:
@@ -293,7 +301,7 @@ def door(s: JudgeSettings, dry: bool = False) -> tuple:
         raise BadInput("--workers, --timeout and --budget must be positive, --rpm not negative")
     name, _, model = s.judge.partition(":")
     if name not in PROTOCOLS or not model:
-        raise BadInput(f"--judge {s.judge}: say gemini:MODEL, openai:MODEL or, for the miniature, oracle")
+        raise BadInput(f"--judge {s.judge}: say gemini:MODEL, openai:MODEL or (miniature) oracle")
     wire = PROTOCOLS[name]
     key = "" if dry else find_key(wire.keys, needed=name == "gemini" or not s.judge_url)
     return wire, model, base_url(wire.base, s.judge_url), key
@@ -317,5 +325,5 @@ def find_key(variables: tuple, needed: bool) -> str:
     if not key and needed:
         raise BadInput(f"no key: set {where} in the environment")
     if not re.fullmatch(r"[\x21-\x7e]*", key):
-        raise BadInput(f"the key in {where} holds characters that no header can carry; copy it again")
+        raise BadInput(f"the key in {where} has characters that no header can carry; copy it again")
     return key

@@ -1,10 +1,10 @@
 """A look at scores and pairs before anything is trained on them.
 
-How many records give a pair (data.choose_pair); how the scores are spread, for a judge that says 4 to
-everything says nothing; how the attributes go together (the paper's Fig. 3: whoever finds an answer
-helpful finds it correct); whether chosen answers are simply the longer ones; and whether the place at
-which an answer was shown decides: places are shuffled, so every place should hold the best answer
-equally often.
+How many records give a pair (data.choose_pair); how the scores are spread, for a judge that says 4
+to everything says nothing; how the attributes go together (the paper's Fig. 3: whoever finds an
+answer helpful finds it correct); whether chosen answers are simply the longer ones; and whether
+the place at which an answer was shown decides: places are shuffled, so every place should hold the
+best answer equally often.
 
     python annotate.py --data runs/annotate/records.jsonl --pairs --board board.html
 """
@@ -44,8 +44,8 @@ def statistics(records: list[dict], gap: int = GAP, seed: int = 0) -> dict:
         if pair:
             words.append([len(record["answers"][k]["text"].split()) for k in pair])
 
-    grades = np.array(grades, int).reshape(-1, len(RUBRIC.attributes))           # (answers, attributes)
-    chosen, rejected = np.array(words, int).reshape(-1, 2).T                     # (pairs,) each
+    grades = np.array(grades, int).reshape(-1, len(RUBRIC.attributes))   # (answers, attributes)
+    chosen, rejected = np.array(words, int).reshape(-1, 2).T             # (pairs,) each
     counts = [np.bincount(column, minlength=RUBRIC.highest + 1).tolist() for column in grades.T]
     return {
         "records": len(records),
@@ -69,7 +69,7 @@ def mean(values: np.ndarray) -> float | None:
 
 
 def correlations(grades: np.ndarray) -> list[list]:
-    """(answers, attributes) -> (attributes, attributes); None for an attribute that never varies."""
+    """(answers, attributes) -> (attributes, attributes); None where an attribute never varies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # it divides by the spread, which then is 0
         table = np.corrcoef(grades, rowvar=False).round(3)
@@ -106,13 +106,15 @@ def show(x: dict) -> str:
     share = x["pairs"] / x["records"]
     unscored = x["records"] - x["scored"]
     lines = [
-        f"pairs: {x['pairs']} of {x['records']} records ({share:.0%}) by S gap >= {x['gap']}; {unscored} "
-        f"not scored, {x['all_equal']} with all answers equal, {x['tied_best']} with a tie at the top"
+        f"pairs: {x['pairs']} of {x['records']} records ({share:.0%}) by S gap >= {x['gap']}; "
+        f"{unscored} not scored, {x['all_equal']} with all answers equal, "
+        f"{x['tied_best']} with a tie at the top"
     ]
     if x["pairs"]:
         lines.append(
-            f"length: chosen {x['words_chosen']:.1f} words, rejected {x['words_rejected']:.1f}; chosen is "
-            f"longer in {x['chosen_longer']:.0%} of the pairs, shorter in {x['chosen_shorter']:.0%}"
+            f"length: chosen {x['words_chosen']:.1f} words, rejected {x['words_rejected']:.1f}; "
+            f"chosen is longer in {x['chosen_longer']:.0%} of the pairs, "
+            f"shorter in {x['chosen_shorter']:.0%}"
         )
     if x["scored"]:
         lines.append(show_grades(x))
@@ -164,8 +166,8 @@ def parts(content: str) -> list[dict]:
 
 
 def board(records: list[dict], root: Path, gap: int = GAP, seed: int = 0) -> str:
-    """One self-contained page, board.html with the records in it: pictures embedded, nothing fetched.
-    More than SHOWN records are sampled (seeded)."""
+    """One self-contained page, board.html with the records in it: pictures embedded, nothing
+    fetched. More than SHOWN records are sampled (seeded)."""
     title = "records and pairs"
     shown = range(len(records))
     if len(records) > SHOWN:
@@ -179,7 +181,8 @@ def board(records: list[dict], root: Path, gap: int = GAP, seed: int = 0) -> str
             "pictures": [jpeg(image_path(root, name), SMALL) for name in record["images"]],
         })
 
-    content = {"title": title, "attributes": RUBRIC.attributes, "ranked": RUBRIC.ranked, "records": rows}
-    safe = json.dumps(content).replace("<", "\\u003c")           # no text can end the script it is in
+    rubric = {"attributes": RUBRIC.attributes, "ranked": RUBRIC.ranked}
+    content = json.dumps({"title": title, "records": rows} | rubric)
+    safe = content.replace("<", "\\u003c")               # no text can end the script it is in
     page = Path(__file__).with_name("board.html").read_text(encoding="utf8")
     return page.replace("CONTENT", safe)

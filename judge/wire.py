@@ -1,19 +1,19 @@
-"""What is said on the wire to a judge: questions and replies, as Gemini and OpenAI-style servers spell them.
+"""What is said on the wire to a judge: questions and replies, as two kinds of server spell them.
 
-Pure functions between Python and JSON; nothing here sends anything (judge/client.py does). Every server
-has its own way of not answering, with status 200: Gemini leaves the candidates out where the prompt was
-blocked, sends a candidate without content where the answer was, thinks until no room is left to speak,
-and splits its text over parts, thoughts among them. Each of these becomes one of judge/client.py's
-states, none of them an empty answer.
+Pure functions between Python and JSON; nothing here sends anything (judge/client.py does). Every
+server has its own way of not answering, with status 200: Gemini leaves the candidates out where
+the prompt was blocked, sends a candidate without content where the answer was, thinks until no
+room is left to speak, and splits its text over parts, thoughts among them. Each of these becomes
+one of judge/client.py's states, none of them an empty answer.
 
-    Gemini    POST /v1beta/models/MODEL:generateContent     https://ai.google.dev/api/generate-content
-    OpenAI    POST /v1/chat/completions                     also vLLM's and many others'
+    Gemini    POST /v1beta/models/MODEL:generateContent   https://ai.google.dev/api/generate-content
+    OpenAI    POST /v1/chat/completions                   also vLLM's and many others'
 
 Another kind of server is another class with the same members, and a line in PROTOCOLS.
 
-Deliberate: responseJsonSchema without "additionalProperties", which the endpoint refuses; no temperature
-for Gemini, whose newer models ignore or refuse it; store false, because what is judged is not ours to
-leave lying there.
+Deliberate: responseJsonSchema without "additionalProperties", which the endpoint refuses; no
+temperature for Gemini, whose newer models ignore or refuse it; store false, because what is judged
+is not ours to leave lying there.
 """
 import base64
 import json
@@ -58,8 +58,8 @@ class Reply:
     again: bool = False            # blocked, but such a block comes and goes
 
     def checked(self, check: Callable[[str], object]) -> tuple["Reply", object]:
-        """(the reply in its true state, what `check` makes of its text). The check alone tells ok from
-        unparseable, in a reply of long ago, too: a better parser needs no new call."""
+        """(the reply in its true state, what `check` makes of its text). The check alone tells ok
+        from unparseable, in a reply of long ago, too: a better parser needs no new call."""
         if not self.text or self.state not in ("ok", "unparseable"):
             return self, None
         try:
@@ -105,14 +105,15 @@ class Gemini:
     def headers(self, key: str) -> dict:
         return {"x-goog-api-key": key}
 
-    def body(self, model, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
+    def body(self, model, q: Question, images, budget: int, thinking: str, without: set) -> dict:
         parts = [{"inlineData": {"mimeType": "image/jpeg", "data": image}} for image in images]
         config = {"maxOutputTokens": budget}
         body = {
             "contents": [{"role": "user", "parts": [*parts, {"text": q.text}]}],
             "generationConfig": config,
             "safetySettings": [
-                {"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in self.harms
+                {"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"}
+                for harm in self.harms
             ],
         }
         if q.system:
@@ -157,7 +158,7 @@ class OpenAI:
     def headers(self, key: str) -> dict:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def body(self, model, q: Question, images: list[str], budget: int, thinking: str, without: set) -> dict:
+    def body(self, model, q: Question, images, budget: int, thinking: str, without: set) -> dict:
         urls = [f"data:image/jpeg;base64,{image}" for image in images]
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         parts.append({"type": "text", "text": q.text})

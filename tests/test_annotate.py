@@ -164,7 +164,7 @@ def test_what_does_not_fit_the_model_is_rejected_before_anything_is_sampled(ckpt
 # ---- the door --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, why", [
-    ({"ckpt": ""}, "say with --ckpt which model"), ({"ckpt": "nowhere"}, "no such folder"), ({"export": "csv"}, "the one format known is trl"),
+    ({"ckpt": ""}, "say with --ckpt who"), ({"ckpt": "nowhere"}, "no such folder"), ({"export": "csv"}, "the one format known is trl"),
     ({"n": 0}, "--n must lie from 1 to 26"), ({"n": 27}, "from 1 to 26"), ({"max_new": 0}, "at least 1"), ({"batch": 0}, "at least 1"),
     ({"gap": 0}, "at least 1"), ({"temperature": -1.0}, "not be negative"), ({"top_p": 0.0}, "--top_p above 0"), ({"top_p": 1.5}, "at most 1")], ids=str)
 def test_the_door(ckpt, prompts, tmp_path, flags, why):
