@@ -182,7 +182,7 @@ TEMPLATES = {template.name: template for template in (VICUNA, CHATML, LLAMA_3, M
 SIGNS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3", "[INST]": "mistral"}    # a token tells its template
 
 
-def find_template(name: str, path: Path, tokenizer: Tokenizer) -> Template:
+def find_template(name, path, tokenizer) -> Template:
     """--template, or what the model's folder says in template.json, or what its tokenizer's own tokens tell."""
     if name:
         if name not in TEMPLATES:
@@ -198,7 +198,7 @@ def find_template(name: str, path: Path, tokenizer: Tokenizer) -> Template:
     return VICUNA
 
 
-def read_template(path: Path) -> Template:
+def read_template(path) -> Template:
     """template.json: fields of a Template; those it leaves out are those of the known one that it names."""
     fields = read_json(path)
     known = TEMPLATES.get(str(fields.get("name")))
@@ -398,7 +398,7 @@ def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = 
     return tree
 
 
-def added(tokens: Tokens, prompt: list[int], text: str, more: str) -> list[int]:
+def added(tokens, prompt, text, more) -> list[int]:
     """The ids that `more` adds to the prompt; the prompt's own must not change, or generation would see others."""
     whole = tokens.encode(text + more)
     if whole[:len(prompt)] != prompt:
@@ -444,7 +444,7 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     rows, targets, owner = [], [], []                    # per scored token
     answers = 0
 
-    def lay(tokens, position: int, sees: tuple[int, int]) -> int:
+    def lay(tokens, position, sees) -> int:
         """Append a segment whose first token stands at `position` and which sees a prompt's range -> where it begins."""
         begin = len(ids)
         ids.extend(tokens)
@@ -478,7 +478,7 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     )
 
 
-def integers(values: list[int]) -> Tensor:
+def integers(values) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 

@@ -75,7 +75,7 @@ def stream(
     R = len(prompts)
     seeds = seeds or [list(range(n)) for _ in range(R)]
     uniform = []
-    for seed in (seed for row in seeds for seed in row):
+    for seed in sum(seeds, []):
         uniform.append(torch.rand(max_new, generator=torch.Generator().manual_seed(seed)))
     uniform = torch.stack(uniform).to(model.device)                          # (R*n, max_new)
     ending = torch.tensor(ends, device=model.device)
@@ -120,7 +120,7 @@ def generate(
     return [answers[r * n:(r + 1) * n] for r in range(len(prompts))]
 
 
-def until(ids: list[int], ends: tuple[int, ...]) -> Answer:
+def until(ids, ends) -> Answer:
     for k, token in enumerate(ids):
         if token in ends:
             return Answer(ids[:k], "stop")
@@ -132,7 +132,7 @@ def until(ids: list[int], ends: tuple[int, ...]) -> Answer:
 class Cache:
     """Keys and values of R ragged prompts, stored once each, and of their R x n growing answers."""
 
-    def __init__(self, layers: int, prompt_len: list[int], n: int, device):
+    def __init__(self, layers, prompt_len, n, device):
         self.R = len(prompt_len)
         self.n = n
         self.prompt_len = torch.tensor(prompt_len, device=device)            # (R,)
@@ -143,12 +143,12 @@ class Cache:
         starts = self.prompt_len.cumsum(0) - self.prompt_len
         self.rows = starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1)             # (R, P) into the pack
 
-    def keep_prompt(self, layer: int, k: Tensor, v: Tensor):
+    def keep_prompt(self, layer, k, v):
         keys = k[self.rows].transpose(1, 2).contiguous()                     # (T, G, K) -> (R, G, P, K)
         values = v[self.rows].transpose(1, 2).contiguous()
         self.prompt[layer] = keys, values
 
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def decode(self, layer, q, k, v):
         """The `attend` of one new token per answer: file its k and v away, then look at everything it may see."""
         used = self.filled[layer]
         new = [x.view(self.R, self.n, 1, *x.shape[1:]).permute(0, 3, 1, 2, 4) for x in (k, v)]   # (R, G, n, 1, K)
@@ -165,7 +165,7 @@ class Cache:
         return gathered.flatten(0, 1)                                        # (R*n, H, K)
 
 
-def prefill(model: Llava, prompts: list[list[int]], pixels: list[Tensor | None], n: int) -> tuple[Cache, Tensor]:
+def prefill(model, prompts, pixels, n) -> tuple[Cache, Tensor]:
     """One packed pass over all prompts -> their cache and the hidden state (R, D) of each one's last token."""
     for prompt, images in zip(prompts, pixels, strict=True):                 # embed only sees their sum
         need = prompt.count(model.config.image_token)
