@@ -195,8 +195,8 @@ class Judge:
             self.stop_if_pointless(status, error, what)
             if status == 400:
                 # Not every server names the field that it refuses; the schema is the likeliest.
-                refused = {field for field in self.wire.optional if names(error, field)}
-                refused = refused or {self.wire.schema}
+                optional = self.wire.optional
+                refused = {field for field in optional if names(error, field)} or {optional[0]}
                 if not refused <= without:
                     without |= refused
                     continue
@@ -278,9 +278,6 @@ class Judge:
                 keys = " or ".join(self.wire.keys)
                 remedy = remedy.format(keys=keys, model=self.model, base=self.base)
                 raise BadInput(f"{remedy} ({what}); {KEPT}")
-        if status == 400 and self.s.thinking and names(error, self.wire.thinking):
-            raise BadInput(f"--thinking {self.s.thinking}: the server does not take it ({what}); "
-                           "choose another level, or leave it out")
 
 
 def is_final(reply: Reply, earlier: list[str]) -> bool:

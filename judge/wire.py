@@ -84,9 +84,7 @@ def jpeg(path: Path, side: int = SIDE) -> str:
 class Gemini:
     base = "https://generativelanguage.googleapis.com/v1beta"
     keys = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
-    schema = "responseJsonSchema"                    # its name for the reply's schema,
-    thinking = "thinkingLevel"                       # and for how much is thought
-    optional = ("store", "responseJsonSchema")       # left out where a server refuses them
+    optional = ("responseJsonSchema", "store")       # left out where refused; the schema is first
     version = "modelVersion"
     usage = {
         "prompt": ("usageMetadata", "promptTokenCount"),
@@ -107,26 +105,22 @@ class Gemini:
 
     def body(self, model, q: Question, images, budget: int, thinking: str, without: set) -> dict:
         parts = [{"inlineData": {"mimeType": "image/jpeg", "data": image}} for image in images]
-        config = {"maxOutputTokens": budget}
-        body = {
+        config = {
+            "maxOutputTokens": budget,
+            "responseMimeType": "application/json" if q.schema else None,
+            "responseJsonSchema": q.schema,
+            "thinkingConfig": {"thinkingLevel": thinking} if thinking else None,
+        }
+        return pruned({
+            "systemInstruction": {"parts": [{"text": q.system}]} if q.system else None,
             "contents": [{"role": "user", "parts": [*parts, {"text": q.text}]}],
-            "generationConfig": config,
+            "generationConfig": pruned(config, without),
             "safetySettings": [
                 {"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"}
                 for harm in self.harms
             ],
-        }
-        if q.system:
-            body["systemInstruction"] = {"parts": [{"text": q.system}]}
-        if thinking:
-            config["thinkingConfig"] = {"thinkingLevel": thinking}
-        if q.schema:
-            config["responseMimeType"] = "application/json"
-        if q.schema and "responseJsonSchema" not in without:
-            config["responseJsonSchema"] = q.schema
-        if "store" not in without:
-            body["store"] = False
-        return body
+            "store": False,
+        }, without)
 
     def said(self, data: dict) -> tuple[str, str, bool]:
         """(the text, how it ended, whether something was blocked)."""
@@ -142,9 +136,7 @@ class Gemini:
 class OpenAI:
     base = "https://api.openai.com/v1"
     keys = ("OPENAI_API_KEY",)
-    schema = "response_format"
-    thinking = "reasoning_effort"
-    optional = ("max_tokens", "temperature", "response_format")
+    optional = ("response_format", "max_tokens", "temperature")
     version = "model"
     usage = {
         "prompt": ("usage", "prompt_tokens"),
@@ -162,19 +154,18 @@ class OpenAI:
         urls = [f"data:image/jpeg;base64,{image}" for image in images]
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         parts.append({"type": "text", "text": q.text})
-        messages = [{"role": "user", "content": parts}]
-        if q.system:
-            messages.insert(0, {"role": "system", "content": q.system})
-
-        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": budget}
-        if q.schema:
-            schema = {"name": "reply", "schema": q.schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        if thinking:
-            body["reasoning_effort"] = thinking
-        if "max_tokens" in without:                  # reasoning models have renamed it
-            body["max_completion_tokens"] = budget
-        return {name: value for name, value in body.items() if name not in without}
+        system = [{"role": "system", "content": q.system}] if q.system else []
+        schema = {"name": "reply", "schema": q.schema}
+        return pruned({
+            "model": model,
+            "messages": [*system, {"role": "user", "content": parts}],
+            "temperature": 0,
+            "max_tokens": budget,
+            # Reasoning models have renamed it.
+            "max_completion_tokens": budget if "max_tokens" in without else None,
+            "reasoning_effort": thinking or None,
+            "response_format": {"type": "json_schema", "json_schema": schema} if q.schema else None,
+        }, without)
 
     def said(self, data: dict) -> tuple[str, str, bool]:
         refusal = dig(data, str, "choices", 0, "message", "refusal")
@@ -184,6 +175,11 @@ class OpenAI:
 
 
 PROTOCOLS = {"gemini": Gemini(), "openai": OpenAI()}
+
+
+def pruned(fields: dict, without: set) -> dict:
+    """The fields that have a value and that the server takes."""
+    return {name: x for name, x in fields.items() if x is not None and name not in without}
 
 
 def reply_of(wire, data: dict) -> Reply:

@@ -248,14 +248,13 @@ def test_a_refusal_that_names_no_field_is_answered_without_the_schema(tmp_path):
         assert states(rows) == {"failed": 1} and len(server.arrivals) == 9, "and then it is the question's own fault"
 
 
-def test_a_level_of_thinking_that_the_server_does_not_take_stops_the_run(tmp_path):
+def test_a_level_of_thinking_that_the_server_does_not_take_is_never_left_out(tmp_path):
     """Without it the model might think more, and cost more, than was asked for."""
     with Server() as server:
-        for spec, error in (("gemini:m", {"message": "Thinking level is not supported for this model."}),
-                            ("openai:m", {"param": "reasoning_effort", "message": "no"})):
-            server.refuse = in_turn((400, {"error": error}))
-            with pytest.raises(BadInput, match="--thinking minimal: the server does not take it"):
-                run(write_data(tmp_path / "data", 3), tmp_path / spec[:3], server, spec, thinking="minimal")
+        server.refuse = in_turn((400, {"error": {"message": "Thinking level is not supported for this model."}}))
+        with pytest.raises(BadInput, match="20 records in a row got no reply.* Thinking level is not supported"):
+            run(write_data(tmp_path / "data", 30), tmp_path / "out", server, thinking="minimal", workers=1)
+        assert len(server.arrivals) == 40
 
 
 def test_a_server_that_never_takes_a_field_it_does_not_get_ends_as_failed(tmp_path):
