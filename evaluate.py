@@ -13,7 +13,7 @@ somebody else's:
 
     python evaluate.py                                     the miniature, offline, under a minute
     python evaluate.py --ckpt DIR --bench mt_bench,pope --data_dir DATA --judge gemini:MODEL
-    python evaluate.py --bench alpaca_eval --judgments annotations.json --json    no model, no judge
+    python evaluate.py --bench alpaca_eval --judgments annotations.json --json     nobody is asked
     python evaluate.py --bench pope --data_dir DATA --answers answers.jsonl
     python evaluate.py --compare runs/evaluate/llava runs/evaluate/dpo
 
@@ -34,7 +34,7 @@ from pathlib import Path
 import common  # first: it tells OpenMP how to wait
 import checkpoint
 from benchmarks import compare
-from benchmarks.harness import (Folder, Item, Prompt, answer, dump, literal, load, shown, slug,
+from benchmarks.harness import (Folder, Item, answer, dump, literal, load, shown, slug,
                                 with_pictures)
 from common import BadInput, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, target_scores
@@ -58,22 +58,22 @@ class Settings(JudgeSettings):
     """Score checkpoints, or stored answers and judgments, on benchmarks."""
     ckpt: str = "toy/vicuna,toy/llava"   # checkpoint folders, comma-separated
     bench: str = "miniature"       # benchmarks, comma-separated, or the miniature
-    data_dir: str = ""             # official question files, a folder per benchmark (docs/benchmarks.md)
-    out: str = "runs/evaluate"     # answers, judgments, results; the same folder again: go on there
+    data_dir: str = ""             # official files, a folder per benchmark (docs/benchmarks.md)
+    out: str = "runs/evaluate"     # answers, judgments, results; the same again: go on there
     answers: str = ""              # a stored answer file of the one --bench instead of a checkpoint
     judgments: str = ""            # a stored judgment file of the one --bench: nothing is asked
     compare: tuple = ()            # result folders to put side by side
     json: bool = False             # print the results as JSON and nothing else
     device: str = "auto"           # cpu, cuda, ...
     dtype: str = "auto"            # float32, bfloat16; auto: float32 on the CPU
-    template: str = ""             # how prompts are written (data.TEMPLATES); empty: as the model says
+    template: str = ""             # how prompts are spelled (data.TEMPLATES); empty: the model's own
     batch: int = 16                # questions answered at once
     max_new: int = 0               # longest answer in tokens; 0: the benchmark's own
     seed: int = 0                  # of sampling (MT-Bench) and of --picture
     forget: bool = False           # second turns without the model's first answer
-    picture: str = ""              # before text questions: a folder to draw from, or the word literal
+    picture: str = ""              # before text questions: a folder to draw from, or "literal"
     crop: bool = False             # centre-crop images instead of padding them to a square
-    coverage: float = 0.95         # smallest share that must be scored; below it the exit code is 1
+    coverage: float = 0.95         # smallest share to be scored; below it the exit code is 1
     split: str = "test"            # of the miniature: test, or dev for choosing settings
     target: str = ""               # scores to ask a SteerLM model for, "4 4 4 4 0"; empty: its own
 
@@ -85,9 +85,9 @@ def official_files(where, name: str):
     """Official files are read here: what they lack is said in words."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError) as problem:
-        raise BadInput(f"{where}: not all that {name} needs is there ({problem!r}); are the files its "
-                       f"own, and of one version? They come from {BENCHES[name].SOURCE}") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as problem:
+        raise BadInput(f"{where}: not all that {name} needs is there ({problem!r}); are the files "
+                       f"its own, and of one version? They come from {BENCHES[name].SOURCE}") from None
 
 
 def folder_of(s: Settings, name: str) -> Folder:
@@ -119,14 +119,11 @@ def tokens_of(s: Settings, ckpt: str, config) -> Tokens:
     return tokens
 
 
-def answer_all(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) -> dict[str, list[Item]]:
+def answer_all(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) -> dict:
     """{bench: its items, with answers}, less the benchmarks that this checkpoint has no eyes for."""
     folder = checkpoint.resolve(ckpt)
     config, _ = checkpoint.read_config(folder)
     device, dtype = device_and_dtype(s.device, s.dtype)
-    if s.picture not in ("", "literal") and not config.vision:
-        raise BadInput(f"--picture {s.picture}: {ckpt} sees no pictures; leave it out, "
-                       "or take --picture literal")
     tokens = tokens_of(s, ckpt, config)
     plain = literal(tokens) if s.picture == "literal" else tokens
     model = cache(lambda: checkpoint.load(folder, device, dtype))    # when an answer is missing
@@ -138,8 +135,6 @@ def answer_all(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) 
             if bench.PICTURES and not config.vision:
                 print(f"{ckpt} sees no pictures; left out: {name}", file=sys.stderr)
                 continue
-            if bench.PICTURES and not Path(asked[0].root).is_dir():
-                raise BadInput(f"{asked[0].root}: no such folder; the pictures of {name} belong there")
             answered[name] = answer(
                 asked, model, tokens if bench.PICTURES else plain, Pixels(config, s.crop),
                 batch=s.batch, seed=s.seed, forget=s.forget, journal=journal, about=about,
@@ -153,12 +148,7 @@ def stored_answers(s: Settings, name: str, items: list[Item]) -> list[Item]:
     """The items with the answers that a file has."""
     with official_files(s.answers, name):
         answers = BENCHES[name].read_answers(Path(s.answers))
-    found = []
-    for item in items:
-        texts, finishes = answers.get(item.id, ([], []))
-        if len(texts) == len(item.questions):
-            item = replace(item, texts=texts, finishes=finishes)
-        found.append(item)
+    found = [replace(item, texts=answers.get(item.id, [])) for item in items]
     if not any(item.texts for item in found):
         raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
     return found
@@ -166,38 +156,29 @@ def stored_answers(s: Settings, name: str, items: list[Item]) -> list[Item]:
 
 # ---- judgments ----------------------------------------------------------------------------------
 
-def ask_judge(s: Settings, name: str, prompts: list[Prompt]) -> tuple[dict[str, str], dict]:
-    """Have every prompt judged -> ({prompt id: a usable reply}, what is to be said of all replies)."""
-    asked = {}
-    for prompt in prompts:
-        if prompt.text:
-            key = sha(f"{s.judge} {s.thinking}", name, prompt.id, prompt.system, prompt.text)
-            asked[prompt.id] = Question(key, f"{name} {prompt.id}", prompt.system, prompt.text,
-                                        check=BENCHES[name].read)
-    with closing(Replies(Path(s.out) / "judge-journal.jsonl")) as replies:
-        Judge(s, replies).ask(asked.values())
-        final = {key: replies.final(question)[0] for key, question in asked.items()}
-    good = {key: reply for key, reply in final.items() if reply.state == "ok"}
-    trouble = [reply.reason for reply in final.values() if reply.state != "ok"]
-    about = {"judge": s.judge,
-             "versions": sorted({reply.version for reply in good.values()} - {""}),
-             "states": dict(Counter(reply.state for reply in final.values())),
-             "trouble": trouble[0] if trouble else "",
-             "prompt": prompts[0].wording if prompts else ""}
-    return {key: reply.text for key, reply in good.items()}, about
-
-
-def judged(s: Settings, name: str, label: str, items: list[Item], out: Path) -> dict:
-    """The result of one benchmark, judged where it needs a judge and there is one."""
+def ask_judge(s: Settings, name: str, items: list[Item], label: str) -> tuple[list | dict, dict]:
+    """Every answer judged -> (rows in the benchmark's own format, what is to be said of them)."""
     bench, folder = BENCHES[name], folder_of(s, name)
-    if not bench.JUDGMENTS or not s.judge:
-        return summary(name, items, None)
     with official_files(folder.path, name):
         prompts = bench.prompts(folder, [item for item in items if item.texts], label)
-    replies, about = ask_judge(s, name, prompts)
-    rows = bench.judge_rows(prompts, replies, s.judge)
-    dump(out / name / bench.JUDGMENTS.format(model=label, judge=slug(s.judge)), rows)
-    return summary(name, items, rows, **about)
+    asked = {}
+    for prompt in prompts:
+        key = sha(f"{s.judge} {s.thinking}", name, str(prompt.id), prompt.system, prompt.text)
+        if prompt.text:
+            asked[prompt.id] = Question(key, f"{name} {prompt.id}", prompt.system, prompt.text,
+                                        check=bench.read)
+    with closing(Replies(Path(s.out) / "judge-journal.jsonl")) as journal:
+        Judge(s, journal).ask(asked.values())
+        replies = {number: journal.final(question)[0] for number, question in asked.items()}
+
+    good = {number: reply.text for number, reply in replies.items() if reply.state == "ok"}
+    trouble = [reply.reason for reply in replies.values() if reply.state != "ok"]
+    about = {"judge": s.judge,
+             "versions": sorted({reply.version for reply in replies.values()} - {""}),
+             "states": dict(Counter(reply.state for reply in replies.values())),
+             "trouble": trouble[0] if trouble else "",
+             "prompt": prompts[0].wording if prompts else ""}
+    return bench.judge_rows(prompts, good, s.judge), about
 
 
 def stored_judgments(s: Settings, name: str) -> dict[str, list[dict]]:
@@ -211,19 +192,16 @@ def stored_judgments(s: Settings, name: str) -> dict[str, list[dict]]:
     rows, models = load(path), defaultdict(list)
     with official_files(path, name):
         if isinstance(rows, dict):                     # MM-Vet's, of one model
-            models[path.stem] = rows
+            models[path.stem], first = rows, next(iter(rows.values()))
         else:
+            first = rows[0]
             for row in rows:
-                models[str(row.get("model") or row.get("generator_2") or path.stem)].append(row)
-        return {model: [summary(name, items, mine, judge=judge_in(mine), versions=[])]
-                for model, mine in models.items()}
+                models[row.get("model") or row.get("generator_2") or path.stem].append(row)
 
-
-def judge_in(rows) -> str:
-    """Who judged, as far as a stored file says."""
-    first = next(iter(rows.values() if isinstance(rows, dict) else rows))
-    found = first.get("judge") or first.get("annotator") or first.get("model") or "unknown"
-    return found[0] if isinstance(found, list) else found
+        # Who judged, as far as the file says.
+        judge = first.get("judge") or first.get("annotator") or first.get("model") or "unknown"
+        about = {"judge": judge[0] if isinstance(judge, list) else judge, "versions": []}
+        return {model: [summary(name, items, mine, **about)] for model, mine in models.items()}
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -231,7 +209,7 @@ def judge_in(rows) -> str:
 def summary(name: str, items: list[Item], rows, **about) -> dict:
     """What is known about one model on one benchmark; without judgments, how much was answered."""
     texts = [text for item in items for text in item.texts]
-    finishes = [finish for item in items for finish in item.finishes if finish]
+    finishes = [finish for item in items for finish in item.finishes]
     found = {"scores": {}, "ok": sum(bool(item.texts) for item in items), "total": len(items)}
     if rows is not None or not BENCHES[name].JUDGMENTS:
         found = BENCHES[name].score(items, rows)
@@ -244,15 +222,21 @@ def summary(name: str, items: list[Item], rows, **about) -> dict:
             "coverage": found["ok"] / found["total"] if found["total"] else 0.0}
 
 
-def evaluate(s: Settings, names: list[str], ckpt: str, out: Path) -> list[dict]:
-    """One model, or stored answers of one, on some benchmarks; files and results.json in `out`."""
-    label = slug(ckpt or Path(s.answers).stem)
+def evaluate(s: Settings, names: list[str], model: str, out: Path) -> list[dict]:
+    """A checkpoint, or stored answers of a model, on some benchmarks; files and results.json in `out`."""
+    label = slug(model)
     items = {name: questions(s, name) for name in names}
-    if ckpt:
-        items = answer_all(s, ckpt, items, out)
-    else:
+    if s.answers:
         items = {name: stored_answers(s, name, items[name]) for name in names}
-    results = [judged(s, name, label, answered, out) for name, answered in items.items()]
+    else:
+        items = answer_all(s, model, items, out)
+    results = []
+    for name, answered in items.items():
+        rows, about, file = None, {}, BENCHES[name].JUDGMENTS
+        if file and s.judge:
+            rows, about = ask_judge(s, name, answered, label)
+            dump(out / name / file.format(model=label, judge=slug(s.judge)), rows)
+        results.append(summary(name, answered, rows, **about))
     run = describe_run(s, model=label, results=results)
     write_whole(out / "results.json", json.dumps(run, indent=1) + "\n")
     return results
@@ -260,14 +244,16 @@ def evaluate(s: Settings, names: list[str], ckpt: str, out: Path) -> list[dict]:
 
 def table(results: list[dict]) -> str:
     """One line per figure; coverage, length and the rest once per benchmark."""
-    lines = [f"{'benchmark':12} {'figure':12} {'':15} {'n':>6}  coverage  characters  cut off   judge"]
+    lines = [f"{'benchmark':12} {'figure':12} {'':15} {'n':>6}  coverage  characters  cut off   "
+             "judge"]
     for r in results:
         length = "-" if r["length"] is None else f"{r['length']:.0f}"
         cut = "-" if r["cut"] is None else r["cut"]
-        name, form = r["bench"], BENCHES[r["bench"]].FORM
+        name, bench = r["bench"], BENCHES[r["bench"]]
         about = f"{r['coverage']:8.1%}  {length:>10}  {cut:>7}   {compare.judged_by(r)}"
         for figure, e in (r["scores"] or {"not judged": {"mean": None, "n": r["ok"]}}).items():
-            lines.append(f"{name:12} {figure:12} {shown(e, form):>15} {e['n']:>6}  {about}".rstrip())
+            value = shown(e, bench.FORM, bench.SCALE)
+            lines.append(f"{name:12} {figure:12} {value:>15} {e['n']:>6}  {about}".rstrip())
             name = about = ""                          # they are said once
     for r in results:
         notes = []
@@ -309,30 +295,31 @@ def check(s: Settings, names: list[str], ckpts: list[str]) -> None:
         target_scores(s.target)
     if s.judge:
         door(s)
-    stored = s.answers or s.judgments
-    if not set(names) <= {*BENCHES, "miniature"} or (stored or "miniature" in names) and len(names) > 1:
+    alone = s.answers or s.judgments or "miniature" in names
+    if not set(names) <= {*BENCHES, "miniature"} or alone and len(names) > 1:
         raise BadInput(f"--bench {s.bench}: choose among {', '.join(BENCHES)}; with --answers or "
                        "--judgments, one; or miniature")
     for ckpt in ckpts:
-        if not stored:
-            checkpoint.resolve(ckpt)
+        checkpoint.resolve(ckpt)
 
 
 def run(s: Settings) -> None:
-    names, ckpts, out = s.bench.split(","), s.ckpt.split(","), Path(s.out)
+    out = Path(s.out)
     if s.compare:
         return compare.run(BENCHES, s.compare, out)
+    names = s.bench.split(",")
+    ckpts = [] if s.answers or s.judgments else s.ckpt.split(",")
     check(s, names, ckpts)
     if s.bench == "miniature":
         return run_miniature(s)
+
+    models = {}
     if s.judgments:
         models = stored_judgments(s, names[0])
-    elif s.answers:
-        models = {slug(Path(s.answers).stem): evaluate(s, names, "", out)}
-    elif len(ckpts) == 1:
-        models = {s.ckpt: evaluate(s, names, s.ckpt, out)}
     else:
-        models = {ckpt: evaluate(s, names, ckpt, out / slug(ckpt)) for ckpt in ckpts}
+        for model in ckpts or [Path(s.answers).stem]:
+            where = out / slug(model) if len(ckpts) > 1 else out
+            models[model] = evaluate(s, names, model, where)
 
     if s.json:
         print(json.dumps(models))
@@ -343,8 +330,8 @@ def run(s: Settings) -> None:
     low = [f"{model} {r['bench']} {r['coverage']:.1%}" for model, results in models.items()
            for r in results if r["coverage"] < s.coverage]
     if low:
-        raise BadInput(f"less than --coverage {s.coverage:.0%} was scored: {'; '.join(low)}; the means "
-                       "above are over the rest; --retry_failed 1 asks a judge again")
+        raise BadInput(f"less than --coverage {s.coverage:.0%} was scored: {'; '.join(low)}; the "
+                       "means above are over the rest; --retry_failed 1 asks a judge again")
 
 
 if __name__ == "__main__":

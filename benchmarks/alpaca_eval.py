@@ -1,17 +1,18 @@
-"""AlpacaEval 1 (github.com/tatsu-lab/alpaca_eval): 805 instructions; a judge says whether it prefers
-the model's answer or text-davinci-003's, in an order drawn per instruction.
+"""AlpacaEval 1 (github.com/tatsu-lab/alpaca_eval): 805 instructions; a judge says whether it
+prefers the model's answer or text-davinci-003's, in an order drawn per instruction.
 
-Officially, `win rate` is 100 mean(p - 1), where p is 2 if the model won, and a verdict counts only if
-it is a bare Python list.
+Officially, `win rate` is 100 mean(p - 1), where p is 2 if the model won, and a verdict counts only
+if it is a bare Python list.
 
 Judges like length. `controlled` asks what the win rate were at equal length, over all verdicts that
-can be read, also those in a code fence or in prose. It is a logistic regression with a weight for the
-model and one for length:
+can be read, also those in a code fence or in prose. It is a logistic regression with one weight for
+the model and one for length:
 
-    P(model wins) = sigmoid(t + f tanh((length - reference's length) / sd)),  controlled = 100 sigmoid(t)
+    P(model wins) = sigmoid(t + f tanh((length - length of the reference) / sd))
+    controlled    = 100 sigmoid(t)
 
-arXiv:2404.04475 adds a term for an instruction's difficulty, which takes other models' judgments. So
-this is not AlpacaEval 2's length-controlled win rate, whose reference and judge are others, too.
+arXiv:2404.04475 adds a term for an instruction's difficulty, which takes other models' judgments.
+So this is not AlpacaEval 2's length-controlled win rate, whose reference and judge are others, too.
 """
 import ast
 import random
@@ -22,7 +23,9 @@ import numpy as np
 from benchmarks.harness import Item, Prompt, load, mean, readable
 from common import sha
 
-TITLE, FORM, SCALE, TOP = "AlpacaEval", "5.1f", 1, 100
+TITLE = "AlpacaEval"
+FORM = "5.1f"
+SCALE = 1
 PICTURES = False
 FOLDER = "alpaca_eval"
 SOURCE = "huggingface.co/datasets/tatsu-lab/alpaca_eval or github.com/tatsu-lab/alpaca_eval"
@@ -42,7 +45,7 @@ def answer_rows(items, model):
 
 
 def read_answers(path):
-    return {sha(row["instruction"]): ([row["output"]], [row.get("finish")]) for row in load(path)}
+    return {sha(row["instruction"]): [row["output"]] for row in load(path)}
 
 
 def switched(instruction: str) -> bool:
@@ -57,8 +60,8 @@ def prompts(folder, items, model):
 
 
 def prompt(template: str, item: Item, model: str) -> Prompt:
-    """Filled as officially: the first {field} that stands there is replaced, one field after the
-    other, then the ChatML markers split the text into messages. Equal answers are not asked about."""
+    """Filled as officially: the first {field} that stands there is replaced, one field after
+    another, then the ChatML markers split the text into messages. A draw is not asked about."""
     instruction, reference, text = item.row["instruction"], item.row["output"], item.texts[0]
     row = {"instruction": instruction, "output_1": reference, "output_2": text,
            "generator_1": item.row.get("generator", "reference"), "generator_2": model,

@@ -1,9 +1,9 @@
-"""Results side by side: the layout of the paper's Table 4, its own rows below ours, a radar and bars.
+"""Results side by side: the paper's Table 4 with its own rows below ours, a radar and bars.
 
-Numbers of two judges, or of two versions of one, are on two scales, and the judges of 2023 are gone.
-So the table names the judge of every row and says when they differ, and the paper's rows stand apart:
-compare differences within a block, never a number with one of the other. How long the answers are
-stands beside what was judged, since judges like length.
+Numbers of two judges, or of two versions of one, are on two scales, and the judges of 2023 are
+gone. So the table names the judge of every row and says when they differ, and the paper's rows
+stand apart: compare differences within a block, never a number with one of the other. How long the
+answers are stands beside what was judged, since judges like length.
 
     python evaluate.py --compare runs/evaluate/llava runs/evaluate/dpo --out runs/compare
 """
@@ -55,7 +55,7 @@ def headline(result: dict | None) -> dict:
 
 
 def cell(bench, result: dict | None) -> str:
-    """The official figure ± 95 %, "!" where less than all was scored, the judged answers' mean length."""
+    """The official figure ± 95 %, "!" where not all was scored, how long the judged answers are."""
     text = shown(headline(result), bench.FORM, bench.SCALE)
     if text != "-" and result["coverage"] < 1:
         text += "!"
@@ -88,7 +88,8 @@ def table(benches: dict, models: dict[str, dict[str, dict]]) -> str:
         lines.append(f"judged by different judges: {', '.join(mixed)}; "
                      "these columns cannot be compared down")
     if any(result["coverage"] < 1 for found in models.values() for result in found.values()):
-        lines.append("! not everything was answered or judged; the coverage stands in each results.json")
+        lines.append("! not everything was answered or judged; the coverage stands in each "
+                     "results.json")
     return "\n".join(lines)
 
 
@@ -127,7 +128,7 @@ def bars(benches: dict, models: dict[str, dict[str, dict]]):
         heights = [bench.SCALE * (one["mean"] or 0) for one in figures]
         spreads = [bench.SCALE * (one["ci"] or 0) for one in figures]
         drawn = axis.bar(colors, heights, yerr=spreads, color=colors, capsize=3)
-        axis.set(title=bench.TITLE, xticks=[], ylim=(0, max(bench.TOP, axis.get_ylim()[1])))
+        axis.set(title=bench.TITLE, xticks=[])
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(drawn, models, loc="lower center", ncols=min(4, len(models)), frameon=False)
     figure.tight_layout(rect=(0, 0.1, 1, 1))

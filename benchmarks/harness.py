@@ -1,15 +1,14 @@
-"""What every benchmark needs: questions, answers that survive a kill, numbers with intervals, files.
+"""What every benchmark needs: questions, answers that survive a kill, intervals, files.
 
 A benchmark is one file in this folder, of constants and plain functions that evaluate.py calls:
 
-    TITLE, FORM, SCALE, TOP     its name, how a figure is printed, what a figure is multiplied with to
-                                be on the scale of published tables, and where that scale ends
+    TITLE, FORM, SCALE          its name, how a figure is printed, and times what
     PICTURES                    do its questions show pictures?
     FOLDER, SOURCE              where its official files lie under --data_dir, and where they come from
     ANSWERS, JUDGMENTS          names of the files it writes; without a judge the second is ""
     items(folder)                           its questions, from the official files
     answer_rows(items, model)               answers in the benchmark's own format,
-    read_answers(path)                      and back: {item id: (texts, finishes)}
+    read_answers(path)                      and back: {item id: texts}
     prompts(folder, items, model)           what the judge reads: the official templates, filled
     read(text)                              a judge's reply; ValueError where it cannot be used
     judge_rows(prompts, replies, judge)     judgments in the benchmark's own format
@@ -54,13 +53,11 @@ from journal import Journal
 from model import Llava
 from vision import load_image
 
-PICTURE_FILES = (".jpg", ".jpeg", ".png")
-
 
 @dataclass
 class Item:
     """One question of one or more turns, and what was answered."""
-    id: str
+    id: str | int
     questions: list[str]                               # the user's turns; <image> for a picture
     row: dict = field(default_factory=dict)            # as the benchmark's own file has it
     images: list[str] = field(default_factory=list)
@@ -68,17 +65,17 @@ class Item:
     temperature: float = 0.0
     max_new: int = 1024
     texts: list[str] = field(default_factory=list)     # an answer to each turn, or nothing
-    finishes: list = field(default_factory=list)       # how each ended: "stop", "length", None
+    finishes: list[str] = field(default_factory=list)  # "stop", or "length" where it was cut off
     failed: str = ""                                   # why there is none
 
     def answer_id(self, model: str) -> str:
-        return sha(model, self.id, *self.texts)
+        return sha(model, str(self.id), *self.texts)
 
 
 @dataclass
 class Prompt:
     """What a judge reads about one answer; without a text it is not asked."""
-    id: str
+    id: str | int
     text: str
     system: str = ""
     row: dict = field(default_factory=dict)            # the judgment, so far as it is known
@@ -90,8 +87,8 @@ class Prompt:
 def ratios(parts: list[tuple]) -> dict:
     """The mean over parts of sum(a) / sum(b), where a part is (a, b, groups), three of one length.
 
-    Returns {"mean", "ci", "n"}: mean ± ci is the 95 % interval. The mean is None where a sum(b) is 0,
-    the ci where there is only one group.
+    Returns {"mean", "ci", "n"}: mean ± ci is the 95 % interval. The mean is None where a sum(b) is
+    0, the ci where there is only one group.
     """
     if not parts or not all(np.sum(b) for _, b, _ in parts):
         return {"mean": None, "ci": None, "n": 0}
@@ -123,7 +120,7 @@ def shown(figure: dict, form: str, scale: float = 1) -> str:
         return "-"
     text = f"{scale * figure['mean']:{form}}"
     if figure["ci"] is not None:
-        text += " ±" + f"{scale * figure['ci']:{form}}".strip()
+        text += f" ±{scale * figure['ci']:{form}}".replace("± ", "±")
     return text
 
 
@@ -150,7 +147,7 @@ def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels
     """The items with an answer to every turn, or with the reason why there is none.
 
     model     gives the model; called when an answer is missing
-    forget    leave the own first answer out of the second turn's prompt, as the authors' harness did
+    forget    leave the own first answer out of the second prompt, as the authors' harness did
     about     names what answers depend on beside their prompt and settings: weights, precision
     """
     items = [replace(item, texts=[], finishes=[]) for item in items]
@@ -173,8 +170,6 @@ def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels
             if key not in journal:
                 journal.append({"key": key, "id": tree.id, "answer": found})
 
-    bar = tqdm(total=sum(len(item.questions) for item in items), desc=desc, unit="answer",
-               disable=None, leave=False)
     for turn in range(max((len(item.questions) for item in items), default=0)):
         todo = []
         for item in items:
@@ -185,15 +180,13 @@ def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels
                     item.texts, item.finishes, item.failed = [], [], str(problem)
 
         # A batch is asked whole, so that rounding does not depend on where a run was stopped.
-        for part in batches(todo, batch):
+        for part in tqdm(batches(todo, batch), desc=desc, unit="batch", disable=None, leave=False):
             if any(key not in journal for key, _, _ in part):
                 ask(part)
             for key, item, _ in part:
                 found = journal[key]["answer"]
                 item.texts.append(found["text"])
                 item.finishes.append(found["finish"])
-            bar.update(len(part))
-    bar.close()
     return items
 
 
@@ -218,10 +211,10 @@ def conversation(item: Item, forget: bool = False) -> dict:
         messages.append({"role": "assistant", "content": text})
     turn = len(item.texts)
     messages.append({"role": "user", "content": item.questions[turn]})
-    if forget and turn:                    # the authors' read: "USER: q1 ASSISTANT:USER: q2 ASSISTANT:"
+    if forget and turn:                    # the authors': "USER: q1 ASSISTANT:USER: q2 ASSISTANT:"
         text = " ASSISTANT:USER: ".join(item.questions[:turn + 1])
         messages = [{"role": "user", "content": text}]
-    name = f"{item.id} turn {turn + 1}" if turn else item.id
+    name = f"{item.id} turn {turn + 1}" if turn else str(item.id)
     return {"id": name, "messages": messages, "images": item.images, "root": item.root}
 
 
@@ -231,22 +224,23 @@ def with_pictures(items: list[Item], where: str, seed: int) -> list[Item]:
     "literal" puts the bare text <image> there instead, as the authors' harness did (give `literal`
     the tokenizer, too).
     """
-    names = sorted(path.name for path in Path(where).glob("*") if path.suffix.lower() in PICTURE_FILES)
+    names = sorted(path.name for path in Path(where).glob("*")
+                   if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not names and where != "literal":
-        raise BadInput(f"--picture {where}: a folder with {', '.join(PICTURE_FILES)} files, "
-                       "or the word literal")
+        raise BadInput(f"--picture {where}: a folder with .jpg, .jpeg or .png files, or the word literal")
     found = []
     for item in items:
         first, *rest = item.questions
-        item = replace(item, questions=[f"{MARKER}\n{first}", *rest], root=where)
+        item = replace(item, questions=[f"{MARKER}\n{first}", *rest])
         if where != "literal":
-            item.images = [random.Random(f"{seed} {item.id}").choice(names)]
+            name = random.Random(f"{seed} {item.id}").choice(names)
+            item = replace(item, images=[name], root=where)
         found.append(item)
     return found
 
 
 def literal(tokens: Tokens) -> Tokens:
-    """A copy to which <image> is seven characters of text. Raises BadInput where it cannot spell them."""
+    """A copy to which <image> is seven characters of text; BadInput where it cannot spell them."""
     raw = json.loads(tokens.tokenizer.to_str())
     raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != MARKER]
     plain = copy(tokens)
@@ -273,9 +267,8 @@ class Folder:
         """The one file of this name. Raises BadInput."""
         found = self.every(name)
         if len(found) != 1:
-            listed = ", ".join(str(path.relative_to(self.path)) for path in found[:4])
-            remedy = f"keep one of {listed}" if found else f"get it from {self.source}"
-            raise BadInput(f"--data_dir: {self.path} must hold one {name}, not {len(found)}; {remedy}")
+            raise BadInput(f"--data_dir: {self.path} must hold one {name}, not {len(found)}; "
+                           f"it comes from {self.source}")
         return found[0]
 
     def load(self, name: str):
@@ -303,7 +296,7 @@ def load(path: Path):
     try:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
-        raise BadInput(f"{path}: neither JSON nor JSON lines ({error}); download it again") from None
+        raise BadInput(f"{path}: no JSON, nor lines of it ({error}); download it again") from None
 
 
 def dump(path: Path, rows) -> None:
@@ -331,7 +324,7 @@ def readable(read: Callable[[str], object], text: str):
 
 def llava_rows(items: list[Item], model: str) -> list[dict]:
     """LLaVA's answer files."""
-    return [{"question_id": item.row["question_id"],
+    return [{"question_id": item.id,
              "prompt": item.row["text"],
              "text": item.texts[0],
              "answer_id": item.answer_id(model),
@@ -339,9 +332,5 @@ def llava_rows(items: list[Item], model: str) -> list[dict]:
              "metadata": {"finish": item.finishes[0]}} for item in items]
 
 
-def llava_answers(path: Path) -> dict[str, tuple]:
-    answers = {}
-    for row in load(path):
-        finish = (row.get("metadata") or {}).get("finish")
-        answers[str(row["question_id"])] = [row["text"]], [finish]
-    return answers
+def llava_answers(path: Path) -> dict[str, list[str]]:
+    return {row["question_id"]: [row["text"]] for row in load(path)}

@@ -2,11 +2,11 @@
 caption grades GPT-4's answer and the model's from 1 to 10.
 
 Officially, `relative` is 100 mean(model) / mean(reference), rounded on the way. The official parser
-splits the reply's first line at single spaces, so that "8, 9" is no pair of numbers, and averages in
-[-1, -1] for what it cannot read; `parsed` reads any two numbers from 1 to 10, and no others.
+splits the reply's first line at single spaces, so that "8, 9" is no pair of numbers, and averages
+in [-1, -1] for what it cannot read; `parsed` reads any two numbers from 1 to 10, and no others.
 
-The system message stands only in the official code (eval_gpt_review_bench.py): save it as system.txt
-in llava_bench_wild/, or another wording is used, and named in the result.
+The system message stands only in the official code (eval_gpt_review_bench.py): save it as
+llava_bench_wild/system.txt, or another wording is used, and named in the result.
 """
 import re
 
@@ -15,7 +15,9 @@ import numpy as np
 from benchmarks.harness import Item, Prompt, mean, ratios, readable
 from benchmarks.harness import llava_answers as read_answers, llava_rows as answer_rows
 
-TITLE, FORM, SCALE, TOP = "LLaVA-Bench", "5.1f", 1, 120
+TITLE = "LLaVA-Bench"
+FORM = "5.1f"
+SCALE = 1
 PICTURES = True
 FOLDER = "llava_bench_wild"
 SOURCE = ("huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild; rule.json from "
@@ -48,7 +50,7 @@ TEMPLATE = """[Context]
 
 def items(folder):
     root = f"{folder.path}/images"
-    return [Item(str(row["question_id"]), ["<image>\n" + row["text"]], row, [row["image"]], root)
+    return [Item(row["question_id"], ["<image>\n" + row["text"]], row, [row["image"]], root)
             for row in folder.load("questions.jsonl")]
 
 
@@ -59,14 +61,14 @@ def prompts(folder, items, model):
     system, wording = folder.text("system.txt", OURS)
     found = []
     for item in items:
-        number, kind = item.row["question_id"], f"llava_bench_{item.row['category']}"
-        caption, reference = captions[item.row["image"]], references[number]
+        kind = f"llava_bench_{item.row['category']}"
+        caption, reference = captions[item.row["image"]], references[item.id]
         if isinstance(caption, list):
             caption = "\n".join(caption)
         text = TEMPLATE.format(
             caption=caption, question=item.row["text"], role=rules[kind]["role"],
             reference=reference["text"], answer=item.texts[0], rule=rules[kind]["prompt"])
-        row = {"question_id": number, "answer1_id": reference.get("answer_id"),
+        row = {"question_id": item.id, "answer1_id": reference.get("answer_id"),
                "answer2_id": item.answer_id(model), "category": kind}
         found.append(Prompt(item.id, text, system, row, wording))
     return found

@@ -12,17 +12,20 @@ import re
 from benchmarks.harness import Item, Prompt, load, mean, readable
 from common import BadInput
 
-TITLE, FORM, SCALE, TOP = "MM-Vet", "5.1f", 1, 100
+TITLE = "MM-Vet"
+FORM = "5.1f"
+SCALE = 1
 PICTURES = True
-FOLDER, SOURCE = "mm_vet", "github.com/yuweihao/MM-Vet (mm-vet.zip)"
+FOLDER = "mm_vet"
+SOURCE = "github.com/yuweihao/MM-Vet (mm-vet.zip)"
 ANSWERS = "{model}.json"
 JUDGMENTS = "{model}_{judge}-grade-1runs.json"
 
 OURS = """You grade an answer to a question about a picture that you cannot see, against what is \
 known to be right. In the right answer, <AND> joins parts that are all needed, and <OR> parts of \
-which any one will do. Say how much of it the given answer has: 0.0 for nothing, 1.0 for everything, \
-tenths in between for a part. Wording does not matter; what goes beyond the right answer does no harm \
-unless it contradicts it. Reply with that number alone.
+which any one will do. Say how much of it the given answer has: 0.0 for nothing, 1.0 for \
+everything, tenths in between for a part. Wording does not matter; what goes beyond the right \
+answer does no harm unless it contradicts it. Reply with that number alone.
 
 Question | Right answer | Given answer | Grade"""
 
@@ -38,7 +41,7 @@ def answer_rows(items, model):
 
 
 def read_answers(path):
-    return {name: ([text], []) for name, text in load(path).items()}
+    return {name: [text] for name, text in load(path).items()}
 
 
 def prompts(folder, items, model):

@@ -1,8 +1,8 @@
-"""MMBench (arXiv:2307.06281): 1,176 questions about pictures, answered with one letter of up to four.
+"""MMBench (arXiv:2307.06281): 1,176 questions about pictures, answered with a letter of up to four.
 
 Each stands in the table in every rotation of its options, rows index + k 1,000,000. Officially
 (`circular`), a question counts only if it is answered rightly in all of them; `vanilla` counts the
-unrotated rows. Letters are found as in VLMEvalKit, by rule; what shows none is wrong, never guessed.
+unrotated rows. Letters are found as in VLMEvalKit, by rule; what shows none is wrong, not guessed.
 """
 import base64
 import csv
@@ -13,10 +13,14 @@ from pathlib import Path
 from benchmarks.harness import Item, llava_answers as read_answers, llava_rows, mean
 from common import BadInput
 
-TITLE, FORM, SCALE, TOP = "MMBench", "5.1f", 100, 100
+TITLE = "MMBench"
+FORM = "5.1f"
+SCALE = 100
 PICTURES = True
-FOLDER, SOURCE = "mmbench", "github.com/open-compass/MMBench"
-ANSWERS, JUDGMENTS = "{model}.jsonl", ""
+FOLDER = "mmbench"
+SOURCE = "github.com/open-compass/MMBench"
+ANSWERS = "{model}.jsonl"
+JUDGMENTS = ""
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
 MILLION = 1_000_000
@@ -30,17 +34,18 @@ def items(folder):
     cells = {row["index"]: row.get("image") or "" for row in rows}
     found = []
     for row in rows:
-        row["question_id"], row["options"] = int(row["index"]), options(row)
+        number, row["options"] = int(row["index"]), options(row)
         hint = "" if absent(row["hint"]) else row["hint"] + "\n"
         listed = "".join(f"\n{letter}. {text}" for letter, text in row["options"].items())
         row["text"] = f"{hint}{row['question']}{listed}\n{SUFFIX}"
 
-        # A short cell names the row that has the picture; without any the pictures lie beside the table.
-        cell = cells.get(cells[row["index"]], cells[row["index"]])
-        name, root = f"{row['question_id'] % MILLION}.jpg", f"{folder.path}/images"
+        # A short cell names the row that has the picture; without any they lie beside the table.
+        cell = cells[row["index"]]
+        cell = cells.get(cell, cell)
+        name, root = f"{number % MILLION}.jpg", f"{folder.path}/images"
         if cell:
             root = unpack(cell, folder.unpacked / name)
-        found.append(Item(row["index"], ["<image>\n" + row["text"]], row, [name], root))
+        found.append(Item(number, ["<image>\n" + row["text"]], row, [name], root))
     return found
 
 
@@ -76,7 +81,7 @@ def answer_rows(items, model):
 
 
 def letter(text: str, options: dict[str, str]) -> str | None:
-    """The option that an answer names, by VLMEvalKit's rules; None where it names none, or several."""
+    """The option that an answer names, by VLMEvalKit's rules; None where it is none, or several."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     named = [letter for letter in options if letter in words]
     if len(named) == 1 and words.index(named[0]) > len(words) - 5:
@@ -93,13 +98,13 @@ def score(items, rows=None):
     letters, vanilla = [], []
     rotations = defaultdict(list)          # question -> was each answered rightly? None: not answered
     for item in items:
-        number, right = item.row["question_id"], None
+        right = None
         if item.texts:
             letters.append(letter(item.texts[0], item.row["options"]))
             right = float(letters[-1] == item.row["answer"])
-            if number < MILLION:
+            if item.id < MILLION:
                 vanilla.append(right)
-        rotations[number % MILLION].append(right)
+        rotations[item.id % MILLION].append(right)
     circular = [min(rights) for rights in rotations.values() if None not in rights]
     return {"scores": {"circular": mean(circular), "vanilla": mean(vanilla)},
             "ok": len(letters), "total": len(items), "unknown": letters.count(None)}

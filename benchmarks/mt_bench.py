@@ -14,9 +14,12 @@ import re
 
 from benchmarks.harness import Item, Prompt, load, mean, readable
 
-TITLE, FORM, SCALE, TOP = "MT-Bench", "5.2f", 1, 10
+TITLE = "MT-Bench"
+FORM = "5.2f"
+SCALE = 1
 PICTURES = False
-FOLDER, SOURCE = "mt_bench", "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
+FOLDER = "mt_bench"
+SOURCE = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
 ANSWERS = "model_answer/{model}.jsonl"
 JUDGMENTS = "model_judgment/{judge}_single.jsonl"
 
@@ -29,7 +32,7 @@ def items(folder):
     found = []
     for row in folder.load("question.jsonl"):
         temperature = TEMPERATURE.get(row["category"], 0.7)
-        found.append(Item(str(row["question_id"]), row["turns"], row, temperature=temperature))
+        found.append(Item(row["question_id"], row["turns"], row, temperature=temperature))
     return found
 
 
@@ -37,17 +40,13 @@ def answer_rows(items, model):
     rows = []
     for item in items:
         choice = {"index": 0, "turns": item.texts, "finish": item.finishes}
-        rows.append({"question_id": item.row["question_id"], "answer_id": item.answer_id(model),
+        rows.append({"question_id": item.id, "answer_id": item.answer_id(model),
                      "model_id": model, "choices": [choice]})
     return rows
 
 
 def read_answers(path):
-    answers = {}
-    for row in load(path):
-        choice = row["choices"][0]
-        answers[str(row["question_id"])] = choice["turns"], choice.get("finish", [])
-    return answers
+    return {row["question_id"]: row["choices"][0]["turns"] for row in load(path)}
 
 
 def prompts(folder, items, model):
@@ -56,18 +55,18 @@ def prompts(folder, items, model):
                   for row in folder.load("reference_answer/gpt-4.jsonl")}
     found = []
     for item in items:
-        number, (q1, q2), (a1, a2) = item.row["question_id"], item.row["turns"], item.texts
-        fields = {"question": q1, "answer": a1,                            # in the first turn's template
-                  "question_1": q1, "answer_1": a1, "question_2": q2, "answer_2": a2}
+        (q1, q2), (a1, a2) = item.row["turns"], item.texts
+        fields = {"question": q1, "answer": a1}                            # for the first turn
+        fields |= {"question_1": q1, "answer_1": a1, "question_2": q2, "answer_2": a2}
         kind = "single"
         if item.row["category"] in WITH_REFERENCE:
-            fields["ref_answer_1"], fields["ref_answer_2"] = references[number]
+            fields["ref_answer_1"], fields["ref_answer_2"] = references[item.id]
             kind = "single-math"
         for turn, name in ((1, f"{kind}-v1"), (2, f"{kind}-v1-multi-turn")):
             text = templates[name]["prompt_template"].format(**fields)
-            row = {"question_id": number, "model": model, "user_prompt": text, "turn": turn,
+            row = {"question_id": item.id, "model": model, "user_prompt": text, "turn": turn,
                    "judge": name}
-            found.append(Prompt(f"{number}-{turn}", text, templates[name]["system_prompt"], row))
+            found.append(Prompt(f"{item.id}-{turn}", text, templates[name]["system_prompt"], row))
     return found
 
 
@@ -103,10 +102,11 @@ def score(items, rows):
     strict = {key: grade for key, grade in strict.items() if grade is not None}
 
     graded = [row for row in rows if row["score"] != -1]
-    category = {item.row["question_id"]: item.row["category"] for item in items}
+    category = {item.id: item.row["category"] for item in items}
     categories = {}
     for name in dict.fromkeys(category.values()):
-        categories[name] = average([row for row in graded if category.get(row["question_id"]) == name])
+        mine = [row for row in graded if category.get(row["question_id"]) == name]
+        categories[name] = average(mine)
     return {"scores": {"score": average(graded),
                        "turn 1": average([row for row in graded if row["turn"] == 1]),
                        "turn 2": average([row for row in graded if row["turn"] == 2]),

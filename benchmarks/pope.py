@@ -2,8 +2,8 @@
 answers are no, in three splits whose negatives get harder.
 
 Officially, `F1` is the mean over the splits of the F1 of "yes", where an answer is no if its first
-sentence has the word No, not or no, and yes otherwise, "", "NO" and "I cannot tell" included. `words`
-knows yes, no and neither.
+sentence has the word No, not or no, and yes otherwise, "", "NO" and "I cannot tell" included.
+`words` knows yes, no and neither.
 
 The official tool pairs answers with labels by their order, which is wrong for one of the two label
 files in circulation; here picture and question decide.
@@ -14,26 +14,27 @@ import numpy as np
 
 from benchmarks.harness import Item, load, ratios
 from benchmarks.harness import llava_answers as read_answers, llava_rows as answer_rows
-from common import BadInput
 
-TITLE, FORM, SCALE, TOP = "POPE", "5.3f", 1, 1
+TITLE = "POPE"
+FORM = "5.3f"
+SCALE = 1
 PICTURES = True
-FOLDER, SOURCE = "pope", "github.com/RUCAIBox/POPE (output/coco)"
-ANSWERS, JUDGMENTS = "{model}.jsonl", ""
+FOLDER = "pope"
+SOURCE = "github.com/RUCAIBox/POPE (output/coco)"
+ANSWERS = "{model}.jsonl"
+JUDGMENTS = ""
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
 def items(folder):
-    """The questions of LLaVA's file where there is one, else of POPE's own, which have the labels."""
+    """The questions of LLaVA's file, if there is one, or of POPE's own, which have the labels."""
     known = {}
     for split in ("adversarial", "popular", "random"):
         for path in folder.every(f"coco_pope_{split}.json"):
             for row in load(path):
                 row["category"] = split
-                if known.setdefault(key(row), row)["label"] != row["label"]:
-                    raise BadInput(f"{path}: {row['image']} {row['text']!r} is labelled otherwise "
-                                   "in another file; keep one")
+                known[key(row)] = row
     if folder.every("llava_pope_test.jsonl"):
         rows = folder.load("llava_pope_test.jsonl")
     else:
@@ -42,7 +43,7 @@ def items(folder):
     found, root = [], f"{folder.path}/val2014"
     for row in rows:
         row["label"] = known[key(row)]["label"]
-        found.append(Item(str(row["question_id"]), ["<image>\n" + row["text"]], row, [row["image"]],
+        found.append(Item(row["question_id"], ["<image>\n" + row["text"]], row, [row["image"]],
                           root, max_new=128))
     return found
 
@@ -59,20 +60,21 @@ def official(text: str) -> str:
 
 
 def words(text: str) -> str:
-    """yes, no or unknown."""
+    """yes, no or unknown, by the words of the first sentence."""
     sentence = re.split(r"[.!?\n]", text.strip().lower().replace("’", "'"))[0]
-    if first := re.match(r"\W*(yes|yeah|yep|no|nope)\b", sentence):
+    said = " ".join(re.findall(r"[a-z]+(?:'t)?", sentence))
+    if first := re.match(r"(yes|yeah|yep|no|nope)\b", said):
         return "yes" if first[1].startswith("y") else "no"
-    if re.search(r"\b(cannot|can't|unsure|unclear|sure|maybe|possibly)\b", sentence):
+    if re.search(r"\b(cannot|can't|unsure|unclear|sure|maybe|possibly)\b", said):
         return "unknown"
-    if re.search(r"\b(no|not|none|nothing)\b|[a-z]'t\b", sentence):
+    if re.search(r"\b(no|not|none|nothing)\b|'t\b", said):
         return "no"
-    return "yes" if re.search(r"\byes\b|^\W*there (is|are)\b", sentence) else "unknown"
+    return "yes" if re.search(r"\byes\b|^there (is|are)\b", said) else "unknown"
 
 
 def score(items, rows=None):
     answered = [item for item in items if item.texts]
-    officially, repaired, categories = [], [], {}      # the first two: a part of the mean for each split
+    officially, repaired, categories = [], [], {}
     for split in dict.fromkeys(item.row["category"] for item in answered):
         mine = [item for item in answered if item.row["category"] == split]
         images = [item.images[0] for item in mine]

@@ -146,7 +146,7 @@ def test_stored_answers_can_be_judged_without_a_model(settings, data, monkeypatc
         monkeypatch.setattr(checkpoint, "load", lambda *a: pytest.fail("a model is loaded"))
         evaluate.run(replace(settings, judge_url=server.url, bench="mt_bench", answers=str(path), out=str(tmp_path / "b")))
     one, two = results(settings.out)["mt_bench"], results(tmp_path / "b")["mt_bench"]
-    assert one["scores"] == two["scores"] and one["cut"] == two["cut"] and one["length"] == two["length"]
+    assert one["scores"] == two["scores"] and one["length"] == two["length"] and two["cut"] is None, "such a file says nothing of what was cut off"
 
 
 def test_answered_but_not_judged(settings, capsys):
@@ -258,11 +258,13 @@ def test_a_judge_does_not_read_about_pictures_that_the_harness_added(settings, d
     assert len(server.asked) == 12 and not any("<image>" in text for text in server.asked)
 
 
-@pytest.mark.parametrize("flags, why", [({"picture": "nowhere"}, "a folder with .jpg"), ({"ckpt": "VICUNA", "picture": "HERE"}, "sees no pictures")])
-def test_pictures_that_cannot_be_shown(settings, vicuna, data, flags, why):
-    flags = {k: v.replace("VICUNA", vicuna).replace("HERE", f"{data}/mm_vet/images") for k, v in flags.items()}
-    with pytest.raises(BadInput, match=why):
-        evaluate.run(replace(settings, bench="mt_bench", judge="", **flags))
+def test_pictures_that_cannot_be_shown(settings, vicuna, data, capsys):
+    settings = replace(settings, bench="mt_bench", judge="")
+    with pytest.raises(BadInput, match="a folder with .jpg"):
+        evaluate.run(replace(settings, picture="nowhere"))
+    with pytest.raises(BadInput, match="mt_bench 0.0%"):
+        evaluate.run(replace(settings, ckpt=vicuna, picture=f"{data}/mm_vet/images"))
+    assert "3 not answered (has images, but this checkpoint is text-only)" in capsys.readouterr().out
 
 
 def test_cropping_changes_what_the_model_sees(settings, monkeypatch):
@@ -336,9 +338,6 @@ def test_a_missing_picture_is_not_an_answer(settings, data, tmp_path, capsys):
     found = results(settings.out)["pope"]
     assert found["scores"]["F1"]["n"] == 12 and len(found["unanswered"]) == 12 and "12 not answered (image" in capsys.readouterr().out
     evaluate.run(replace(settings, bench="pope", data_dir=str(copy), coverage=0.5, judge=""))
-    shutil.rmtree(copy / "pope/val2014")
-    with pytest.raises(BadInput, match="no such folder; the pictures of pope belong there"):
-        evaluate.run(replace(settings, bench="pope", data_dir=str(copy), judge=""))
 
 
 def test_a_prompt_that_is_too_long_and_an_answer_that_would_be_a_control_token(llava, monkeypatch):
@@ -440,8 +439,8 @@ def test_another_checkpoint_in_the_same_folder_is_asked_anew(settings, tmp_path,
 def synthetic(name: str, items: list[Item], folder: Path) -> tuple[dict, dict]:
     """Stored files as official tools write them, by a rule known here -> (flags, figures they must give)."""
     if name == "mt_bench":
-        rows = [{"question_id": i.row["question_id"], "model": "m", "judge": ["gpt-4", "x"], "user_prompt": "", "turn": t,
-                 "judgment": f"Rating: [[{1 + i.row['question_id'] % 7 + t}]]", "score": 1 + i.row["question_id"] % 7 + t} for i in items for t in (1, 2)]
+        rows = [{"question_id": i.id, "model": "m", "judge": ["gpt-4", "x"], "user_prompt": "", "turn": t,
+                 "judgment": f"Rating: [[{1 + i.id % 7 + t}]]", "score": 1 + i.id % 7 + t} for i in items for t in (1, 2)]
         return {"judgments": write(folder / "gpt-4_single.jsonl", rows)}, {"score": np.mean([r["score"] for r in rows])}
     if name == "alpaca_eval":
         rows = [{"instruction": i.row["instruction"], "output_1": i.row["output"], "output_2": "x" * (k % 900), "preference": 1 + (k % 3 > 0), "annotator": "a"}
@@ -453,19 +452,19 @@ def synthetic(name: str, items: list[Item], folder: Path) -> tuple[dict, dict]:
         ocr = [k % 11 / 10 for k, i in enumerate(items) if "ocr" in i.row["capability"]]
         return {"judgments": write(folder / "m_gpt-4-grade-1runs.json", rows)}, {"total": np.mean([k % 11 / 10 for k in range(218)]) * 100, "ocr": np.mean(ocr) * 100}
     if name == "llava_bench":
-        rows = [{"id": k, "question_id": i.row["question_id"], "category": f"llava_bench_{i.row['category']}", "content": f"9 {1 + k % 9}", "tuple": [9.0, 1.0 + k % 9]}
+        rows = [{"id": k, "question_id": i.id, "category": f"llava_bench_{i.row['category']}", "content": f"9 {1 + k % 9}", "tuple": [9.0, 1.0 + k % 9]}
                 for k, i in enumerate(items)]
         return {"judgments": write(folder / "review.jsonl", rows)}, {"relative": round(round(np.mean([1 + k % 9 for k in range(60)]), 3) / 9 * 100, 1)}
     if name == "pope":
-        rows = [{"question_id": i.row["question_id"], "text": "Yes" if i.row["question_id"] % 3 else "No"} for i in items]
+        rows = [{"question_id": i.id, "text": "Yes" if i.id % 3 else "No"} for i in items]
         f1 = []
         for split in ("adversarial", "popular", "random"):
-            mine = [(i.row["label"] == "yes", i.row["question_id"] % 3 > 0) for i in items if i.row["category"] == split]
+            mine = [(i.row["label"] == "yes", i.id % 3 > 0) for i in items if i.row["category"] == split]
             f1.append(2 * sum(a and b for a, b in mine) / (sum(a for a, _ in mine) + sum(b for _, b in mine)))
         return {"answers": write(folder / "pope.jsonl", rows)}, {"F1": np.mean(f1)}
-    rows = [{"question_id": i.row["question_id"], "text": i.row["answer"] if i.row["question_id"] % 5 else "E"} for i in items]
+    rows = [{"question_id": i.id, "text": i.row["answer"] if i.id % 5 else "E"} for i in items]
     return {"answers": write(folder / "mmbench.jsonl", rows)}, {
-        "circular": np.mean([n % 5 > 0 for n in {i.row["question_id"] % 1000000 for i in items}])}    # a million is a multiple of five
+        "circular": np.mean([n % 5 > 0 for n in {i.id % 1000000 for i in items}])}    # a million is a multiple of five
 
 
 @official

@@ -69,7 +69,7 @@ def test_the_interval_of_a_plain_mean_is_the_textbook_one():
     x = [1.0, 4.0, 2.0, 7.0]
     close(mean(x), 3.5, 1.96 * np.std(x, ddof=1) / 2)
     assert mean([3.0]) == {"mean": 3.0, "ci": None, "n": 1} and mean([])["mean"] is None and ratios([])["mean"] is None
-    assert harness.shown(mean(x), "5.1f") == "  3.5 ±2.6" and harness.shown(mean([]), "5.1f") == "-"
+    assert harness.shown(mean(x), "5.1f") == "  3.5 ± 2.6" and harness.shown(mean([]), "5.1f") == "-"
 
 
 def test_turns_of_one_question_move_together():
@@ -114,7 +114,7 @@ def graded(question, turn, score, judgment=None, model="m"):
 def test_mt_bench_scores_as_show_result_does():
     """Rows without a grade are dropped, all others averaged as they stand; the repaired figure beside it."""
     rows = [graded(81, 1, 8), graded(81, 2, 6), graded(81, 2, 2), graded(104, 1, 10), graded(104, 2, -1, "no"), graded(82, 1, 1, "see [1]")]
-    items = [Item(str(n), ["a", "b"], {"question_id": n, "category": kind}) for n, kind in ((81, "writing"), (82, "writing"), (104, "math"))]
+    items = [Item(n, ["a", "b"], {"category": kind}) for n, kind in ((81, "writing"), (82, "writing"), (104, "math"))]
     found = mt_bench.score(items, rows)
     close(found["scores"]["score"], (8 + 6 + 2 + 10 + 1) / 5)
     close(found["scores"]["turn 1"], (8 + 10 + 1) / 3)
@@ -344,17 +344,17 @@ def make_llava_bench(data: Path) -> Path:
 
 
 def test_llava_bench_prompts(tmp_path):
-    items = answered(items_of(make_llava_bench(tmp_path), llava_bench), {"1": ["mine"]})
+    items = answered(items_of(make_llava_bench(tmp_path), llava_bench), {1: ["mine"]})
     assert items[2].questions == ["<image>\nwhat 2?"] and items[2].root.endswith("llava_bench_wild/images")
-    prompt = prompts_of(tmp_path, llava_bench, items)["1"]
+    prompt = prompts_of(tmp_path, llava_bench, items)[1]
     assert prompt.text == ("[Context]\na\nb\n\n[Question]\nwhat 1?\n\n[Assistant 1]\ngpt 1 {role}\n\n[End of Assistant 1]\n\n"
                            "[Assistant 2]\nmine\n\n[End of Assistant 2]\n\n[System]\nrule detail\n\n")
     assert prompt.system == llava_bench.OURS and "our own" in prompt.wording
-    assert llava_bench.judge_rows([prompt], {"1": "7 9\nwell"}, "j") == [
+    assert llava_bench.judge_rows([prompt], {1: "7 9\nwell"}, "j") == [
         {"id": 1, "question_id": 1, "answer1_id": "g1", "answer2_id": items[1].answer_id("m"), "category": "llava_bench_detail", "content": "7 9\nwell",
          "tuple": [7, 9]}]
     write(tmp_path / "llava_bench_wild/system.txt", "be exact\n")
-    assert prompts_of(tmp_path, llava_bench, items)["1"].system == "be exact"
+    assert prompts_of(tmp_path, llava_bench, items)[1].system == "be exact"
 
 
 # ---- POPE ------------------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_pope_scores_by_hand(tmp_path):
     close(found["scores"]["F1"], (2 / 3 + 2 * 2 / (2 * 2 + 2) + 2 / 3) / 3)
     close(found["scores"]["words"], (2 / 3 + 2 / 3 + 0) / 3)
     assert (found["ok"], found["total"], found["unknown"]) == (24, 24, 0)
-    fewer = pope.score([replace(item, texts=item.texts if int(item.id) % 2 else []) for item in items])
+    fewer = pope.score([replace(item, texts=item.texts if item.id % 2 else []) for item in items])
     assert fewer["ok"] == 12 and fewer["total"] == 24
     silent = pope.score(answered(items, lambda item: ["No"]))
     assert silent["categories"]["random precision"]["mean"] is None and silent["scores"]["F1"]["mean"] == 0
@@ -413,9 +413,6 @@ def test_pope_scores_by_hand(tmp_path):
 def test_pope_from_its_own_files_alone(tmp_path):
     items = items_of(make_pope(tmp_path, question_file=False), pope)
     assert len({i.id for i in items}) == 24 and items[0].row["text"].endswith(pope.SUFFIX) and items[0].max_new == 128
-    write(tmp_path / "pope/other/coco_pope_random.json", [{"image": "COCO_0.jpg", "text": "Is there a dog in the image?", "label": "no"}] * 2)
-    with pytest.raises(BadInput, match="labelled otherwise"):
-        items_of(tmp_path, pope)
 
 
 @official
@@ -451,7 +448,7 @@ def test_mmbench_prompts_options_and_pictures(tmp_path):
     assert items[3].row["options"] == {"A": "None of it"}, "options end at the first that is none"
     assert {(i.root, *i.images) for i in items} == {(str(tmp_path / "unpacked"), "7.jpg"), (str(tmp_path / "unpacked"), "9.jpg")}
     assert (tmp_path / "unpacked" / "9.jpg").read_bytes() == (tmp_path / "unpacked" / "7.jpg").read_bytes() != b""
-    row = mmbench.answer_rows(answered(items, {"7": ["B"]})[1:2], "m")[0]
+    row = mmbench.answer_rows(answered(items, {7: ["B"]})[1:2], "m")[0]
     assert (row["question_id"], row["option_char"], row["options"], row["text"]) == (7, ["A", "B", "C"], ["cat", "dog", "owl"], "B")
     assert "<image>" not in row["prompt"] and row["prompt"].endswith(mmbench.SUFFIX) and row["round_id"] == 0
 
@@ -466,15 +463,15 @@ def test_mmbench_finds_letters():
 
 def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path):
     items = items_of(make_mmbench(tmp_path), mmbench)
-    answers = {"7": ["B"], "1000007": ["C"], "2000007": ["A"], "9": ["A"], "1000009": ["A"]}
+    answers = {7: ["B"], 1000007: ["C"], 2000007: ["A"], 9: ["A"], 1000009: ["A"]}
     found = mmbench.score(answered(items, answers))
     close(found["scores"]["circular"], 0.5)
     close(found["scores"]["vanilla"], 1.0)
     assert found["scores"]["circular"]["n"] == 2 and found["unknown"] == 0
-    fewer = mmbench.score(answered(items, {k: v for k, v in answers.items() if k != "1000009"}))
+    fewer = mmbench.score(answered(items, {k: v for k, v in answers.items() if k != 1000009}))
     close(fewer["scores"]["circular"], 1.0)                              # 9 is not whole: it does not count, and coverage says so
     assert (fewer["ok"], fewer["total"]) == (4, 5)
-    turned = mmbench.score(answered(items, answers | {"1000007": ["A"]}))
+    turned = mmbench.score(answered(items, answers | {1000007: ["A"]}))
     assert (turned["scores"]["circular"]["mean"], turned["scores"]["vanilla"]["mean"]) == (0, 1), "vanilla counts what is not turned"
 
 
@@ -504,20 +501,18 @@ def test_answers_come_back_from_the_benchmarks_own_format(tmp_path, name):
     assert len(rows) == len(items) and (name == "mm_vet" or all(SHAPES[name] <= set(row) for row in rows))
     path = tmp_path / ("answers" + Path(bench.ANSWERS).suffix)
     harness.dump(path, rows)
-    back = bench.read_answers(path)
-    assert {key: texts for key, (texts, _) in back.items()} == {item.id: item.texts for item in items}
-    assert name == "mm_vet" or all(finishes == ["stop"] * len(texts) for texts, finishes in back.values())
+    assert bench.read_answers(path) == {item.id: item.texts for item in items}
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
-    with pytest.raises(BadInput, match="mt_bench must hold one question.jsonl, not 0; get it from github.com/lm-sys"):
+    with pytest.raises(BadInput, match="mt_bench must hold one question.jsonl, not 0; it comes from github.com/lm-sys"):
         items_of(tmp_path, mt_bench)
     write(tmp_path / "mt_bench/question.jsonl", "{")
-    with pytest.raises(BadInput, match="neither JSON nor JSON lines"):
+    with pytest.raises(BadInput, match="no JSON, nor lines of it"):
         items_of(tmp_path, mt_bench)
     make_mmbench(tmp_path)
     write(tmp_path / "mmbench/other.tsv", "index\n1\n")
-    with pytest.raises(BadInput, match=r"must hold one \*.tsv, not 2; keep one of dev.tsv, other.tsv"):
+    with pytest.raises(BadInput, match=r"must hold one \*.tsv, not 2"):
         items_of(tmp_path, mmbench)
 
 
