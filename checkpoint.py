@@ -69,8 +69,8 @@ RENAME = {                                               # in this order
     r"^model\.(embed_tokens|layers|norm)\.": r"language_model.\1.",               # Llama
     r"^vision_tower\.vision_model\.": "vision_tower.",
 }
-BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")     # computed anew
-NOT_TOWER = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)")    # of CLIP
+BUFFERS = r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$"     # computed anew
+NOT_TOWER = r"^(text_model|text_projection|visual_projection|logit_scale)|" + BUFFERS    # of CLIP
 
 
 def canonical(key: str) -> str:
@@ -203,8 +203,7 @@ def resolve(ckpt: str) -> Path:
 def beside(folder: Path, what: str, name) -> Path:
     """The folder of another model that this one cannot do without. Raises BadInput."""
     name = Path(str(name))
-    above = folder.parent
-    places = [folder / what, name, folder / name, above / name.name, above.parent / name.name]
+    places = [folder / what, name, folder / name, folder.parent / name.name]
     for place in places:
         if place != folder and (place / "config.json").is_file():
             return place
@@ -276,7 +275,7 @@ def weights(folder: Path, device) -> Iterator[tuple[str, str, Tensor]]:
     _, tower = read_config(folder)
     carried = False
     for key, value in tensors(folder):
-        if BUFFERS.search(key):
+        if re.search(BUFFERS, key):
             continue
         name = canonical(key)
         if tower and name in (EMBEDDING, HEAD):          # <image> and <pad>, improbable as <unk>
@@ -287,7 +286,7 @@ def weights(folder: Path, device) -> Iterator[tuple[str, str, Tensor]]:
     # a LLaVA that trained its tower carries it, others do not
     if tower and not carried:
         for key, value in tensors(tower):
-            if not BUFFERS.search(key) and not NOT_TOWER.search(key):
+            if not re.search(NOT_TOWER, key):
                 yield key, "vision_tower." + key.removeprefix("vision_model."), value
 
 
@@ -441,8 +440,8 @@ def processor_json(config: Config, crop: bool) -> dict[str, dict]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then takes `folder`'s place whole: a kill at any moment loses neither old
-    nor new."""
+    """A folder to fill, which then takes `folder`'s place whole: a kill at any moment loses neither
+    old nor new."""
     aside, old = Path(f"{folder}.part"), Path(f"{folder}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -146,7 +146,7 @@ def test_after_many_steps_the_cached_reference_is_still_that_of_the_start(run, c
 
 def test_an_adapter_on_an_adapter_and_alpha_without_rank_are_refused(run, ckpt, data, tmp_path):
     for script in (dpo, sft):
-        for folder, changes, why in ((ckpt, {"lora": -1}, "not negative"), (ckpt, {"lora": 0, "alpha": 8.0}, "give --lora"),
+        for folder, changes, why in ((ckpt, {"lora": -1}, "--lora -1"), (ckpt, {"lora": 0, "alpha": 8.0}, "give --lora"),
                                      (run[0] / "adapter", {}, "PEFT loads none on top of another")):
             with pytest.raises(BadInput, match=why):
                 script.run(script.Settings(**flags(folder, data, tmp_path / "out", **changes)))
@@ -218,7 +218,7 @@ UP = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"
     (lambda t, c: t.update({UP.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(1)}), "lora_magnitude_vector"),
     (lambda t, c: t.update({"base_model.model.model.multi_modal_projector.linear_1.bias": torch.ones(3)}), "linear_1.bias: misshapen: (3,)"),
     (lambda t, c: t.clear(), "the adapter is empty"),
-    (lambda t, c: c.update(use_dora=True), "use_dora is True, only False is known here; merge it with PEFT first"),
+    (lambda t, c: c.update(use_dora=True), "use_dora is True, only False is known; merge it with PEFT first"),
     (lambda t, c: c.update(bias="all"), "bias is 'all'"),
     (lambda t, c: c.update(rank_pattern={"q_proj": 8}), "rank_pattern"),
     (lambda t, c: c.pop("r"), "not two numbers"), (lambda t, c: c.update(r="4"), "not two numbers"),
