@@ -122,6 +122,8 @@ def test_both_kinds_of_checkpoint_run_through_all_six(settings, vicuna, capsys):
                  f"llava_bench/reviews/{m}_openai-fake.jsonl", f"pope/{m}.jsonl", f"mmbench/{m}.jsonl"):
         assert (both / name).is_file(), name
     assert all(n == 1 for n in asked.values()), "nothing is asked twice"
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert all(f"`{figure}`" in page for found in results(both).values() for figure in found["scores"]), "each figure is explained"
     grades = [1 + judge_server.digest("grade", r["user_prompt"]) % 10 for r in read_jsonl(both / "mt_bench/model_judgment/openai-fake_single.jsonl")]
     assert len(grades) == 6 and results(both)["mt_bench"]["scores"]["score"]["mean"] == sum(grades) / 6
 
