@@ -132,9 +132,9 @@ class Judge:
         states = Counter()
         bar = tqdm(desc="judging", unit="rec", disable=None, leave=False)
         with bar, ThreadPoolExecutor(self.s.workers) as pool:
-            jobs = [pool.submit(self.settle, q) for q in questions]
-            bar.reset(len(jobs))
             try:
+                jobs = [pool.submit(self.settle, q) for q in questions]
+                bar.reset(len(jobs))
                 for job in as_completed(jobs):
                     states[job.result()] += 1            # raises what the job raised
                     bar.set_postfix(states, refresh=False)
@@ -256,11 +256,11 @@ class Judge:
 
         text = self.scrub(content.decode("utf8", "replace"))
         try:
-            data = json.loads(text)
+            # Half a character, which no file can hold, becomes "?".
+            data = json.dumps(json.loads(text), ensure_ascii=False).encode("utf8", "replace")
+            data = json.loads(data)
         except (ValueError, RecursionError):
-            return response.status_code, response.headers, text
-        # Half a character, which no file can hold, becomes "?".
-        data = json.loads(json.dumps(data, ensure_ascii=False).encode("utf8", "replace"))
+            data = text
         if data and isinstance(data, list):              # Google's errors may stand in one
             data = data[0]
         return response.status_code, response.headers, data
