@@ -101,7 +101,8 @@ def test_the_story_runs_from_sampling_to_the_table(tmp_path, capsys, monkeypatch
     assert set(saved) == {"Vicuna-mini", "LLaVA-mini", "LLaVA-mini + DPO"}
 
 
-def test_the_story_is_told_once_and_about_the_miniature(tmp_path):
+def test_the_story_is_told_once_and_about_the_miniature(tmp_path, monkeypatch):
+    monkeypatch.setattr(items, "measure", lambda *args: pytest.fail("refused before anything is measured"))
     (tmp_path / "model").mkdir()
     with pytest.raises(common.BadInput, match="already holds a trained model"):
         story.run(story.Settings(out=str(tmp_path)))
