@@ -30,7 +30,7 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
     own        0  0  0 | 3  3 | 5
     [lo, hi)   empty   | 0..3 | 0..3       both answers see the prompt, neither sees the other
     rows       2 3 4   ->  targets a b E   the prompt's last row predicts the first token of every answer
-               2 5     ->  targets c E
+               2 5     ->  targets c E     stored as `read` 2 3 4 5, each row once, and `place` 0 1 2 0 3 in it
 """
 import random
 from array import array
@@ -127,7 +127,7 @@ class Template:
         return text
 
     def reply(self, text: str) -> str:
-        """What an answer adds to the prompt's text."""
+        """What an answer adds to the prompt's text. (What is put in is not searched again, whatever it says.)"""
         return self.answer.replace("{content}", text)
 
     def asked(self, messages: list[dict]) -> list[dict]:
@@ -304,7 +304,7 @@ class Tokens:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def steered(self, form: dict) -> "Tokens":
+    def with_form(self, form: dict) -> "Tokens":
         """The same, for a model that learns to be asked for scores in this form."""
         other = copy(self)
         other.steer = form
@@ -362,7 +362,7 @@ class Tree:
 def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = False, max_length: int = 0) -> Tree:
     """A record and some answers' texts -> a tree. Raises BadInput with the reason it cannot be used.
 
-    history      also mark the earlier assistant turns, so that instruction tuning can score them
+    history      also mark the earlier assistant turns, so that instruction tuning can score them; else they are context
     max_length   longest prompt + answer in tokens; what is longer is refused, never cut (0: no limit)
     """
     if record["images"] and not tokens.patches:

@@ -102,6 +102,9 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
 
 # ---- the loop -----------------------------------------------------------------------------------------------------
 
+UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
+
+
 def train(run: Run, pairs: list[Tree], s: Settings):
     """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
@@ -109,7 +112,7 @@ def train(run: Run, pairs: list[Tree], s: Settings):
             logps, reference, lengths = pair_logps(run.model, part, s)       # (B, 2) each: chosen, rejected
             loss, margin = LOSSES[s.loss](logps, reference, s)
             run.backward(loss.sum() / len(batch))        # the mean over the batch, however it is packed
-            rewards = s.beta * (logps - reference)
+            rewards = s.beta * (logps - reference)       # whose difference the margin is; for metrics
             run.record(
                 loss=loss, margin=margin, accuracy=margin > UNDECIDED,
                 reward_chosen=rewards[:, 0], reward_rejected=rewards[:, 1],
@@ -133,7 +136,6 @@ def pair_logps(model, part, s) -> tuple[Tensor, Tensor, Tensor]:
     return logps, reference, lengths
 
 
-UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
 HEADER = "  step      loss   margin  acc.   reward c / r       logp c / r     length c / r    grad        lr  pairs/s"
 
 
@@ -217,11 +219,11 @@ def fingerprint(model, found) -> dict[str, str]:
     }
 
 
-def cached_reference(model, found, path, budget, now) -> list[list[float]]:
-    """reference.jsonl: computed and written where there is none, refused where its fingerprint is not `now`."""
+def cached_reference(model, found, path, budget, depends) -> list[list[float]]:
+    """reference.jsonl: computed and written where there is none, refused where its fingerprint is not `depends`."""
     note = path.with_suffix(".fingerprint.json")
     if parallel.from_first(path.exists):
-        logps = stored_reference(path, note, found.trees, now)
+        logps = stored_reference(path, note, found.trees, depends)
         print(f"reference: {len(logps)} records read from {path}")
         return logps
 
@@ -231,7 +233,7 @@ def cached_reference(model, found, path, budget, now) -> list[list[float]]:
         rows = []
         for tree, numbers in zip(found.trees, logps):
             rows.append({"id": tree.id, "logps": numbers, "tokens": [len(answer) for answer in tree.answers]})
-        write_whole(note, json.dumps(now, indent=1) + "\n")                  # first: a file without it is refused
+        write_whole(note, json.dumps(depends, indent=1) + "\n")                  # first: a file without it is refused
         write_jsonl(path, rows)
     answers = sum(len(numbers) for numbers in logps)
     print(f"reference: {len(logps)} records, {answers} answers, {time.perf_counter() - began:.1f} s -> {path}")
@@ -291,7 +293,7 @@ def check_flags(s: Settings):
 def align(s: Settings) -> Llava:
     """--data and --ckpt -> the aligned model, in memory and in --out."""
     check_flags(s)
-    s, device, dtype = training.door(s, full=5e-7, adapters=5e-5)
+    s, device, dtype = training.door(s, full_lr=5e-7, adapter_lr=5e-5)
     out = Path(s.out)
 
     # Of every usable record a tree with all its answers, and which two of them make a pair. The data comes first:
@@ -306,8 +308,8 @@ def align(s: Settings) -> Llava:
         return [tree]
 
     found = training.read(s, all_answers)
-    usable = [tree for tree, choice in zip(found.trees, choices) if choice and not is_held_out(tree.id, s.holdout)]
-    if not usable and s.steps != 0:
+    paired = any(choice and not is_held_out(tree.id, s.holdout) for tree, choice in zip(found.trees, choices))
+    if not paired and s.steps != 0:
         held_out = f"; and not all may be held out by --holdout {s.holdout}" if s.holdout else ""
         raise BadInput(
             f"{s.data}: no usable pair among {found.records} records; a pair needs two different answers whose scores S "
@@ -316,8 +318,8 @@ def align(s: Settings) -> Llava:
 
     # The reference, by the very model that is then trained.
     model = checkpoint.load(s.ckpt, device, dtype)
-    now = parallel.from_first(lambda: fingerprint(model, found))
-    logps = cached_reference(model, found, Path(s.reference or out / "reference.jsonl"), s.pack, now)
+    depends = parallel.from_first(lambda: fingerprint(model, found))
+    logps = cached_reference(model, found, Path(s.reference or out / "reference.jsonl"), s.pack, depends)
     pairs, held_out = [], []
     for pair in make_pairs(found.trees, choices, logps):
         (held_out if is_held_out(pair.id, s.holdout) else pairs).append(pair)
@@ -335,7 +337,7 @@ def align(s: Settings) -> Llava:
 
     before = preference(model, held_out, found.pixels, s) if held_out else None
     taught = sha(training.trees_digest(pairs), *(repr(pair.reference) for pair in pairs))
-    with training.begin(s, model, pairs, found.pixels.pack, steps, now | {"data": taught}) as run:
+    with training.begin(s, model, pairs, found.pixels.pack, steps, depends | {"data": taught}) as run:
         train(run, pairs, s)
     if held_out:
         report_held_out(before, preference(model, held_out, found.pixels, s), out)

@@ -105,8 +105,6 @@ def turns(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
 # x (T, D) tokens; cos and sin (T, 1, K) from `turns`; attend(layer, q, k, v) -> what each token gathered (T, H, K);
 # read (M,) the tokens whose states are wanted, or None for all.
 
-FEW = 64    # rows
-
 
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
@@ -119,6 +117,9 @@ class RMSNorm(nn.Module):
         squares = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square()
         normed = exact * (squares / x.shape[-1] + self.eps).rsqrt()
         return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+FEW = 64    # rows
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

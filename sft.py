@@ -41,7 +41,8 @@ class Settings(training.Settings):
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
 def train(run: Run, order: Iterable[Tree], name: str = "sft"):
-    """Train whatever of run.model requires a gradient, in place, on the trees of `order`, run.batch a step."""
+    """Train whatever of run.model requires a gradient, in place, run.batch trees a step. `order` gives trees for ever, or
+    at least for all steps."""
     bar = tqdm(run.steps(order), desc=name, unit="step", disable=None, initial=run.done, total=run.total)
     for step, batch in bar:
         scored = sum(scored_tokens(tree) for tree in batch)
@@ -88,7 +89,7 @@ def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], docume
     if s.dry_run:
         config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
         return memory.dry_run(config, s)
-    s, device, dtype = training.door(s, full=2e-5, adapters=4e-4)
+    s, device, dtype = training.door(s, full_lr=2e-5, adapter_lr=4e-4)
     found = training.read(s, trees_of)                   # the data first: reading weights takes longer
     model = checkpoint.load(s.ckpt, device, dtype)
     steps = training.count_steps(s, found.trees)

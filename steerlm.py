@@ -81,7 +81,7 @@ def run(s: Settings):
         check_words(Tokens(folder, config, s.template), form)
 
     def trees_of(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
-        return trees_under_scores(tokens.steered(form), record, longest)     # also a model that was steered before
+        return trees_under_scores(tokens.with_form(form), record, longest)     # also a model that was steered before
 
     sft.fit(s, trees_of, {"steer.json": form})
 

@@ -66,26 +66,31 @@ PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, where adapters train beside 
 @dataclass
 class Settings:
     """What every training script can be told."""
+    # what
     ckpt: str = "toy/llava"      # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
     data: str = ""               # records, preference pairs, LLaVA conversations, ... (see formats.py)
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     out: str = ""                # run folder
     template: str = ""           # vicuna_v1, chatml, llama_3 or mistral; empty: what the checkpoint's own files tell
     seed: int = 0                # order of the records, and every other choice
-    device: str = "auto"         # cpu, cuda, ...
-    dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
-    steps: int = -1              # optimizer steps; -1: --epochs passes
+
+    # how long, and how fast
+    steps: int = -1              # optimizer steps; -1: --epochs passes; 0 (dpo.py): stop after the reference
     epochs: int = 3              # passes over the data (the paper's 3)
     batch: int = 128             # records per optimizer step (the paper's 128)
     lr: float = 0.0              # peak learning rate; 0: the method's own, for full fine-tuning or for adapters
     projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or beside adapters the paper's 2e-5
     warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
     clip: float = 1.0            # largest gradient norm (LLaVA's default); 0: none
+    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
+    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
+
+    # how it is computed
+    device: str = "auto"         # cpu, cuda, ...
+    dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
     pack: int = 0                # tokens computed at once, gradients add up over packs; 0: 1024 on the CPU, 8192 on a GPU
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
     crop: bool = False           # centre-crop images instead of padding them to a square
-    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
-    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
     checkpointing: bool = False  # keep less for backward and compute it again; the memory plan says whether it is needed
     dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
     save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
@@ -214,6 +219,12 @@ class Run:
         self.done = 0                                    # steps
         self.stop = threading.Event()                    # SIGTERM came
         self.metrics = open(os.devnull, "w")
+
+        # Of the step at work.
+        self.members = []                                # its batch
+        self.recorded = defaultdict(list)                # column -> this process's vectors
+        self.counts = True                               # does the pack at hand?
+        self.began = 0.0
 
     def steps(self, order):
         """(step, its batch) for every step that is not done yet; `order` gives the items from step 0 on."""
@@ -402,9 +413,9 @@ def flush_folder(folder):
 
 # ---- before the loop ------------------------------------------------------------------------------------------------
 
-def door(s: Settings, full: float, adapters: float) -> tuple[Settings, torch.device, torch.dtype]:
+def door(s: Settings, full_lr: float, adapter_lr: float) -> tuple[Settings, torch.device, torch.dtype]:
     """What cannot work is refused before anything is read -> the settings with every default filled in, where and in which
-    precision to compute. `full` and `adapters` are the method's own peak learning rates."""
+    precision to compute. `full_lr` and `adapter_lr` are the method's own peak learning rates."""
     check_numbers(s)
     if not s.data:
         raise BadInput("--data is needed: records, preference pairs or conversations, see formats.py")
@@ -428,9 +439,9 @@ def door(s: Settings, full: float, adapters: float) -> tuple[Settings, torch.dev
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
     s = replace(s, pack=pack_size(s.pack, device))
     if not s.lr and s.lora:
-        s = replace(s, lr=adapters, projector_lr=s.projector_lr or PROJECTOR_LR)
+        s = replace(s, lr=adapter_lr, projector_lr=s.projector_lr or PROJECTOR_LR)
     elif not s.lr:
-        s = replace(s, lr=full)
+        s = replace(s, lr=full_lr)
     out.mkdir(parents=True, exist_ok=True)
     return s, device, dtype
 

@@ -131,7 +131,7 @@ ASKED = "USER: What?\nAnswer with helpfulness {0}, correctness {1}, coherence {2
 
 
 def test_every_whole_answer_is_learned_under_its_own_scores_and_they_are_never_in_the_loss(tokens):
-    steered = tokens.steered(FORM)
+    steered = tokens.with_form(FORM)
     record = judged(12, 3, 7, texts=["the circle is red.", "bad", "cut"])
     record["answers"][2]["finish"] = "length"
     trees = steerlm.trees_under_scores(steered, record, 9999)
@@ -147,7 +147,7 @@ def test_every_whole_answer_is_learned_under_its_own_scores_and_they_are_never_i
 
 def test_only_the_last_question_asks_for_scores(tokens):
     talk = record(".", "One?", "Yes.", "Two?")
-    tree = make_tree(tokens.steered(FORM).asking(dict.fromkeys(RUBRIC.attributes, 1)), talk, [])
+    tree = make_tree(tokens.with_form(FORM).asking(dict.fromkeys(RUBRIC.attributes, 1)), talk, [])
     text = tokens.tokenizer.decode(list(tree.prompt))
     assert "USER: One? ASSISTANT: Yes." in text and "USER: Two?\nAnswer with helpfulness 1," in text
     assert talk == record(".", "One?", "Yes.", "Two?"), "and nobody's record is rewritten"
@@ -160,7 +160,7 @@ def test_training_and_use_see_the_same_bytes(ckpt, tokens, tmp_path):
     steered = Tokens(folder, model.config)
     record = judged(12)
     record["answers"][0]["scores"] = ALL_FOURS
-    trained, = steerlm.trees_under_scores(tokens.steered(FORM), record, 9999)
+    trained, = steerlm.trees_under_scores(tokens.with_form(FORM), record, 9999)
     plain = make_tree(tokens, record, []).prompt
     assert make_tree(steered, record, []).prompt == trained.prompt != plain
     assert make_tree(steered.asking(ALL_FOURS | {"verbosity": 0}), record, []).prompt != trained.prompt
@@ -237,7 +237,7 @@ def test_loss_and_gradients_are_the_mean_over_the_batch_s_scored_tokens_however_
     records, _ = formats.read(path)
     trees = {"sft": lambda r: sft.golden_tree(tokens, r, 9999),
              "rejection": lambda r: [make_tree(tokens, r, [r["answers"][rejection.best(r)]["text"]])],
-             "steerlm": lambda r: steerlm.trees_under_scores(tokens.steered(FORM), r, 9999)}[method]
+             "steerlm": lambda r: steerlm.trees_under_scores(tokens.with_form(FORM), r, 9999)}[method]
     trees = [tree for r in records for tree in trees(r)][:8]
     model = checkpoint.load(ckpt)
     pixels = Pixels(model.config)
