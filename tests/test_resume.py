@@ -177,9 +177,11 @@ def stop_in_step(monkeypatch, step, run, settings):
         if len(calls) == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*a)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody listens to SIGTERM"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(parallel, "sum_gradients", sum_gradients)
         run(settings)
+    signal.signal(signal.SIGTERM, before)
     assert end.value.code == 143
 
 
