@@ -151,14 +151,14 @@ def test_losses_and_weights_are_those_of_one_process(worlds, world, name):
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=slow)])
 def test_a_model_that_computes_in_16_bits_trains_through_shards_in_fp32(worlds, world):
-    """Not to the last digits, which 16 bits do not have; but the same steps in nearly all weights,
-    which only fp32 allows."""
+    """The same steps in nearly all weights, which only fp32 allows; and the same losses, which only
+    angles in fp32 give."""
     key = "language_model.model.layers.0.mlp.up_proj.weight"
     before = load_file(worlds / "tiny" / "model.safetensors")[key].bfloat16()
     expected, found = (weights(worlds / str(w) / "bfloat16")[key] for w in (1, world))
     assert (found != before).float().mean() > 0.3 and (found == expected).float().mean() > 0.9
     expected, found = (rows_of(worlds / str(w) / "bfloat16" / "metrics.jsonl") for w in (1, world))
-    assert [row["loss"] for row in expected] == pytest.approx([row["loss"] for row in found], abs=0.02)
+    assert [row["loss"] for row in expected] == pytest.approx([row["loss"] for row in found], abs=1e-4)
 
 
 def test_the_reference_and_what_is_held_out_are_the_same(worlds):
