@@ -78,7 +78,7 @@ class Settings(JudgeSettings):
 
 # ---- sampling -----------------------------------------------------------------------------------
 
-def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[list, list]:
+def sample(s, records, out, device) -> tuple[list, list]:
     """Give every record without answers its n -> (records, rejects). Of N processes each does
     every N-th batch."""
     folder = checkpoint.resolve(s.ckpt)
@@ -132,7 +132,7 @@ def sample(s: Settings, records: list[dict], out: Path, device: str) -> tuple[li
     return filled, rejects
 
 
-def read_answers(out: Path) -> dict[str, list]:
+def read_answers(out) -> dict[str, list]:
     """What all processes have sampled so far, this run or an earlier one, by key."""
     known = {}
     for path in out.glob("answers-*.jsonl"):
@@ -167,7 +167,7 @@ def question(record: dict, s: Settings) -> Question:
     )
 
 
-def plan(s: Settings, records: list[dict]) -> str:
+def plan(s, records) -> str:
     """What judging would take, before a cent is spent, and what the judge would read."""
     journal = Path(s.out) / "journal.jsonl"
     rows = journal_rows(journal) if journal.exists() else []
@@ -206,7 +206,7 @@ def plan(s: Settings, records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def judge(s: Settings, records: list[dict], out: Path) -> list[dict]:
+def judge(s, records, out) -> list[dict]:
     """Every record judged -> the records with scores, states and what the judge was."""
     if s.judge == "oracle":
         replies = ask_oracle(s, records)
@@ -227,7 +227,7 @@ def judge(s: Settings, records: list[dict], out: Path) -> list[dict]:
     return judged
 
 
-def ask_oracle(s: Settings, records: list[dict]) -> list[tuple]:
+def ask_oracle(s, records) -> list[tuple]:
     """[(reply, what it says)]; the miniature's own judge, which is exact and needs no journal."""
     from toy.oracle import exact_reply
     replies = []
@@ -237,7 +237,7 @@ def ask_oracle(s: Settings, records: list[dict]) -> list[tuple]:
     return replies
 
 
-def ask_judge(s: Settings, records: list[dict], out: Path) -> list[tuple]:
+def ask_judge(s, records, out) -> list[tuple]:
     """[(reply, what it says)], read from the journal's raw text."""
     began = time.perf_counter()
     questions = [question(record, s) for record in records]
@@ -254,7 +254,7 @@ def ask_judge(s: Settings, records: list[dict], out: Path) -> list[tuple]:
         return [replies.final(q) for q in questions]
 
 
-def with_scores(record: dict, reply: Reply, found: dict | None, s: Settings) -> dict:
+def with_scores(record, reply, found, s) -> dict:
     """The record with what the judge replied; nothing remains of an earlier judge."""
     order = shown_order(record, s.seed)
     answers = [without(answer, "scores", "comment") for answer in record["answers"]]
@@ -277,13 +277,13 @@ def with_scores(record: dict, reply: Reply, found: dict | None, s: Settings) -> 
     return judged
 
 
-def without(row: dict, *names: str) -> dict:
+def without(row, *names) -> dict:
     return {name: value for name, value in row.items() if name not in names}
 
 
 # ---- putting it together ------------------------------------------------------------------------
 
-def bring_pictures(record: dict, out: Path) -> dict:
+def bring_pictures(record, out) -> dict:
     """The record with its pictures in `out`, under their names (hard links where possible)."""
     root = Path(record["root"]).resolve()
     sources = [image_path(root, name) for name in record["images"]]
@@ -302,7 +302,7 @@ def bring_pictures(record: dict, out: Path) -> dict:
     return record | {"images": names, "root": str(out)}
 
 
-def check_settings(s: Settings) -> None:
+def check_settings(s) -> None:
     if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1:
         raise BadInput("--n must lie from 1 to 26, --max_new, --batch and --gap be at least 1")
     if not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1:
@@ -352,7 +352,7 @@ def annotate(s: Settings) -> list[dict]:
     return records
 
 
-def look(s: Settings, records: list[dict]) -> None:
+def look(s, records) -> None:
     """Numbers, board and export, where asked for; and what to run next."""
     out = Path(s.out)
     if s.pairs:

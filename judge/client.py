@@ -35,7 +35,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
@@ -81,12 +80,12 @@ class JudgeSettings:
 class Replies(Journal):
     """The journal of a judge: how questions ended, how open ones went so far, what it cost."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path):
         self.earlier = defaultdict(list)     # key of an open question -> the states of its replies
         self.used = Counter()                # tokens, by kind
         super().__init__(path)
 
-    def seen(self, row: dict) -> bool:
+    def seen(self, row) -> bool:
         self.used.update(row["usage"])
         if row["final"]:
             self.earlier.pop(row["key"], None)
@@ -100,7 +99,7 @@ class Replies(Journal):
         reply = Reply(row["state"], row["text"], row["reason"], row["version"], row["usage"])
         return reply.checked(q.check)
 
-    def keep(self, q: Question, reply: Reply, final: bool) -> None:
+    def keep(self, q, reply, final) -> None:
         about = {"key": q.key, "id": q.id, "final": final, "time": time.time()}
         self.append(about | asdict(reply))
 
@@ -174,7 +173,7 @@ class Judge:
 
     # ---- calls ----------------------------------------------------------------------------------
 
-    def post(self, q: Question, images: list[str], budget: int) -> Reply:
+    def post(self, q, images, budget) -> Reply:
         """The reply of a 200, or one that says why there is none. Raises BadInput where the whole
         run must stop, Stopped where another question has stopped it."""
         tries = 0.0
@@ -228,7 +227,7 @@ class Judge:
             self.stop.wait(wait)
         raise Stopped
 
-    def pause(self, seconds: float) -> None:
+    def pause(self, seconds) -> None:
         """Nobody sends anything for so long."""
         with self.turn:
             self.next_call = max(self.next_call, time.monotonic() + seconds)
@@ -265,14 +264,14 @@ class Judge:
             data = data[0]
         return response.status_code, response.headers, data
 
-    def scrub(self, text: str) -> str:
+    def scrub(self, text) -> str:
         """Without the key, should a server echo it, in whatever way JSON spells its characters."""
         if len(self.key) < 8:
             return text
         spelled = [rf"\\*({re.escape(c)}|u00{ord(c):02x})" for c in self.key]
         return re.sub("".join(spelled), "[key]", text, flags=re.IGNORECASE)
 
-    def stop_if_pointless(self, status: int, error: dict, what: str) -> None:
+    def stop_if_pointless(self, status, error, what) -> None:
         for pattern, remedy in STOPS.items():
             if re.match(pattern, f"{status} {json.dumps(error)}"):
                 keys = " or ".join(self.wire.keys)
@@ -304,7 +303,7 @@ def door(s: JudgeSettings, dry: bool = False) -> tuple:
     return wire, model, base_url(wire.base, s.judge_url), key
 
 
-def base_url(usual: str, url: str) -> str:
+def base_url(usual, url) -> str:
     """--judge_url replaces scheme and host, or the whole base where it has a path."""
     if not url:
         return usual
@@ -315,7 +314,7 @@ def base_url(usual: str, url: str) -> str:
     return found[1] + (found[2] or urlsplit(usual).path)
 
 
-def find_key(variables: tuple, needed: bool) -> str:
+def find_key(variables, needed) -> str:
     found = [os.environ.get(name, "").strip() for name in variables]
     key = next(filter(None, found), "")
     where = " or ".join(variables)

@@ -64,11 +64,11 @@ def statistics(records: list[dict], gap: int = GAP, seed: int = 0) -> dict:
     }
 
 
-def mean(values: np.ndarray) -> float | None:
+def mean(values) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def correlations(grades: np.ndarray) -> list[list]:
+def correlations(grades) -> list[list]:
     """(answers, attributes) -> (attributes, attributes); None where an attribute never varies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # it divides by the spread, which then is 0
@@ -126,7 +126,7 @@ def show(x: dict) -> str:
     return "\n".join(lines)
 
 
-def show_grades(x: dict) -> str:
+def show_grades(x) -> str:
     """A line for each attribute: how often each grade was given, their mean, the correlations."""
     grades = np.arange(RUBRIC.highest + 1)
     names = "".join(f"{name[:6]:>8}" for name in RUBRIC.attributes)
@@ -154,7 +154,7 @@ def to_trl(record: dict, pair: tuple[int, int]) -> dict:
     }
 
 
-def parts(content: str) -> list[dict]:
+def parts(content) -> list[dict]:
     """"<image>\\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]."""
     found = []
     for piece in re.split(r"(<image>)\n?", content):

@@ -97,13 +97,13 @@ class Gemini:
         "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION",
     )
 
-    def url(self, base: str, model: str) -> str:
+    def url(self, base, model) -> str:
         return f"{base}/models/{quote(model.removeprefix('models/'), safe='')}:generateContent"
 
-    def headers(self, key: str) -> dict:
+    def headers(self, key) -> dict:
         return {"x-goog-api-key": key}
 
-    def body(self, model, q: Question, images, budget: int, thinking: str, without: set) -> dict:
+    def body(self, model, q, images, budget, thinking, without) -> dict:
         parts = [{"inlineData": {"mimeType": "image/jpeg", "data": image}} for image in images]
         config = {
             "maxOutputTokens": budget,
@@ -122,7 +122,7 @@ class Gemini:
             "store": False,
         }, without)
 
-    def said(self, data: dict) -> tuple[str, str, bool]:
+    def said(self, data) -> tuple:
         """(the text, how it ended, whether something was blocked)."""
         refused = dig(data, str, "promptFeedback", "blockReason")
         if refused:
@@ -144,13 +144,13 @@ class OpenAI:
         "thoughts": ("usage", "completion_tokens_details", "reasoning_tokens"),
     }
 
-    def url(self, base: str, model: str) -> str:
+    def url(self, base, model) -> str:
         return f"{base}/chat/completions"
 
-    def headers(self, key: str) -> dict:
+    def headers(self, key) -> dict:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def body(self, model, q: Question, images, budget: int, thinking: str, without: set) -> dict:
+    def body(self, model, q, images, budget, thinking, without) -> dict:
         urls = [f"data:image/jpeg;base64,{image}" for image in images]
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         parts.append({"type": "text", "text": q.text})
@@ -167,7 +167,7 @@ class OpenAI:
             "response_format": {"type": "json_schema", "json_schema": schema} if q.schema else None,
         }, without)
 
-    def said(self, data: dict) -> tuple[str, str, bool]:
+    def said(self, data) -> tuple:
         refusal = dig(data, str, "choices", 0, "message", "refusal")
         finish = dig(data, str, "choices", 0, "finish_reason")
         text = dig(data, str, "choices", 0, "message", "content")
@@ -177,12 +177,12 @@ class OpenAI:
 PROTOCOLS = {"gemini": Gemini(), "openai": OpenAI()}
 
 
-def pruned(fields: dict, without: set) -> dict:
+def pruned(fields, without) -> dict:
     """The fields that have a value and that the server takes."""
     return {name: x for name, x in fields.items() if x is not None and name not in without}
 
 
-def reply_of(wire, data: dict) -> Reply:
+def reply_of(wire, data) -> Reply:
     """What a server says, in one of our states."""
     text, finish, blocked = wire.said(data)
     usage = {name: dig(data, int, *path) for name, path in wire.usage.items()}
@@ -199,7 +199,7 @@ def reply_of(wire, data: dict) -> Reply:
     return reply
 
 
-def dig(data, kind: type, *path):
+def dig(data, kind, *path):
     """data[path[0]][path[1]]..., or an empty `kind` where nothing of that kind is there."""
     for step in path:
         try:
@@ -219,13 +219,13 @@ def error_of(data) -> dict:
     return {"message": re.sub(r"<[^>]*>|\s+", " ", str(error)).strip()}
 
 
-def names(error: dict, field: str) -> bool:
+def names(error, field) -> bool:
     """Does an error complain about this field? "Thinking level is not supported ..." does."""
     complaint = re.sub(r"[\s_]", "", str(error.get("param") or error.get("message")))
     return field.replace("_", "").lower() in complaint.lower()
 
 
-def delay_of(headers: dict, error: dict) -> float:
+def delay_of(headers, error) -> float:
     """Seconds that a server asks to wait, in RetryInfo ("26s") or Retry-After (a number); or 0."""
     asked = re.search(r'"retryDelay": "(\d+(\.\d+)?)s"', json.dumps(error))
     asked = asked or re.fullmatch(r"(\d+(\.\d+)?)", headers.get("Retry-After", ""))
