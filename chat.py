@@ -67,8 +67,7 @@ class Speaker:
         self.messages, self.images = [], []
 
     def say(self, question: str, images: list[str]) -> None:
-        """Print the answer as it comes, and remember both. Raises BadInput, and then remembers
-        nothing."""
+        """Print the answer as it comes, and remember both; nothing where it raises BadInput."""
         if images and not self.tokens.patches:
             print(f"({self.name} sees no pictures, and is asked without)")
             images = []

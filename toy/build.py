@@ -82,8 +82,7 @@ def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
     """Matrices from a normal distribution, biases 0, norms 1, every tensor drawn in order from one
     seed.
 
-    A vision tower's positions start larger: the norm that follows would drown them in the patches
-    otherwise."""
+    A vision tower's positions start larger, or the norm that follows would drown them."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         if "position_embedding" in name or "class_embedding" in name:
@@ -145,8 +144,7 @@ def train_tower(parts: Path, s: Settings) -> None:
     """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each
     caption its picture.
 
-    Half of a batch are edits of the other half, one attribute changed, so that the details have to
-    be seen."""
+    Half of a batch are edits of the other half, one attribute changed: details must be seen."""
     torch.set_num_threads(1)
     steps, batch, lr = s.steps(700), 128, 2e-3
     tokens = Tokens(parts, Config(language(64)))
@@ -185,8 +183,7 @@ def train_tower(parts: Path, s: Settings) -> None:
 
 
 def pair_of_scenes(rng: random.Random) -> tuple[world.Scene, world.Scene]:
-    """A scene and an edit of it, both from the training split: the tower sees no held-out scene
-    either."""
+    """A scene and an edit of it, both from the training split."""
     scene = world.random_scene(rng)
     while True:
         edit = world.edited(rng, scene)
@@ -275,8 +272,7 @@ def caption_kinds(rng: random.Random) -> tuple[tuple, bool]:
 
 
 def tuning_kinds(rng: random.Random) -> tuple[tuple, bool]:
-    """LLaVA-1.5's mixture in miniature: mostly short answers, some descriptions, some multiple
-    choice, no text."""
+    """LLaVA-1.5's mixture in miniature: mostly short answers, some descriptions, no text."""
     if rng.random() < 0.14:
         return ("describe",), False
     kinds = []

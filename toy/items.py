@@ -96,8 +96,7 @@ def ask(model: Llava, tokens: Tokens, records: list[dict], desc: str) -> list[li
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Aligned: one row per model, "mean ±95 % interval" per column, "-" where a text model has no
-    score."""
+    """One row per model, "mean ±95 % interval" per column, "-" where a text model has none."""
     cells = {}
     for name, scores in rows.items():
         cells[name] = [shown(scores[column], form) if column in scores else "-"

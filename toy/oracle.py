@@ -63,8 +63,7 @@ def facts(text: str) -> Counter:
 
 
 def truth_share(turn: dict, text: str) -> float:
-    """How much of the truth is told, 0 to 1; exactly 1 only for nothing missing and nothing
-    invented."""
+    """How much of the truth is told, 0 to 1; 1 only if nothing is missing and nothing invented."""
     got, full, bare = claims(text), claims(turn["full"]), claims(turn["bare"])
     if turn["kind"] == "describe":
         return f1(facts(text), facts(turn["full"]))
@@ -119,8 +118,7 @@ def exact_reply(record: dict, order: list[int], golden: bool) -> str:
     """What the oracle says about a record's answers, in the words of a judge: the JSON of
     judge/rubric.py.
 
-    The answer at place p (A, B, ...) is record["answers"][order[p]]. Raises BadInput where the
-    record is not of this world."""
+    The answer at place p (A, B, ...) is record["answers"][order[p]]."""
     if "truth" not in record:
         raise BadInput(f"record {record['id']}: --judge oracle knows the truth about the "
                        "miniature's records only")

@@ -16,7 +16,7 @@ results reported on test.
 import os
 import random
 from dataclasses import dataclass
-from itertools import count
+from itertools import cycle
 from pathlib import Path
 
 from common import BadInput, main, write_jsonl
@@ -28,8 +28,7 @@ from toy.world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOME, HOMES
 
 @dataclass
 class Settings:
-    """Write the miniature's questions and their pictures, for annotate.py to have answered and
-    judged."""
+    """Write the miniature's questions and their pictures, for annotate.py."""
     out: str = "runs/prompts"    # folder for prompts.jsonl and images/
     prompts: int = 1000          # how many questions
     seed: int = 0                # of the questions
@@ -212,18 +211,15 @@ def preference_prompts(n: int, seed: int) -> list[dict]:
 def items(bench: str, n: int, split: str = "dev", seed: int = 0) -> list[dict]:
     """`n` distinct records of "text", "exist", "attribute", "describe" or "choice".
 
-    The two turns of "text" are asked one after the other, the second after the model's own first
-    answer."""
+    The second turn of "text" is to be asked after the model's own first answer."""
     rng = random.Random(f"{bench} {split} {seed}")
+    tasks = cycle(TEXT_TASKS)
     records, seen = [], set()
-    for attempt in count():
+    while len(records) < n:
         i = len(records)
-        if i == n:
-            return records
-
         name = f"{bench}-{split}-{i:04d}"
         if bench == "text":
-            turns, scene = text_task(rng, TEXT_TASKS[attempt % len(TEXT_TASKS)], split)
+            turns, scene = text_task(rng, next(tasks), split)
             record = conversation(name, turns, False, scene)
         else:
             scene = random_scene(rng, split, least=1 if bench == "describe" else 2)
@@ -239,6 +235,7 @@ def items(bench: str, n: int, split: str = "dev", seed: int = 0) -> list[dict]:
         if key not in seen:
             seen.add(key)
             records.append(record)
+    return records
 
 
 # ---- pictures and files --------------------------------------------------------------------------
@@ -248,8 +245,7 @@ def scene_of(record: dict) -> Scene:
 
 
 def draw(records: list[dict], folder: Path) -> list[dict]:
-    """Write the records' pictures into `folder` -> the records with that root and no answers
-    yet."""
+    """Write the records' pictures into `folder` -> the records, with that root and no answers."""
     for record in records:
         for name in record["images"]:
             path = Path(folder) / name
@@ -261,8 +257,7 @@ def draw(records: list[dict], folder: Path) -> list[dict]:
 
 
 def write_prompts(n: int, seed: int, folder: Path) -> Path:
-    """`n` questions and their pictures -> the path of `folder`/prompts.jsonl, which a judge can
-    grade exactly."""
+    """`n` questions and their pictures in `folder` -> the path of prompts.jsonl there."""
     records = preference_prompts(n, seed)
     draw(records, folder)
     path = Path(folder) / "prompts.jsonl"
@@ -271,19 +266,16 @@ def write_prompts(n: int, seed: int, folder: Path) -> Path:
 
 
 def vocabulary() -> list[str]:
-    """Every word that can occur, sorted; grammar is collected from a fixed draw, content is
-    listed."""
+    """Every word that can occur, sorted: content is listed, grammar collected from a fixed draw."""
     rng = random.Random(0)
     words = set(CONTENT | HOMES)
     kinds = LOOKUPS + KNOWLEDGE + ("each", "choice", "describe")
     for _ in range(2000):
         scene = random_scene(rng)
-        text = text_conversation(rng)
-        turns = [ask(rng, scene, kind) for kind in kinds]
-        for record in (text, conversation("", turns, False)):
-            for message in record["messages"]:
-                words.update(message["content"].split())
-            words.update(record["golden"].split())
+        turns = text_conversation(rng)["truth"]["turns"]
+        turns += [ask(rng, scene, kind) for kind in kinds]
+        for t in turns:
+            words.update(t["question"].split(), t["full"].split())
     return sorted(words)
 
 

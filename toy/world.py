@@ -89,8 +89,7 @@ def split_of(key: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """Everything there is to say: size, color, shape and place of each thing, in the scene's
-    order."""
+    """Everything there is to say: size, color, shape and place of each thing, in order."""
     things = join(f"a {t.size} {t.color} {t.shape} at {t.place}" for t in scene)
     return f"i see {things} ."
 
@@ -113,8 +112,7 @@ def random_scene(rng: random.Random, split: str = "train", least: int = 1, most:
 
 
 def edited(rng: random.Random, scene: Scene) -> Scene:
-    """The same scene with one attribute of one thing changed: a hard negative for contrastive
-    training."""
+    """The same scene with one attribute of one thing changed: a hard negative (build.py)."""
     things = list(scene)
     i = rng.randrange(len(scene))
     field = rng.choice(Thing._fields)
