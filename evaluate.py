@@ -18,9 +18,9 @@ somebody else's:
     python evaluate.py --compare runs/evaluate/llava runs/evaluate/dpo
 
 The rule: a failure is never a score. What could not be answered, or ended as blocked, truncated,
-unparseable or failed (judge/client.py), has no grade. The mean is over the rest, the coverage stands
-next to it, and below --coverage the command exits with 1. Answers and replies are journalled: kill
-it, run the same command, and it ends where it would have ended.
+unparseable or failed (judge/client.py), has no grade. The mean is over the rest, the coverage
+stands next to it, and below --coverage the command exits with 1. Answers and replies are
+journalled: kill it, run the same command, and it ends where it would have ended.
 """
 import json
 import sys
@@ -66,7 +66,7 @@ class Settings(JudgeSettings):
     json: bool = False             # print the results as JSON and nothing else
     device: str = "auto"           # cpu, cuda, ...
     dtype: str = "auto"            # float32, bfloat16; auto: float32 on the CPU
-    template: str = ""             # how prompts are spelled (data.TEMPLATES); empty: the model's own
+    template: str = ""             # how prompts are spelled (data.TEMPLATES); empty: its own
     batch: int = 16                # questions answered at once
     max_new: int = 0               # longest answer in tokens; 0: the benchmark's own
     seed: int = 0                  # of sampling (MT-Bench) and of --picture
@@ -86,8 +86,9 @@ def official_files(where, name: str):
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as problem:
-        raise BadInput(f"{where}: not all that {name} needs is there ({problem!r}); are the files "
-                       f"its own, and of one version? They come from {BENCHES[name].SOURCE}") from None
+        raise BadInput(
+            f"{where}: not all that {name} needs is there ({problem!r}); are the files its own, of "
+            f"one version? They come from {BENCHES[name].SOURCE}") from None
 
 
 def folder_of(s: Settings, name: str) -> Folder:
@@ -120,7 +121,7 @@ def tokens_of(s: Settings, ckpt: str, config) -> Tokens:
 
 
 def answer_all(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) -> dict:
-    """{bench: its items, with answers}, less the benchmarks that this checkpoint has no eyes for."""
+    """{bench: its items with answers}, less the benchmarks that this checkpoint has no eyes for."""
     folder = checkpoint.resolve(ckpt)
     config, _ = checkpoint.read_config(folder)
     device, dtype = device_and_dtype(s.device, s.dtype)
@@ -223,7 +224,7 @@ def summary(name: str, items: list[Item], rows, **about) -> dict:
 
 
 def evaluate(s: Settings, names: list[str], model: str, out: Path) -> list[dict]:
-    """A checkpoint, or stored answers of a model, on some benchmarks; files and results.json in `out`."""
+    """A checkpoint, or stored answers, on some benchmarks; files and results.json in `out`."""
     label = slug(model)
     items = {name: questions(s, name) for name in names}
     if s.answers:

@@ -39,9 +39,16 @@ def items(folder):
 
 
 def answer_rows(items, model):
-    return [{"dataset": item.row.get("dataset"), "instruction": item.row["instruction"],
-             "output": item.texts[0], "generator": model, "finish": item.finishes[0]}
-            for item in items]
+    rows = []
+    for item in items:
+        rows.append({
+            "dataset": item.row.get("dataset"),
+            "instruction": item.row["instruction"],
+            "output": item.texts[0],
+            "generator": model,
+            "finish": item.finishes[0],
+        })
+    return rows
 
 
 def read_answers(path):
@@ -62,17 +69,23 @@ def prompts(folder, items, model):
 def prompt(template: str, item: Item, model: str) -> Prompt:
     """Filled as officially: the first {field} that stands there is replaced, one field after
     another, then the ChatML markers split the text into messages. A draw is not asked about."""
-    instruction, reference, text = item.row["instruction"], item.row["output"], item.texts[0]
-    row = {"instruction": instruction, "output_1": reference, "output_2": text,
-           "generator_1": item.row.get("generator", "reference"), "generator_2": model,
-           "dataset": item.row.get("dataset")}
-    if text == reference:
+    instruction = item.row["instruction"]
+    outputs = [item.row["output"], item.texts[0]]
+    row = {
+        "instruction": instruction,
+        "output_1": outputs[0],
+        "output_2": outputs[1],
+        "generator_1": item.row.get("generator", "reference"),
+        "generator_2": model,
+        "dataset": item.row.get("dataset"),
+    }
+    if outputs[0] == outputs[1]:
         return Prompt(item.id, "", row=row)
 
-    shown = (text, reference) if switched(instruction) else (reference, text)
-    fields = {"{instruction}": instruction, "{output_1}": shown[0], "{output_2}": shown[1]}
-    for name, value in fields.items():
-        template = template.replace(name, value, 1)
+    if switched(instruction):
+        outputs.reverse()
+    for name, value in zip(("instruction", "output_1", "output_2"), (instruction, *outputs)):
+        template = template.replace("{" + name + "}", value, 1)
     messages = {}
     for part in template.split("<|im_start|>")[1:]:
         role, body = part.split("\n", 1)
@@ -108,13 +121,17 @@ def judge_rows(prompts, replies, judge):
     for prompt in prompts:
         text = replies.get(prompt.id)
         prefers = preference(official, text, prompt.row["instruction"]) if prompt.text else 1.5
-        rows.append(prompt.row | {"annotator": judge, "raw_completion": text, "preference": prefers})
+        rows.append(prompt.row | {
+            "annotator": judge,
+            "raw_completion": text,
+            "preference": prefers,
+        })
     return rows
 
 
 def score(items, rows):
     verdicts = [100 * won(row["preference"]) for row in rows if row["preference"] is not None]
-    wins, longer = {}, {}                              # of each instruction whose verdict can be read
+    wins, longer = {}, {}                              # by instruction, where a verdict can be read
     for row in rows:
         instruction, prefers = row["instruction"], row["preference"]
         if prefers is None:
@@ -122,10 +139,13 @@ def score(items, rows):
         if prefers is not None:
             wins[instruction] = won(prefers)
             longer[instruction] = len(row["output_2"]) - len(row["output_1"])
-    return {"scores": {"win rate": mean(verdicts),
-                       "controlled": at_equal_length([*wins.values()], [*longer.values()])},
-            "length": mean([len(row["output_2"]) for row in rows])["mean"],
-            "ok": len(wins), "total": len(items) or len({row["instruction"] for row in rows})}
+    controlled = at_equal_length([*wins.values()], [*longer.values()])
+    return {
+        "scores": {"win rate": mean(verdicts), "controlled": controlled},
+        "length": mean([len(row["output_2"]) for row in rows])["mean"],
+        "ok": len(wins),
+        "total": len(items) or len({row["instruction"] for row in rows}),
+    }
 
 
 def won(prefers: float) -> float:

@@ -7,10 +7,10 @@ answers are stands beside what was judged, since judges like length.
 
     python evaluate.py --compare runs/evaluate/llava runs/evaluate/dpo --out runs/compare
 """
-import math
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 from benchmarks.harness import aligned, load, shown
 from common import BadInput, write_whole
@@ -55,22 +55,23 @@ def headline(result: dict | None) -> dict:
 
 
 def cell(bench, result: dict | None) -> str:
-    """The official figure ± 95 %, "!" where not all was scored, how long the judged answers are."""
+    """The official figure ± 95 %, "!" where not all was scored, the length of judged answers."""
     text = shown(headline(result), bench.FORM, bench.SCALE)
-    if text != "-" and result["coverage"] < 1:
+    if text == "-":
+        return text
+    if result["coverage"] < 1:
         text += "!"
-    if text != "-" and result.get("judge") and result["length"]:
+    if result.get("judge") and result["length"]:
         text += f" ({result['length']:.0f})"
     return text
 
 
 def table(benches: dict, models: dict[str, dict[str, dict]]) -> str:
     """A line per model, the paper's below; models: {name: {bench: result}}."""
-    names = max(map(len, [*models, *PAPER]))
     columns = [name for name in benches if any(name in found for found in models.values())]
     rows, mixed = {}, []
     for model, found in models.items():
-        judges = {judged_by(result): None for result in found.values() if result.get("judge")}
+        judges = dict.fromkeys(judged_by(result) for result in found.values() if result.get("judge"))
         rows[model] = [cell(benches[name], found.get(name)) for name in columns]
         rows[model].append("; ".join(judges) or "-")
     for name in columns:
@@ -78,18 +79,22 @@ def table(benches: dict, models: dict[str, dict[str, dict]]) -> str:
         if len(judges - {"-"}) > 1:
             mixed.append(name)
 
-    lines = [aligned(rows, [*(benches[name].TITLE for name in columns), "judge"], 20, names),
-             "in brackets: mean characters of an answer, for judges like length",
-             "",
-             "The paper, 13B models, judged by GPT-4 of 2023 "
-             "(another scale: compare differences, not numbers)",
-             paper(columns, 20, names)]
+    head = [benches[name].TITLE for name in columns]
+    names = max(map(len, [*models, *PAPER]))
+    lines = [
+        aligned(rows, [*head, "judge"], 20, names),
+        "in brackets: mean characters of an answer, for judges like length",
+        "",
+        "The paper, 13B models, judged by GPT-4 of 2023 "
+        "(another scale: compare differences, not numbers)",
+        paper(columns, 20, names),
+    ]
     if mixed:
         lines.append(f"judged by different judges: {', '.join(mixed)}; "
                      "these columns cannot be compared down")
     if any(result["coverage"] < 1 for found in models.values() for result in found.values()):
-        lines.append("! not everything was answered or judged; the coverage stands in each "
-                     "results.json")
+        lines.append("! not everything was answered or judged; "
+                     "the coverage stands in each results.json")
     return "\n".join(lines)
 
 
@@ -99,13 +104,13 @@ def radar(models: dict[str, dict[str, dict]]):
             if found.get("mt_bench", {}).get("categories")}
     if not rows:
         return None
-    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
-    angles = [2 * math.pi * k / len(kinds) for k in range(len(kinds))]
+    kinds = [*next(iter(rows.values()))]
+    angles = np.linspace(0, 2 * np.pi, len(kinds) + 1)
     figure, axis = plt.subplots(figsize=(6.5, 5.5), subplot_kw={"polar": True})
     for model, row in rows.items():
-        values = [row[kind]["mean"] if kind in row else None for kind in kinds]
-        axis.plot(angles + angles[:1], values + values[:1], marker="o", markersize=3, label=model)
-    axis.set(xticks=angles, xticklabels=kinds, ylim=(0, 10))
+        values = [row[kind]["mean"] for kind in kinds]
+        axis.plot(angles, [*values, values[0]], marker="o", markersize=3, label=model)
+    axis.set(xticks=angles[:-1], xticklabels=kinds, ylim=(0, 10))
     axis.set_title("MT-Bench by category", pad=20)
     axis.tick_params(axis="x", pad=16)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), frameon=False, ncols=2)
@@ -117,18 +122,18 @@ def bars(benches: dict, models: dict[str, dict[str, dict]]):
     panels = {}
     for name in benches:
         figures = [headline(found.get(name)) for found in models.values()]
-        if any(figure["mean"] is not None for figure in figures):
+        if any(one["mean"] is not None for one in figures):
             panels[name] = figures
     if not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 2.1 * len(panels), 3.6), squeeze=False)
+    size = 1.5 + 2.1 * len(panels), 3.6                # inches
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     colors = [f"C{k}" for k in range(len(models))]
     for axis, (name, figures) in zip(axes[0], panels.items()):
-        bench = benches[name]
-        heights = [bench.SCALE * (one["mean"] or 0) for one in figures]
-        spreads = [bench.SCALE * (one["ci"] or 0) for one in figures]
-        drawn = axis.bar(colors, heights, yerr=spreads, color=colors, capsize=3)
-        axis.set(title=bench.TITLE, xticks=[])
+        means = [benches[name].SCALE * (one["mean"] or 0) for one in figures]
+        spreads = [benches[name].SCALE * (one["ci"] or 0) for one in figures]
+        drawn = axis.bar(colors, means, yerr=spreads, color=colors, capsize=3)
+        axis.set(title=benches[name].TITLE, xticks=[])
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(drawn, models, loc="lower center", ncols=min(4, len(models)), frameon=False)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
@@ -146,11 +151,10 @@ def run(benches: dict, folders: list, out: Path) -> None:
         models[name] = {result["bench"]: result for result in results}
     text = table(benches, models)
     write_whole(out / "table.txt", text + "\n")
-    print(text)
     said = f"table: {out}/table.txt"
     for name, figure in {"radar": radar(models), "bars": bars(benches, models)}.items():
         if figure:
             figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight")
             plt.close(figure)
             said += f"   {name}: {out}/{name}.png"
-    print(said)
+    print(f"{text}\n{said}")

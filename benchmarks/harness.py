@@ -4,7 +4,7 @@ A benchmark is one file in this folder, of constants and plain functions that ev
 
     TITLE, FORM, SCALE          its name, how a figure is printed, and times what
     PICTURES                    do its questions show pictures?
-    FOLDER, SOURCE              where its official files lie under --data_dir, and where they come from
+    FOLDER, SOURCE              where its official files lie under --data_dir, and who has them
     ANSWERS, JUDGMENTS          names of the files it writes; without a judge the second is ""
     items(folder)                           its questions, from the official files
     answer_rows(items, model)               answers in the benchmark's own format,
@@ -12,13 +12,13 @@ A benchmark is one file in this folder, of constants and plain functions that ev
     prompts(folder, items, model)           what the judge reads: the official templates, filled
     read(text)                              a judge's reply; ValueError where it cannot be used
     judge_rows(prompts, replies, judge)     judgments in the benchmark's own format
-    score(items, rows)                      {"scores", "categories", "ok", "total"} from such rows, ours
-                                            or anybody's: the official figure, a repaired one beside it
+    score(items, rows)                      {"scores", "categories", "ok", "total"} of such rows, ours
+                                            or anybody's: the official figure, and a repaired one
 
 Answering. A model reads the very prompt that training uses (data.make_tree), and in a second turn
 its *own* first answer. An answer depends on its prompt, its settings and its own seed, not on what
-else was in the batch, and it is on the disk before the next is asked for. What cannot be answered (a
-missing picture, a prompt too long) has a reason instead of an answer; it never becomes an empty
+else was in the batch, and it is on the disk before the next is asked for. What cannot be answered
+(a missing picture, a prompt too long) has a reason instead of an answer; it never becomes an empty
 string that a scorer would call wrong.
 
 Intervals. Every figure is a ratio of sums, or a mean of a few: a mean score is sum(x) / sum(1), F1
@@ -227,7 +227,8 @@ def with_pictures(items: list[Item], where: str, seed: int) -> list[Item]:
     names = sorted(path.name for path in Path(where).glob("*")
                    if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not names and where != "literal":
-        raise BadInput(f"--picture {where}: a folder with .jpg, .jpeg or .png files, or the word literal")
+        raise BadInput(f"--picture {where}: a folder with .jpg, .jpeg or .png files, or the word "
+                       "literal")
     found = []
     for item in items:
         first, *rest = item.questions
@@ -260,22 +261,24 @@ class Folder:
     unpacked: Path                                     # for pictures that stand in a table
 
     def every(self, name: str) -> list[Path]:
-        """All files of this name (a pattern), at any depth."""
-        return sorted(self.path.rglob(name))
+        """All files of this name (a pattern), at any depth. Raises BadInput where there is none."""
+        found = sorted(self.path.rglob(name))
+        if not found:
+            raise BadInput(f"--data_dir: {self.path} holds no {name}; it comes from {self.source}")
+        return found
 
     def find(self, name: str) -> Path:
-        """The one file of this name. Raises BadInput."""
-        found = self.every(name)
-        if len(found) != 1:
-            raise BadInput(f"--data_dir: {self.path} must hold one {name}, not {len(found)}; "
-                           f"it comes from {self.source}")
-        return found[0]
+        """The only file of this name. Raises BadInput."""
+        first, *others = self.every(name)
+        if others:
+            raise BadInput(f"--data_dir: {self.path} holds {len(others) + 1} {name}; keep one")
+        return first
 
     def load(self, name: str):
         return load(self.find(name))
 
     def text(self, name: str, ours: str) -> tuple[str, str]:
-        """A text that the user saved here from official code, or ours -> (the text, whose it is)."""
+        """A text that the user took here from official code, or ours -> (the text, whose it is)."""
         path = self.path / name
         if path.is_file():
             return path.read_text(encoding="utf8").rstrip("\n"), f"official, from {name}"
@@ -324,12 +327,17 @@ def readable(read: Callable[[str], object], text: str):
 
 def llava_rows(items: list[Item], model: str) -> list[dict]:
     """LLaVA's answer files."""
-    return [{"question_id": item.id,
-             "prompt": item.row["text"],
-             "text": item.texts[0],
-             "answer_id": item.answer_id(model),
-             "model_id": model,
-             "metadata": {"finish": item.finishes[0]}} for item in items]
+    rows = []
+    for item in items:
+        rows.append({
+            "question_id": item.id,
+            "prompt": item.row["text"],
+            "text": item.texts[0],
+            "answer_id": item.answer_id(model),
+            "model_id": model,
+            "metadata": {"finish": item.finishes[0]},
+        })
+    return rows
 
 
 def llava_answers(path: Path) -> dict[str, list[str]]:

@@ -66,10 +66,19 @@ def prompts(folder, items, model):
         if isinstance(caption, list):
             caption = "\n".join(caption)
         text = TEMPLATE.format(
-            caption=caption, question=item.row["text"], role=rules[kind]["role"],
-            reference=reference["text"], answer=item.texts[0], rule=rules[kind]["prompt"])
-        row = {"question_id": item.id, "answer1_id": reference.get("answer_id"),
-               "answer2_id": item.answer_id(model), "category": kind}
+            caption=caption,
+            question=item.row["text"],
+            role=rules[kind]["role"],
+            reference=reference["text"],
+            answer=item.texts[0],
+            rule=rules[kind]["prompt"],
+        )
+        row = {
+            "question_id": item.id,
+            "answer1_id": reference.get("answer_id"),
+            "answer2_id": item.answer_id(model),
+            "category": kind,
+        }
         found.append(Prompt(item.id, text, system, row, wording))
     return found
 
@@ -110,10 +119,14 @@ def score(items, rows):
         name = kind.removeprefix("llava_bench_")
         categories[name] = as_published([row["tuple"] for row in rows if row["category"] == kind])
     pairs = [row["tuple"] for row in rows]
-    return {"scores": {"relative": as_published(pairs), "parsed": relative(parsed),
-                       "own grade": mean([10 * grade for _, grade in pairs]),
-                       "reference": mean([10 * grade for grade, _ in pairs])},
-            "categories": categories, "ok": len(parsed), "total": len(items) or len(last)}
+    scores = {
+        "relative": as_published(pairs),
+        "parsed": relative(parsed),
+        "own grade": mean([10 * grade for _, grade in pairs]),
+        "reference": mean([10 * grade for grade, _ in pairs]),
+    }
+    total = len(items) or len(last)
+    return {"scores": scores, "categories": categories, "ok": len(parsed), "total": total}
 
 
 def relative(pairs: list) -> dict:

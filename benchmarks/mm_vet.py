@@ -65,9 +65,8 @@ def read(text: str) -> float:
 
 def judge_rows(prompts, replies, judge):
     """Where there is no grade there is no entry, and the official tool asks again."""
-    return {prompt.id: {"model": [judge], "content": [replies[prompt.id]],
-                        "score": [read(replies[prompt.id])]}
-            for prompt in prompts if prompt.id in replies}
+    return {name: {"model": [judge], "content": [text], "score": [read(text)]}
+            for name, text in replies.items()}
 
 
 def score(items, rows):
@@ -75,7 +74,7 @@ def score(items, rows):
     unknown = sorted(rows.keys() - needed)
     if unknown:
         raise BadInput(f"grades of {unknown[0]}, which is no question of mm-vet.json")
-    graded, parsed = [], []                            # (question, grade), once for each of its runs
+    graded, parsed = [], []                            # (question, grade), of each run
     for name, row in rows.items():
         for text, grade in zip(row["content"], row["score"]):
             graded.append((name, grade))
@@ -87,9 +86,13 @@ def score(items, rows):
     categories = {}
     for label in sorted(set().union(*labels.values())):
         categories[label] = average([pair for pair in graded if label in labels[pair[0]]])
-    return {"scores": {"total": average(graded), "parsed": average(parsed)}, "categories": categories,
-            "runs": max((len(row["score"]) for row in rows.values()), default=0),
-            "ok": len({name for name, _ in parsed}), "total": len(items)}
+    return {
+        "scores": {"total": average(graded), "parsed": average(parsed)},
+        "categories": categories,
+        "runs": max((len(row["score"]) for row in rows.values()), default=0),
+        "ok": len({name for name, _ in parsed}),
+        "total": len(items),
+    }
 
 
 def average(pairs: list[tuple[str, float]]) -> dict:

@@ -96,7 +96,7 @@ def letter(text: str, options: dict[str, str]) -> str | None:
 
 def score(items, rows=None):
     letters, vanilla = [], []
-    rotations = defaultdict(list)          # question -> was each answered rightly? None: not answered
+    rotations = defaultdict(list)          # question -> was each answered rightly? None: not at all
     for item in items:
         right = None
         if item.texts:
@@ -106,5 +106,9 @@ def score(items, rows=None):
                 vanilla.append(right)
         rotations[item.id % MILLION].append(right)
     circular = [min(rights) for rights in rotations.values() if None not in rights]
-    return {"scores": {"circular": mean(circular), "vanilla": mean(vanilla)},
-            "ok": len(letters), "total": len(items), "unknown": letters.count(None)}
+    return {
+        "scores": {"circular": mean(circular), "vanilla": mean(vanilla)},
+        "ok": len(letters),
+        "total": len(items),
+        "unknown": letters.count(None),
+    }

@@ -40,8 +40,12 @@ def answer_rows(items, model):
     rows = []
     for item in items:
         choice = {"index": 0, "turns": item.texts, "finish": item.finishes}
-        rows.append({"question_id": item.id, "answer_id": item.answer_id(model),
-                     "model_id": model, "choices": [choice]})
+        rows.append({
+            "question_id": item.id,
+            "answer_id": item.answer_id(model),
+            "model_id": model,
+            "choices": [choice],
+        })
     return rows
 
 
@@ -51,8 +55,7 @@ def read_answers(path):
 
 def prompts(folder, items, model):
     templates = {row["name"]: row for row in folder.load("judge_prompts.jsonl")}
-    references = {row["question_id"]: row["choices"][0]["turns"]
-                  for row in folder.load("reference_answer/gpt-4.jsonl")}
+    references = read_answers(folder.find("reference_answer/gpt-4.jsonl"))
     found = []
     for item in items:
         (q1, q2), (a1, a2) = item.row["turns"], item.texts
@@ -64,9 +67,15 @@ def prompts(folder, items, model):
             kind = "single-math"
         for turn, name in ((1, f"{kind}-v1"), (2, f"{kind}-v1-multi-turn")):
             text = templates[name]["prompt_template"].format(**fields)
-            row = {"question_id": item.id, "model": model, "user_prompt": text, "turn": turn,
-                   "judge": name}
-            found.append(Prompt(f"{item.id}-{turn}", text, templates[name]["system_prompt"], row))
+            system = templates[name]["system_prompt"]
+            row = {
+                "question_id": item.id,
+                "model": model,
+                "judge": name,
+                "user_prompt": text,
+                "turn": turn,
+            }
+            found.append(Prompt(f"{item.id}-{turn}", text, system, row))
     return found
 
 
@@ -89,8 +98,11 @@ def judge_rows(prompts, replies, judge):
     rows = []
     for prompt in prompts:
         text = replies.get(prompt.id, "$ERROR$")                     # which has no grade: -1
-        rows.append(prompt.row | {"judge": [judge, prompt.row["judge"]], "judgment": text,
-                                  "score": official(text)})
+        rows.append(prompt.row | {
+            "judge": [judge, prompt.row["judge"]],
+            "judgment": text,
+            "score": official(text),
+        })
     return rows
 
 
@@ -107,11 +119,14 @@ def score(items, rows):
     for name in dict.fromkeys(category.values()):
         mine = [row for row in graded if category.get(row["question_id"]) == name]
         categories[name] = average(mine)
-    return {"scores": {"score": average(graded),
-                       "turn 1": average([row for row in graded if row["turn"] == 1]),
-                       "turn 2": average([row for row in graded if row["turn"] == 2]),
-                       "strict": mean([*strict.values()], [question for question, _ in strict])},
-            "categories": categories, "ok": len(strict), "total": 2 * len(items) or len(last)}
+    scores = {
+        "score": average(graded),
+        "turn 1": average([row for row in graded if row["turn"] == 1]),
+        "turn 2": average([row for row in graded if row["turn"] == 2]),
+        "strict": mean([*strict.values()], [question for question, _ in strict]),
+    }
+    total = 2 * len(items) or len(last)
+    return {"scores": scores, "categories": categories, "ok": len(strict), "total": total}
 
 
 def average(rows: list[dict]) -> dict:

@@ -35,7 +35,7 @@ def items(folder):
             for row in load(path):
                 row["category"] = split
                 known[key(row)] = row
-    if folder.every("llava_pope_test.jsonl"):
+    if any(folder.path.rglob("llava_pope_test.jsonl")):
         rows = folder.load("llava_pope_test.jsonl")
     else:
         rows = [row | {"question_id": number, "text": row["text"] + SUFFIX}
@@ -81,13 +81,22 @@ def score(items, rows=None):
         true = np.array([item.row["label"] == "yes" for item in mine], int)
         yes = np.array([official(item.texts[0]) == "yes" for item in mine], int)
         told = np.array([words(item.texts[0]) == "yes" for item in mine], int)
-        officially.append((2 * true * yes, true + yes, images))            # 2 TP / (2 TP + FP + FN)
-        repaired.append((2 * true * told, true + told, images))
         ones = np.ones_like(true)
-        shares = {"F1": officially[-1][:2], "accuracy": (true == yes, ones),
-                  "precision": (true * yes, yes), "recall": (true * yes, true), "yes": (yes, ones)}
+        shares = {
+            "F1": (2 * true * yes, true + yes),                            # 2 TP / (2 TP + FP + FN)
+            "accuracy": (true == yes, ones),
+            "precision": (true * yes, yes),
+            "recall": (true * yes, true),
+            "yes": (yes, ones),
+        }
         for name, (a, b) in shares.items():
             categories[f"{split} {name}"] = ratios([(a, b, images)])
-    unknown = sum(words(item.texts[0]) == "unknown" for item in answered)
-    return {"scores": {"F1": ratios(officially), "words": ratios(repaired)}, "categories": categories,
-            "ok": len(answered), "total": len(items), "unknown": unknown}
+        officially.append((*shares["F1"], images))
+        repaired.append((2 * true * told, true + told, images))
+    return {
+        "scores": {"F1": ratios(officially), "words": ratios(repaired)},
+        "categories": categories,
+        "ok": len(answered),
+        "total": len(items),
+        "unknown": sum(words(item.texts[0]) == "unknown" for item in answered),
+    }
