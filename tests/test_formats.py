@@ -143,8 +143,9 @@ def test_a_system_message_may_come_first(folder):
 def test_our_own_fields_survive_the_reading(folder):
     raw = RECORD | {"answers": [{"text": GOOD, "finish": "stop", "scores": SCORES, "comment": "fine"}, {"text": BAD}],
                     "golden": "Red.", "judge": {"model": "m"}, "truth": {"seed": 3}}
-    [record], _ = read(folder, raw)
-    assert {k: record[k] for k in raw} == raw
+    for more in ({}, {"chosen": "x", "rejected": "y"}):                  # whoever keeps what the pair was made from
+        [record], _ = read(folder, raw | more)
+        assert {k: record[k] for k in raw} == raw
 
 
 def test_a_question_may_ask_what_was_chosen(folder):
@@ -156,6 +157,8 @@ def test_a_record_without_an_id_gets_the_files_name_and_its_place(folder):
     raw = {k: v for k, v in RECORD.items() if k != "id"}
     assert [r["id"] for r in read(folder, raw, raw)[0]] == ["data-000001", "data-000002"]
     assert [r["id"] for r in read(folder, raw, raw, array=True)[0]] == ["data-000000", "data-000001"]
+    [zero], [cut] = read(folder, raw | {"id": 0}, raw | {"id": None, "idx": "cut \ud83d"})
+    assert zero["id"] == "0" and cut["id"] == "cut ?"                     # which a file of rejects can hold
 
 
 def test_who_repeats_an_id_is_numbered_and_kept(folder):
@@ -231,6 +234,7 @@ UNUSABLE = {
     "chosen == rejected": (but(answers=[{"text": GOOD}, {"text": f" {GOOD}\n"}]), "chosen and rejected are the same text"),
     "pair out of range": (but(pair=[0, 2]), "pair [0, 2] does not name two of its 2 answers"),
     "pair negative": (but(pair=[0, -1]), "pair [0, -1] does not name"),
+    "pair of no whole numbers": (but(pair=[0.0, 1]), "does not name two"),
     "pair a number": (but(pair=5), "pair 5 does not name"),
     "pair of three": (but(pair=[0, 1, 0]), "does not name two"),
     "the authors', same text": (PREFERENCES["the authors'"] | {"rejected": {"from": "gpt", "value": GOOD}}, "same text"),
