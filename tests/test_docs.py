@@ -140,7 +140,7 @@ def test_kto_is_100_lines_and_starts_at_one_half(tmp_path, judged):
     assert second["loss"] < 0.5 and (copy / "out/model").exists()
 
 
-def test_policy_gradient_is_100_lines_and_its_advantages_cancel(tmp_path, judged):
+def test_policy_gradient_is_100_lines_and_judges_what_it_samples(tmp_path, judged):
     assert changed("grpo") <= 100
     copy = forked("grpo", tmp_path)
     train(copy, command("grpo.py"), judged)
