@@ -25,7 +25,7 @@ journalled: kill it, run the same command, and it ends where it would have ended
 import json
 import sys
 from collections import Counter, defaultdict
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -80,17 +80,6 @@ class Settings(JudgeSettings):
 
 # ---- questions and answers ----------------------------------------------------------------------
 
-@contextmanager
-def official_files(where, name: str):
-    """Official files are read here: what they lack is said in words."""
-    try:
-        yield
-    except (AttributeError, LookupError, TypeError, ValueError) as problem:
-        raise BadInput(
-            f"{where}: not all that {name} needs is there ({problem!r}); are the files its own, of "
-            f"one version? They come from {BENCHES[name].SOURCE}") from None
-
-
 def folder_of(s: Settings, name: str) -> Folder:
     if not s.data_dir:
         raise BadInput(f"--bench {name}: say with --data_dir where its question files are; "
@@ -100,9 +89,7 @@ def folder_of(s: Settings, name: str) -> Folder:
 
 
 def questions(s: Settings, name: str) -> list[Item]:
-    folder = folder_of(s, name)
-    with official_files(folder.path, name):
-        items = BENCHES[name].items(folder)
+    items = BENCHES[name].items(folder_of(s, name))
     if s.max_new:
         items = [replace(item, max_new=s.max_new) for item in items]
     if s.picture and not BENCHES[name].PICTURES:
@@ -147,8 +134,7 @@ def answer_all(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) 
 
 def stored_answers(s: Settings, name: str, items: list[Item]) -> list[Item]:
     """The items with the answers that a file has."""
-    with official_files(s.answers, name):
-        answers = BENCHES[name].read_answers(Path(s.answers))
+    answers = BENCHES[name].read_answers(Path(s.answers))
     found = [replace(item, texts=answers.get(item.id, [])) for item in items]
     if not any(item.texts for item in found):
         raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
@@ -159,9 +145,8 @@ def stored_answers(s: Settings, name: str, items: list[Item]) -> list[Item]:
 
 def ask_judge(s: Settings, name: str, items: list[Item], label: str) -> tuple[list | dict, dict]:
     """Every answer judged -> (rows in the benchmark's own format, what is to be said of them)."""
-    bench, folder = BENCHES[name], folder_of(s, name)
-    with official_files(folder.path, name):
-        prompts = bench.prompts(folder, [item for item in items if item.texts], label)
+    bench = BENCHES[name]
+    prompts = bench.prompts(folder_of(s, name), [item for item in items if item.texts], label)
     asked = {}
     for prompt in prompts:
         key = sha(f"{s.judge} {s.thinking}", name, str(prompt.id), prompt.system, prompt.text)
@@ -191,18 +176,19 @@ def stored_judgments(s: Settings, name: str) -> dict[str, list[dict]]:
         items = stored_answers(s, name, items)
     path = Path(s.judgments)
     rows, models = load(path), defaultdict(list)
-    with official_files(path, name):
-        if isinstance(rows, dict):                     # MM-Vet's, of one model
-            models[path.stem], first = rows, next(iter(rows.values()))
-        else:
-            first = rows[0]
-            for row in rows:
-                models[row.get("model") or row.get("generator_2") or path.stem].append(row)
+    if not rows:
+        raise BadInput(f"--judgments {path}: is empty")
+    if isinstance(rows, dict):                         # MM-Vet's, of one model
+        models[path.stem] = rows
+    else:
+        for row in rows:
+            models[row.get("model") or row.get("generator_2") or path.stem].append(row)
 
-        # Who judged, as far as the file says.
-        judge = first.get("judge") or first.get("annotator") or first.get("model") or "unknown"
-        about = {"judge": judge[0] if isinstance(judge, list) else judge, "versions": []}
-        return {model: [summary(name, items, mine, **about)] for model, mine in models.items()}
+    # Who judged, as far as the file says.
+    first = [*rows.values()][0] if isinstance(rows, dict) else rows[0]
+    judge = first.get("judge") or first.get("annotator") or first.get("model") or "unknown"
+    about = {"judge": judge[0] if isinstance(judge, list) else judge, "versions": []}
+    return {model: [summary(name, items, mine, **about)] for model, mine in models.items()}
 
 
 # ---- results ------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +253,17 @@ def literal(tokens: Tokens) -> Tokens:
 
 # ---- files --------------------------------------------------------------------------------------
 
+class Official(dict):
+    """What an official file says; what it lacks is said, too."""
+    def __init__(self, file: Path, values: dict):
+        super().__init__(values)
+        self.file = file
+
+    def __missing__(self, key):
+        raise BadInput(f"{self.file}: has no {key!r}; is it the benchmark's own file, and of the "
+                       "same version as the others?")
+
+
 @dataclass
 class Folder:
     """The official files of one benchmark."""
@@ -277,6 +288,11 @@ class Folder:
     def load(self, name: str):
         return load(self.find(name))
 
+    def by(self, field: str, name: str) -> "Official":
+        """The rows of a file by one of their fields."""
+        path = self.find(name)
+        return Official(path, {row[field]: row for row in load(path)})
+
     def text(self, name: str, ours: str) -> tuple[str, str]:
         """A text that the user took here from official code, or ours -> (the text, whose it is)."""
         path = self.path / name
@@ -291,13 +307,14 @@ def load(path: Path):
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from None
+    parse = partial(json.loads, object_hook=partial(Official, path))
     if Path(path).suffix != ".jsonl":
         try:
-            return json.loads(text)
+            return parse(text)
         except ValueError:
             pass                                       # lines in spite of its name
     try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return [parse(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise BadInput(f"{path}: no JSON, nor lines of it ({error}); download it again") from None
 

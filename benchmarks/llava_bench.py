@@ -56,13 +56,13 @@ def items(folder):
 
 def prompts(folder, items, model):
     rules = folder.load("rule.json")
-    captions = {row["image"]: row["caption"] for row in folder.load("context.jsonl")}
-    references = {row["question_id"]: row for row in folder.load("answers_gpt4.jsonl")}
+    contexts = folder.by("image", "context.jsonl")
+    references = folder.by("question_id", "answers_gpt4.jsonl")
     system, wording = folder.text("system.txt", OURS)
     found = []
     for item in items:
         kind = f"llava_bench_{item.row['category']}"
-        caption, reference = captions[item.row["image"]], references[item.id]
+        caption, reference = contexts[item.row["image"]]["caption"], references[item.id]
         if isinstance(caption, list):
             caption = "\n".join(caption)
         text = TEMPLATE.format(

@@ -10,8 +10,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.harness import Item, llava_answers as read_answers, llava_rows, mean
-from common import BadInput
+from benchmarks.harness import Item, Official, llava_answers as read_answers, llava_rows, mean
 
 TITLE = "MMBench"
 FORM = "5.1f"
@@ -30,7 +29,7 @@ def items(folder):
     path = folder.find("*.tsv")
     csv.field_size_limit(1 << 27)
     with open(path, encoding="utf8", newline="") as f:
-        rows = list(csv.DictReader(f, delimiter="\t"))
+        rows = [Official(path, row) for row in csv.DictReader(f, delimiter="\t")]
     cells = {row["index"]: row.get("image") or "" for row in rows}
     found = []
     for row in rows:

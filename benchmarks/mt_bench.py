@@ -54,8 +54,8 @@ def read_answers(path):
 
 
 def prompts(folder, items, model):
-    templates = {row["name"]: row for row in folder.load("judge_prompts.jsonl")}
-    references = read_answers(folder.find("reference_answer/gpt-4.jsonl"))
+    templates = folder.by("name", "judge_prompts.jsonl")
+    references = folder.by("question_id", "reference_answer/gpt-4.jsonl")
     found = []
     for item in items:
         (q1, q2), (a1, a2) = item.row["turns"], item.texts
@@ -63,7 +63,8 @@ def prompts(folder, items, model):
         fields |= {"question_1": q1, "answer_1": a1, "question_2": q2, "answer_2": a2}
         kind = "single"
         if item.row["category"] in WITH_REFERENCE:
-            fields["ref_answer_1"], fields["ref_answer_2"] = references[item.id]
+            reference = references[item.id]["choices"][0]["turns"]
+            fields["ref_answer_1"], fields["ref_answer_2"] = reference
             kind = "single-math"
         for turn, name in ((1, f"{kind}-v1"), (2, f"{kind}-v1-multi-turn")):
             text = templates[name]["prompt_template"].format(**fields)

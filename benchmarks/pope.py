@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from benchmarks.harness import Item, load, ratios
+from benchmarks.harness import Item, Official, load, ratios
 from benchmarks.harness import llava_answers as read_answers, llava_rows as answer_rows
 
 TITLE = "POPE"
@@ -29,7 +29,7 @@ SUFFIX = "\nAnswer the question using a single word or phrase."
 
 def items(folder):
     """The questions of LLaVA's file, if there is one, or of POPE's own, which have the labels."""
-    known = {}
+    known = Official(folder.path, {})
     for split in ("adversarial", "popular", "random"):
         for path in folder.every(f"coco_pope_{split}.json"):
             for row in load(path):

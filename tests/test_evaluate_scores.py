@@ -151,7 +151,7 @@ def test_mt_bench_prompts_and_temperatures(tmp_path):
     row = mt_bench.judge_rows([prompts["111-2"]], {"111-2": "[[3]]"}, "j")[0]
     assert row["judge"] == ["j", "single-math-v1-multi-turn"] and (row["question_id"], row["turn"], row["score"], row["model"]) == (111, 2, 3, "m")
     items[0].row["category"] = "reasoning"
-    with pytest.raises(KeyError, match="81"):                            # evaluate.official_files says it in words
+    with pytest.raises(BadInput, match="gpt-4.jsonl: has no 81"):
         prompts_of(tmp_path, mt_bench, items)
 
 
