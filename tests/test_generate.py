@@ -175,7 +175,10 @@ def test_a_record_s_answers_depend_on_its_id_and_the_seed_and_are_texts(tmp_path
     assert len(seeds) == 12
 
     greedy, = generate(model, [trees[1].ids()], [pixels(trees[1].images)], max_new=8, ends=tokens.ends)[0]
-    assert sample(trees, n=1, temperature=0.0)[1][0]["text"] == tokens.decode(greedy.ids)
+    assert sample(trees, n=1, temperature=0.0)[1] == [{"text": tokens.decode(greedy.ids), "finish": "length"}]
+    tokens.ends = (greedy.ids[3],)                               # as if the template said so
+    assert greedy.ids[3] not in greedy.ids[:3]
+    assert sample(trees, n=1, temperature=0.0)[1] == [{"text": tokens.decode(greedy.ids[:3]), "finish": "stop"}]
     with pytest.raises(BadInput, match="may take 2049 tokens, more than the model was built for .2048."):
         check_room(2049, tokens.room)
     check_room(2048, tokens.room)
