@@ -66,7 +66,6 @@ class Settings(JudgeSettings):
     top_p: float = 1.0           # of the sampling; 1: everything
     max_new: int = 1024          # longest answer in tokens (the authors' script)
     batch: int = 16              # questions answered at once
-    crop: bool = False           # centre-crop images instead of padding them to a square
     judge: str = ""              # gemini:MODEL, openai:MODEL, oracle (the miniature); empty: none
     golden: bool = False         # ask the judge for an answer of its own, too
     dry_run: bool = False        # say what judging would take, show the first call, send nothing
@@ -84,9 +83,9 @@ def sample(s, records, out, device) -> tuple[list, list]:
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
     tokens = Tokens(folder, config, s.template)
-    pixels = Pixels(config, s.crop)
+    pixels = Pixels(config)
     how = dict(n=s.n, temperature=s.temperature, top_p=s.top_p, max_new=s.max_new, seed=s.seed)
-    about = sha(checkpoint.stamp(folder), str(tokens.template), str(how), str(s.crop), s.dtype)
+    about = sha(checkpoint.stamp(folder), str(tokens.template), str(how), s.dtype)
 
     trees = []                                           # what is to be answered
     keys = {}                                            # id of each -> what its answers depend on

@@ -42,7 +42,6 @@ class Settings:
     top_p: float = 1.0           # sample from the most likely tokens of this mass
     max_new: int = 512           # longest answer in tokens
     seed: int = 0                # of the sampling
-    crop: bool = False           # centre-crop pictures, for a model that was trained so
     device: str = "auto"         # cpu, cuda, ...
     dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
 
@@ -55,7 +54,7 @@ class Speaker:
         self.name = name
         self.s = s
         self.model = checkpoint.load(folder, *device_and_dtype(s.device, s.dtype))
-        self.pixels = Pixels(self.model.config, s.crop)
+        self.pixels = Pixels(self.model.config)
         self.tokens = Tokens(folder, self.model.config, s.template)
         if s.target:
             self.tokens = self.tokens.asking(target_scores(s.target))

@@ -412,19 +412,16 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
     }
 
 
-def processor_json(config: Config, crop: bool) -> dict[str, dict]:
-    """The files that make transformers' processor see what we saw: pad to square and resize, or
-    resize and crop."""
+def processor_json(config: Config) -> dict[str, dict]:
+    """The files that make transformers' processor see what we saw: pad to a square, then resize."""
     if config.vision is None:
         return {}
     size = config.vision.image_size
-    square = {"height": size, "width": size}
     image = {
         "image_processor_type": "LlavaImageProcessor",
-        "do_pad": not crop,
-        "size": {"shortest_edge": size} if crop else square,
-        "do_center_crop": crop,
-        "crop_size": square,
+        "do_pad": True,
+        "size": {"height": size, "width": size},
+        "do_center_crop": False,
         "resample": 3,                                   # bicubic
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
@@ -468,12 +465,10 @@ def write_folder(folder: Path, file: str, tensors: dict, documents: dict, source
             os.fsync(f.fileno())
 
 
-def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: bool = False,
-         more: dict[str, dict] | None = None) -> Path:
+def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, more=None) -> Path:
     """Write `folder` whole or not at all: weights in llava-hf names and model.dtype, configs,
-    tokenizer files copied along; `crop` says how the model was shown its images, for those who load
-    it elsewhere. `more` are JSON files by name. Where weights are kept in shards, every process
-    calls it; process 0 writes."""
+    tokenizer files copied along. `more` are JSON files by name. Where weights are kept in shards,
+    every process calls it; process 0 writes."""
     folder, config = Path(folder), model.config
     tensors = {}
     for name, p in model.named_parameters():
@@ -482,6 +477,6 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, crop: boo
             tensors[hub_name(name, config.vision is None)] = value.cpu().contiguous()
     if tensors:
         documents = {"config.json": config_json(config, model.dtype)}
-        documents |= processor_json(config, crop) | (more or {})
+        documents |= processor_json(config) | (more or {})
         write_folder(folder, "model.safetensors", tensors, documents, Path(tokenizer_from))
     return folder

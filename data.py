@@ -503,14 +503,13 @@ def pack_size(wanted: int, device: torch.device) -> int:
 
 
 class Pixels:
-    """Image files -> pixels for one model, padded to a square as it was trained (or cropped)."""
+    """Image files -> pixels for one model."""
 
-    def __init__(self, config, crop: bool = False):
+    def __init__(self, config):
         self.size = config.vision.image_size if config.vision else 0
-        self.crop = crop
 
     def one(self, path: str | Path) -> Tensor:                               # (3, S, S)
-        return preprocess(load_image(path), self.size, self.crop)
+        return preprocess(load_image(path), self.size)
 
     def __call__(self, paths: list[str]) -> Tensor | None:
         """n files -> (n, 3, S, S), or None for no files."""

@@ -214,7 +214,7 @@ def fingerprint(model, found) -> dict[str, str]:
         "weights": checkpoint.digest(model),
         "data": training.trees_digest(found.trees, found.pictures),
         "template": sha(repr(tokens.template), tokens.source.read_bytes(), str(tokens.bos)),
-        "image processing": f"{pixels.size} px, {'crop' if pixels.crop else 'pad'}",
+        "image processing": f"{pixels.size} px, pad",
         "dtype": str(model.dtype),
     }
 

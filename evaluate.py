@@ -72,7 +72,6 @@ class Settings(JudgeSettings):
     seed: int = 0                  # of sampling (MT-Bench) and of --picture
     forget: bool = False           # second turns without the model's first answer
     picture: str = ""              # before text questions: a folder to draw from, or "literal"
-    crop: bool = False             # centre-crop images instead of padding them to a square
     coverage: float = 0.95         # smallest share to be scored; below it the exit code is 1
     split: str = "test"            # of the miniature: test, or dev for choosing settings
     target: str = ""               # scores to ask a SteerLM model for, "4 4 4 4 0"; empty: its own
@@ -124,7 +123,7 @@ def answer_all(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) 
                 print(f"{ckpt} sees no pictures; left out: {name}", file=sys.stderr)
                 continue
             answered[name] = answer(
-                asked, model, tokens if bench.PICTURES else plain, Pixels(config, s.crop),
+                asked, model, tokens if bench.PICTURES else plain, Pixels(config),
                 batch=s.batch, seed=s.seed, forget=s.forget, journal=journal, about=about,
                 desc=f"{ckpt}: {name}")
             rows = bench.answer_rows([item for item in answered[name] if item.texts], slug(ckpt))

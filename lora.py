@@ -111,15 +111,14 @@ def to_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict]:
     return tensors, config
 
 
-def save_adapter(model: nn.Module, folder: Path, source: Path, crop: bool = False,
-                 more: dict[str, dict] | None = None) -> Path:
+def save_adapter(model: nn.Module, folder: Path, source: Path, more=None) -> Path:
     """Write what was trained beside the model in `source`, whole or not at all, with that model's
-    tokenizer; `crop` and `more` are checkpoint.save's. Process 0 writes."""
+    tokenizer; `more` are JSON files by name. Process 0 writes."""
     folder = Path(folder)
     if parallel.rank() == 0:
         tensors, config = to_peft(model, str(source.resolve()))
         documents = {"adapter_config.json": config}
-        documents |= checkpoint.processor_json(model.config, crop) | (more or {})
+        documents |= checkpoint.processor_json(model.config) | (more or {})
         checkpoint.write_folder(folder, "adapter_model.safetensors", tensors, documents, source)
     return folder
 
@@ -141,16 +140,10 @@ def run(s: Settings) -> None:
     if out.exists():
         raise BadInput(f"--out {s.out} is there already; choose another")
 
-    # as precise as the base model is stored, its pictures cut as they were in training
+    # As precise as the base model is stored.
     _, stored = next(checkpoint.tensors(base))
-    crop = False
-    for place in (base, folder):
-        processor = place / "preprocessor_config.json"
-        if processor.is_file():
-            crop = bool(checkpoint.read_json(processor).get("do_center_crop"))
-
     model = checkpoint.load(folder, dtype=stored.dtype)
-    checkpoint.save(model, out, folder, crop)
+    checkpoint.save(model, out, folder)
     print(f"{base} and {folder} together: {out}")
 
 

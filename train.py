@@ -90,7 +90,6 @@ class Settings:
     dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
     pack: int = 0                # tokens computed at once, gradients add up over packs; 0: 1024 on the CPU, 8192 on a GPU
     max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
-    crop: bool = False           # centre-crop images instead of padding them to a square
     checkpointing: bool = False  # keep less for backward and compute it again; the memory plan says whether it is needed
     dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
     save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
@@ -477,7 +476,7 @@ def read(s: Settings, trees_of) -> Reading:
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
     tokens = Tokens(folder, config, s.template)
-    pixels = Pixels(config, s.crop)
+    pixels = Pixels(config)
     trees, pictures, rejects = [], [], []
     for name, record in formats.stream(s.data, s.image_root, pixels.size):
         try:
@@ -582,9 +581,9 @@ def finish(run: Run, tokens: Tokens, documents=None) -> Path:
     if s.lora:
         result = run.out / "adapter"
         if parallel.rank() == 0:
-            lora.save_adapter(run.model, result, source, s.crop, documents)
+            lora.save_adapter(run.model, result, source, documents)
     else:
-        result = checkpoint.save(run.model, run.out / "model", source, s.crop, documents)
+        result = checkpoint.save(run.model, run.out / "model", source, documents)
     if parallel.rank() == 0:
         draw_metrics(run.out)
         shutil.rmtree(run.out / "state", ignore_errors=True)

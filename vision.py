@@ -12,9 +12,8 @@ the patches one block before it: they still say *where* things are. The class to
 block is never computed.
 
 Preprocessing decides as much as the weights do: LLaVA-1.5 pads to a square with CLIP's mean colour (so that
-nothing is cut off), then resizes with Pillow's bicubic filter, then normalises. Centre-crop, which several
-evaluation kits use instead, is there on request. For 8-bit RGB files the pixels equal those of
-transformers' image processor; transparency is shown on white, EXIF turns are made, 16 bits are scaled.
+nothing is cut off), then resizes with Pillow's bicubic filter, then normalises. For 8-bit RGB files the pixels
+equal those of transformers' image processor; transparency is shown on white, EXIF turns are made, 16 bits are scaled.
 """
 from dataclasses import dataclass
 from io import BytesIO
@@ -152,22 +151,16 @@ class ViT(nn.Module):
 
 # ---- from a file to pixels --------------------------------------------------------------------------------
 
-def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
-    """An RGB picture -> (3, size, size) float32, normalised: padded to a square with the mean colour, or cropped.
+def preprocess(image: Image.Image, size: int) -> Tensor:
+    """An RGB picture -> (3, size, size) float32, normalised: padded to a square with the mean colour.
 
     Source: LLaVA `expand2square` + CLIPImageProcessor; equal to transformers' LlavaImageProcessor(do_pad=True).
     """
     w, h = image.size
-    if crop:
-        short = min(w, h)
-        w, h = int(size * w / short), int(size * h / short)                          # the shorter edge becomes `size`
-        left, top = (w - size) // 2, (h - size) // 2
-        image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
-    else:
-        side = max(w, h)
-        square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in CLIP_MEAN))
-        square.paste(image, ((side - w) // 2, (side - h) // 2))
-        image = square.resize((size, size), Image.BICUBIC)
+    side = max(w, h)
+    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in CLIP_MEAN))
+    square.paste(image, ((side - w) // 2, (side - h) // 2))
+    image = square.resize((size, size), Image.BICUBIC)
     x = np.asarray(image).astype(np.float64) * (1 / 255)                             # (S, S, 3)
     x = (x.astype(np.float32) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()                         # (3, S, S)

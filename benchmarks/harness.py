@@ -158,7 +158,7 @@ def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels
         """What is asked next, under a key that names all that the answer depends on."""
         tree = make_tree(tokens, conversation(item, forget), [])
         check_room(tree.length + item.max_new, tokens.room)
-        settings = f"{seed} {item.temperature} {item.max_new} {pixels.crop}"
+        settings = f"{seed} {item.temperature} {item.max_new}"
         pictures = [hash_of(path) for path in tree.images]
         return sha(about, tree.id, str(tree.prompt), settings, *pictures), item, tree
 
