@@ -124,14 +124,14 @@ def test_sampling_goes_on_where_it_stopped_with_the_same_result(ckpt, prompts, t
 
 
 def test_what_an_answer_depends_on_names_it(ckpt, prompts, tmp_path):
-    """Another seed, crop, dtype, template, checkpoint, question or picture: sampled anew; the same again: not."""
+    """Another seed, dtype, template, checkpoint, question or picture: sampled anew; the same again: not."""
     def count():
         return len(lines(tmp_path / "out" / "answers-0.jsonl"))
     other = tiny_checkpoint(tmp_path / "other", "byte", seed=1)
     raw, want = lines(prompts)[:2], 2
     write(prompts, raw)
     first = sampled(ckpt, prompts, tmp_path / "out")
-    for more in ({}, {"seed": 1}, {"crop": True}, {"n": 2}, {"temperature": 0.5}, {"ckpt": other}, {"template": "mistral"}, {"dtype": "float32"}):
+    for more in ({}, {"seed": 1}, {"n": 2}, {"temperature": 0.5}, {"ckpt": other}, {"template": "mistral"}, {"dtype": "float32"}):
         want += 2 * bool(more)
         rows = sampled(**{"ckpt": ckpt, "prompts": prompts, "out": tmp_path / "out"} | more)
         assert count() == want, more

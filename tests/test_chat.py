@@ -52,13 +52,6 @@ def test_two_turns_about_a_picture_are_what_the_benchmarks_would_read(talk, pict
     assert two == greedy(messages, record["images"], record["root"])
 
 
-def test_a_model_that_was_trained_on_cropped_pictures_is_shown_cropped_ones(talk, monkeypatch):
-    asked = []
-    monkeypatch.setattr(chat, "Pixels", lambda config, crop: asked.append(crop) or Pixels(config, crop))
-    talk(["/quit"]), talk(["/quit"], crop=True)
-    assert asked == [False, True]
-
-
 def test_answers_come_token_by_token(talk, picture, monkeypatch, capsys):
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *a, end="\n", flush=False: pieces.append((*a, end)))
@@ -134,7 +127,7 @@ def test_a_steered_checkpoint_says_what_it_asks_for_and_asks_for_it(talk, tmp_pa
     form = steerlm.steer_form(steerlm.Settings(form=" {helpfulness} {correctness} {coherence} {complexity} {verbosity}",
                                                grades="one two three four five"))
     model = checkpoint.load(checkpoint.resolve("toy/vicuna"))
-    folder = checkpoint.save(model, tmp_path / "steered", checkpoint.resolve("toy/vicuna"), False, {"steer.json": form})
+    folder = checkpoint.save(model, tmp_path / "steered", checkpoint.resolve("toy/vicuna"), {"steer.json": form})
     out, = talk([], ckpt=str(folder), target="4 4 4 4 0")
     assert out.endswith("every question ends with ' five five five five one'")
     out, = talk([], ckpt=str(folder))

@@ -254,7 +254,6 @@ STALE = {     # what is done to the checkpoint, the rows, the flags; what the re
     "records in another order": (None, RECORDS[::-1], {}, ["data"]),
     "another picture's name": (None, other_row(4, (RECORDS[4][0], ["a.png"], RECORDS[4][2])), {}, ["data"]),
     "another picture's bytes": (None, RECORDS, {}, ["data"]),
-    "crop": (None, None, {"crop": 1}, ["image processing"]),
     "dtype": (None, None, {"dtype": "bfloat16"}, ["weights", "dtype"]),
 }
 

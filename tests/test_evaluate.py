@@ -269,15 +269,6 @@ def test_pictures_that_cannot_be_shown(settings, vicuna, data, capsys):
     assert "3 not answered (has images, but this checkpoint is text-only)" in capsys.readouterr().out
 
 
-def test_cropping_changes_what_the_model_sees(settings, monkeypatch):
-    seen = []
-    original = harness.sample_answers
-    monkeypatch.setattr(harness, "sample_answers", lambda m, t, p, trees, **how: seen.append(p(trees[0].images[:1])) or original(m, t, p, trees, **how))
-    for crop in (False, True):
-        evaluate.run(replace(settings, bench="mm_vet", judge="", crop=crop))     # the same folder: not taken for answered
-    assert len(seen) == 2 and (seen[0] != seen[1]).any()
-
-
 def test_a_steerlm_model_is_asked_for_its_scores(settings, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(settings.ckpt, tmp_path / "steered"))
     write(folder / "steer.json", {"text": " give {helpfulness} {correctness} {coherence} {complexity} {verbosity}", "grades": list("vwxyz"),

@@ -187,27 +187,19 @@ def test_padding_centres_the_picture():
     assert red[:, 1].min() == (20 - 7) // 2 and red[:, 1].max() == (20 - 7) // 2 + 6 and len(red) == 7 * 20
 
 
-def test_cropping_by_hand():
-    """A 4 x 2 picture at size 2: the two middle columns, nothing resized."""
-    torch.testing.assert_close(preprocess(Image.fromarray(RGB[:2, :4]), 2, crop=True), normalised(RGB[:2, 1:3]),
-                               atol=1e-6, rtol=0)
-
-
 SHAPES = [(40, 40), (64, 30), (30, 64), (1, 50), (50, 1), (3, 2), (1, 1), (101, 100), (500, 37)]
 
 
 @pytest.mark.parametrize("size", [28, 45, 336])
 def test_pixels_are_those_of_transformers(size):
     pytest.importorskip("transformers")
-    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
+    from transformers import LlavaImageProcessorPil
     square = {"height": size, "width": size}
     padded = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=square, crop_size=square)
-    cropped = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
     for shape in [(336, 336), (337, 333), (64, 30)] if size == 336 else SHAPES:
         image = picture(*shape, seed=sum(shape))
-        for crop, processor in ((False, padded), (True, cropped)):
-            theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
-            assert torch.equal(preprocess(image, size, crop), theirs), shape
+        theirs = padded(images=image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(preprocess(image, size), theirs), shape
 
 
 # ---- the tower -------------------------------------------------------------------------------------------------------
