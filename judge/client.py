@@ -39,6 +39,7 @@ from urllib.parse import urlsplit
 
 import requests
 import urllib3
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
 from common import BadInput
@@ -123,6 +124,10 @@ class Judge:
         self.next_call = 0.0             # when one may be made, on time.monotonic's clock
         self.turn = threading.Lock()     # held to change the last two
         self.stop = threading.Event()
+        self.session = requests.Session()
+        self.session.auth = lambda request: request      # or .netrc would replace our header
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=s.workers))
 
     # ---- questions ------------------------------------------------------------------------------
 
@@ -238,9 +243,8 @@ class Judge:
         until = time.monotonic() + self.s.timeout
         content = bytearray()
         try:
-            with requests.post(
+            with self.session.post(
                 url, json=body, headers=self.wire.headers(self.key),
-                auth=lambda request: request,            # or .netrc would replace our header
                 stream=True, allow_redirects=False, timeout=(20, self.s.timeout),
             ) as response:
                 # read1 returns what is there: a reply may come in drips.

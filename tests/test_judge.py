@@ -33,7 +33,7 @@ from journal import Journal
 from judge import client, wire
 from judge.client import Judge, JudgeSettings, Replies
 from judge.rubric import RUBRIC, Rubric
-from judge.wire import PROTOCOLS, Question, Reply, reply_of
+from judge.wire import PROTOCOLS, Question, reply_of
 from judge_server import Server
 
 KEY = "AIza-test-KEY_0123456789"
