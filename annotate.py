@@ -84,11 +84,10 @@ def sample(s, records, out, device) -> tuple[list, list]:
     config, _ = checkpoint.read_config(folder)
     tokens = Tokens(folder, config, s.template)
     pixels = Pixels(config)
-    how = dict(n=s.n, temperature=s.temperature, top_p=s.top_p, max_new=s.max_new, seed=s.seed)
-    about = sha(checkpoint.stamp(folder), str(tokens.template), str(how), s.dtype)
+    how = {name: getattr(s, name) for name in ("n", "temperature", "top_p", "max_new", "seed")}
+    about = sha(checkpoint.stamp(folder), str(tokens.template), str(how), str(s.crop), s.dtype)
 
-    trees = []                                           # what is to be answered
-    keys = {}                                            # id of each -> what its answers depend on
+    todo = {}                        # what the answers depend on -> the tree to be answered
     rejects = []
     for record in records:
         if record["answers"]:
@@ -98,36 +97,37 @@ def sample(s, records, out, device) -> tuple[list, list]:
             check_room(tree.length + s.max_new, tokens.room)
         except BadInput as problem:
             rejects.append({"id": record["id"], "reason": str(problem)})
-            continue
-        trees.append(tree)
-        keys[tree.id] = sha(about, tree.id, json.dumps(record["messages"]), record["images_sha"])
+        else:
+            key = sha(about, tree.id, json.dumps(record["messages"]), record["images_sha"])
+            todo[key] = tree
     known = read_answers(out)
-    if trees:
-        before = sum(key in known for key in keys.values())
-        print(f"sampling: {s.n} answers to each of {len(trees)} records at temperature "
-              f"{s.temperature}; {before} were answered before")
+    if todo:
+        print(f"sampling: {s.n} answers to each of {len(todo)} records at temperature "
+              f"{s.temperature}; {len(todo.keys() & known)} were answered before")
 
     # A batch is answered whole or not at all: rounding depends on what is computed together.
-    batches = [trees[start:start + s.batch] for start in range(0, len(trees), s.batch)]
+    keys = list(todo)
+    batches = [keys[start:start + s.batch] for start in range(0, len(keys), s.batch)]
     mine = batches[parallel.rank()::parallel.world()]
-    missing = [batch for batch in mine if any(keys[tree.id] not in known for tree in batch)]
+    missing = [batch for batch in mine if not known.keys() >= set(batch)]
     if missing:
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
         with closing(Journal(out / f"answers-{parallel.rank()}.jsonl")) as journal:
             for batch in tqdm(missing, "sampling", unit="batch", disable=None, leave=False):
-                answered = sample_answers(model, tokens, pixels, batch, **how)
-                for tree, answers in zip(batch, answered):
-                    if keys[tree.id] not in known:
-                        journal.append({"key": keys[tree.id], "id": tree.id, "answers": answers})
+                trees = [todo[key] for key in batch]
+                answered = sample_answers(model, tokens, pixels, trees, **how)
+                for key, answers in zip(batch, answered):
+                    if key not in known:
+                        journal.append({"key": key, "id": todo[key].id, "answers": answers})
     parallel.gather(None)                                # everybody's answers are on the disk
 
     known = read_answers(out)
+    sampled = {tree.id: known[key] for key, tree in todo.items()}
     filled = []
     for record in records:
-        if record["id"] in keys:
-            record = record | {"answers": known[keys[record["id"]]]}
-        if record["answers"]:
-            filled.append(record)
+        answers = record["answers"] or sampled.get(record["id"])
+        if answers:
+            filled.append(record | {"answers": answers})
     return filled, rejects
 
 
@@ -169,15 +169,17 @@ def question(record: dict, s: Settings) -> Question:
 def plan(s, records) -> str:
     """What judging would take, before a cent is spent, and what the judge would read."""
     journal = Path(s.out) / "journal.jsonl"
-    rows = journal_rows(journal) if journal.exists() else []
-    states = {row["key"]: row["state"] for _, row in rows if row["final"]}
+    settled = set()
+    for _, row in journal_rows(journal) if journal.exists() else []:
+        if row["final"] and (row["state"] == "ok" or not s.retry_failed):
+            settled.add(row["key"])
 
     asked = []
     back = 0
     for record in records:
         answers = record["answers"] or [{"text": "(not sampled yet) " * (ANSWER // 6)}] * s.n
         q = question(record | {"answers": answers}, s)
-        if q.key not in states or s.retry_failed and states[q.key] != "ok":
+        if q.key not in settled:
             asked.append(q)
             back += len(answers) * COMMENT + (ANSWER if s.golden else 0)
 
@@ -320,10 +322,9 @@ def annotate(s: Settings) -> list[dict]:
     first = parallel.rank() == 0
     out = Path(s.out)
     records, rejects = formats.read(s.data, s.image_root)
-    if rejects and Path(s.data).resolve() == (out / "records.jsonl").resolve():
-        raise BadInput(f"{s.data} would lose {len(rejects)} records, the first being "
-                       f"{rejects[0]['id']}: {rejects[0]['reason']}; mend it, or change --out")
     formats.report(s.data, len(records), rejects, out if first and not s.dry_run else None)
+    if rejects and Path(s.data).resolve() == (out / "records.jsonl").resolve():
+        raise BadInput(f"{s.data} would lose what is rejected; mend it, or choose another --out")
     if s.dry_run:
         print(plan(s, records))
         return []
@@ -362,10 +363,13 @@ def look(s, records) -> None:
         write_whole(Path(s.board), report.board(records, out, s.gap, s.seed))
         print(f"board: {s.board}, to be opened in a browser")
 
-    pairs = [(record, choose_pair(record, s.gap, s.seed)) for record in records]
-    pairs = [(record, pair) for record, pair in pairs if pair]
+    pairs = []
+    for record in records:
+        pair = choose_pair(record, s.gap, s.seed)
+        if pair:
+            pairs.append(report.to_trl(record, pair))
     if s.export:
-        write_jsonl(out / "trl.jsonl", [report.to_trl(record, pair) for record, pair in pairs])
+        write_jsonl(out / "trl.jsonl", pairs)
         print(f"export: {out / 'trl.jsonl'}, {len(pairs)} pairs")
     if pairs:
         rates = " --batch 16 --lr 1e-4" if s.judge == "oracle" else ""       # the miniature's
