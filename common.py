@@ -56,7 +56,7 @@ def main(settings: type, run):
 
     # Of several processes the first speaks, and torchrun ends the others, unless the trouble is theirs alone.
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
