@@ -85,7 +85,7 @@ def sample(s, records, out, device) -> tuple[list, list]:
     tokens = Tokens(folder, config, s.template)
     pixels = Pixels(config)
     how = {name: getattr(s, name) for name in ("n", "temperature", "top_p", "max_new", "seed")}
-    about = sha(checkpoint.stamp(folder), str(tokens.template), str(how), str(s.crop), s.dtype)
+    about = sha(checkpoint.stamp(folder), str(tokens.template), str(how), s.dtype)
 
     todo = {}                        # what the answers depend on -> the tree to be answered
     rejects = []
