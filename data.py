@@ -98,13 +98,13 @@ def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] 
 class Template:
     """How a conversation is spelled for a model. Nothing else in this repository knows a role's spelling or an end token."""
     name: str
-    system: str          # the system's sentence, where a record has none of its own; empty: none
-    system_form: str     # how it is written; empty: it stands at the head of the first question
-    user: str            # a user's turn, up to where the assistant speaks
-    answer: str          # what the assistant adds, its end token included
-    between: str         # what stands behind an answer before the next turn
-    ends: tuple[str, ...]    # tokens that end an answer; the first is the one that `answer` ends with
-    ask: str = ""        # what is appended to the last question: SteerLM's wish for scores
+    user: str                            # a user's turn, up to where the assistant speaks
+    answer: str                          # what the assistant adds, its end token included
+    ends: tuple[str, ...] = ("</s>",)    # tokens that end an answer; the first is the one that `answer` ends with
+    between: str = ""                    # what stands behind an answer before the next turn
+    system: str = ""                     # the system's sentence, where a record has none of its own; empty: none
+    system_form: str = ""                # how it is written; empty: it stands at the head of the first question
+    ask: str = ""                        # what is appended to the last question: SteerLM's wish for scores
 
     def text(self, messages: list[dict]) -> str:
         """Turns as they are, the last a user's -> their text."""
@@ -141,42 +141,33 @@ class Template:
 
 
 VICUNA = Template(        # FastChat's get_prompt, LLaVA's conv_vicuna_v1, exactly
-    name="vicuna_v1",
+    "vicuna_v1",
+    user="USER: {content} ASSISTANT:",
+    answer=" {content}</s>",
     system="A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
     system_form="{system} ",
-    user="USER: {content} ASSISTANT:",
-    answer=" {content}</s>",
-    between="",
-    ends=("</s>",),
 )
 CHATML = Template(        # Qwen, SmolLM, and many others
-    name="chatml",
-    system="",
-    system_form="<|im_start|>system\n{system}<|im_end|>\n",
+    "chatml",
     user="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
     answer="{content}<|im_end|>",
-    between="\n",
     ends=("<|im_end|>", "<|endoftext|>"),
+    between="\n",
+    system_form="<|im_start|>system\n{system}<|im_end|>\n",
 )
 LLAMA_3 = Template(
-    name="llama_3",
-    system="",
-    system_form="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+    "llama_3",
     user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     answer="{content}<|eot_id|>",
-    between="",
     ends=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
+    system_form="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
 )
 MISTRAL = Template(       # as tokenizers with an [INST] of their own read it; the system's sentence goes to the first question
-    name="mistral",
-    system="",
-    system_form="",
+    "mistral",
     user="[INST] {content}[/INST]",
     answer=" {content}</s>",
-    between="",
-    ends=("</s>",),
 )
 TEMPLATES = {template.name: template for template in (VICUNA, CHATML, LLAMA_3, MISTRAL)}
 SIGNS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3", "[INST]": "mistral"}    # a token tells its template

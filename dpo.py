@@ -35,7 +35,6 @@ from pathlib import Path
 import common  # first: it tells OpenMP how to wait
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
@@ -43,9 +42,8 @@ import memory
 import parallel
 import train as training
 from common import BadInput, main, read_jsonl, sha, write_jsonl, write_whole
-from data import GAP, Pixels, Tokens, Tree, choose_pair, make_tree, split
+from data import GAP, Tokens, Tree, choose_pair, make_tree, split
 from model import Llava, answer_logps
-from train import Run
 
 
 @dataclass
@@ -65,31 +63,31 @@ class Settings(training.Settings):
 # ---- the losses -------------------------------------------------------------------------------------------------
 # (B, 2) log-probs of chosen and rejected in nats, now and under the reference -> (B,) losses, (B,) margins.
 
-def margins(logps: Tensor, reference: Tensor, beta: float) -> Tensor:
+def margins(logps, reference, beta):
     """By how much the policy's reward prefers the chosen answer, (B,)."""
     rewards = beta * (logps - reference)
     return rewards[:, 0] - rewards[:, 1]
 
 
-def sigmoid(logps: Tensor, reference: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+def sigmoid(logps, reference, s):
     """DPO, Eq. 7 of arXiv:2305.18290: the likelihood of the judge's choice."""
     margin = margins(logps, reference, s.beta)
     return -F.logsigmoid(margin), margin
 
 
-def ipo(logps: Tensor, reference: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+def ipo(logps, reference, s):
     """arXiv:2310.12036, Eq. 17: the log-ratio is drawn to 1 / (2 beta), and pulled back beyond it: no pair runs away."""
     margin = margins(logps, reference, s.beta)
     return (margin / s.beta - 1 / (2 * s.beta)).square(), margin
 
 
-def hinge(logps: Tensor, reference: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+def hinge(logps, reference, s):
     """arXiv:2305.10425 (SLiC), arXiv:2309.06657: a pair whose margin has reached 1 teaches nothing any more."""
     margin = margins(logps, reference, s.beta)
     return F.relu(1 - margin), margin
 
 
-def robust(logps: Tensor, reference: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+def robust(logps, reference, s):
     """arXiv:2403.00409: unbiased where a share `smoothing` of the labels is wrong."""
     margin = margins(logps, reference, s.beta)
     right = -F.logsigmoid(margin)
@@ -105,7 +103,7 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
 UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
 
 
-def train(run: Run, pairs: list[Tree], s: Settings):
+def train(run, pairs, s):
     """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
@@ -126,7 +124,7 @@ def train(run: Run, pairs: list[Tree], s: Settings):
         print(line(run.update(pairs=len(batch))))
 
 
-def pair_logps(model, part, s) -> tuple[Tensor, Tensor, Tensor]:
+def pair_logps(model, part, s):
     """Log-probs of chosen and rejected now, under the reference, and the answers' lengths in tokens, (B, 2) each."""
     logps = answer_logps(model, part.pack).view(-1, 2)   # (2 B,) -> (B, 2)
     reference = logps.new_tensor([pair.reference for pair in part.items])
@@ -187,7 +185,7 @@ def preference(model, pairs, pixels, s) -> dict:
 # ---- the reference --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def reference_logps(model: Llava, trees: list[Tree], pixels: Pixels, budget: int) -> list[list[float]]:
+def reference_logps(model, trees, pixels, budget) -> list[list[float]]:
     """log p of every answer under the model as it stands, a list for each tree."""
     rank, world = parallel.rank(), parallel.world()
     bar = tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False)
@@ -269,7 +267,7 @@ def is_held_out(record_id: str, share: float) -> bool:
     return zlib.crc32(record_id.encode()) % 1000 < 1000 * share
 
 
-def make_pairs(trees: list[Tree], choices: list, reference: list[list[float]]) -> list[Tree]:
+def make_pairs(trees, choices, reference) -> list[Tree]:
     """The trees that have a pair (choices: two indices, or None), with what the reference says of it."""
     pairs = []
     for tree, choice, logps in zip(trees, choices, reference):
