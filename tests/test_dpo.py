@@ -290,7 +290,12 @@ def lose_a_number(path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def rename_a_record(path):
+    path.write_text(path.read_text().replace('"r2"', '"r9"'))
+
+
 @pytest.mark.parametrize("spoil, why", [(cut_a_line, "does not hold the records"), (tear, "is damaged"),
+                                        (rename_a_record, "does not hold the records"),
                                         (lose_a_number, "does not hold the records|is damaged")])
 def test_a_reference_that_is_not_whole_is_refused(ckpt, data, tmp_path, kept, spoil, why):
     path = copied(kept, tmp_path / "out")
