@@ -266,11 +266,11 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             ) from None
 
 
-def weights(folder: Path, device) -> Iterator[tuple[str, str, Tensor]]:
+def weights(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     """(a checkpoint's name, ours, tensor) of every weight, tower included, adapter added."""
     base = base_folder(folder)
     if base:
-        yield from corrected(weights(base, device), folder, device)
+        yield from corrected(weights(base), folder)
         return
     _, tower = read_config(folder)
     carried = False
@@ -290,7 +290,7 @@ def weights(folder: Path, device) -> Iterator[tuple[str, str, Tensor]]:
                 yield key, "vision_tower." + key.removeprefix("vision_model."), value
 
 
-def corrected(named, folder, device):
+def corrected(named, folder):
     """Weights of a base model with PEFT's adapter in `folder` added: W + scale B A, in fp32; a
     weight that it holds whole (the projector's) takes the place of the base model's."""
     where = folder / "adapter_config.json"
@@ -303,15 +303,15 @@ def corrected(named, folder, device):
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise BadInput(f"{where}: r and lora_alpha are not two numbers ({error!r})") from None
 
-    adapter = {canonical(key): value.to(device) for key, value in tensors(folder)}
+    adapter = {canonical(key): value for key, value in tensors(folder)}
     if not adapter:
         raise BadInput(f"{folder}: the adapter is empty")
     for key, name, value in named:
-        value = adapter.pop(name, value).to(device)
+        value = adapter.pop(name, value)
         layer = name.removesuffix(".weight")
         halves = [f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"]
         shapes = [adapter[half].shape for half in halves if half in adapter]
-        if shapes == [(len(value), rank), (rank, value.shape[-1])]:
+        if shapes == [(*value.shape[:1], rank), (rank, *value.shape[1:])]:
             b, a = (adapter.pop(half).float() for half in halves)
             value = value.float().addmm(b, a, alpha=scale)
         yield key, name, value
@@ -352,7 +352,7 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
         places[HEAD] = places[EMBEDDING]                 # it may be stored all the same
 
     found, flaws = {}, []
-    for key, name, value in weights(folder, device):
+    for key, name, value in weights(folder):
         problem = flaw(name, value, places, found)
         if problem:
             flaws.append(f"{key}: {problem}")
