@@ -151,6 +151,13 @@ def test_stored_answers_can_be_judged_without_a_model(settings, data, monkeypatc
     assert one["scores"] == two["scores"] and one["length"] == two["length"] and two["cut"] is None, "such a file says nothing of what was cut off"
 
 
+def test_an_answer_that_equals_the_reference_is_a_draw_that_nobody_is_asked_about(settings, data, tmp_path):
+    rows = [{"instruction": item.row["instruction"], "output": item.row["output"]} for item in items_of(data, BENCHES["alpaca_eval"])]
+    with Server() as server:
+        evaluate.run(replace(settings, bench="alpaca_eval", answers=str(write(tmp_path / "same.json", rows)), judge_url=server.url))
+    assert not server.asked and results(settings.out)["alpaca_eval"]["scores"]["win rate"]["mean"] == 50
+
+
 def test_answered_but_not_judged(settings, capsys):
     evaluate.run(replace(settings, judge="", bench="mm_vet"))
     assert "not judged" in capsys.readouterr().out and results(settings.out)["mm_vet"]["scores"] == {}
