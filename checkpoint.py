@@ -56,10 +56,8 @@ TAKE_TOKENIZER = (
 # ---- names ---------------------------------------------------------------------------------------
 
 RENAME = {                                               # in this order
-    r"^base_model\.model\.": "",                         # PEFT, four times
+    r"^base_model\.model\.": "",                         # PEFT
     r"\.base_layer\.": ".",
-    r"\.modules_to_save(\.default)?\.": ".",
-    r"\.(lora_[AB])\.default\.": r".\1.",
     r"^model\.vision_tower\.vision_tower\.": "vision_tower.",                     # original LLaVA
     r"^model\.mm_projector\.0\.": "multi_modal_projector.linear_1.",
     r"^model\.mm_projector\.2\.": "multi_modal_projector.linear_2.",

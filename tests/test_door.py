@@ -257,7 +257,7 @@ BROKEN = {
     "a config that is a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json cannot be read (it is no JSON object)"),
     "a config without a tower": (lambda f: config(f, '"vision_config"', '"vision"'), "config.json cannot be used (KeyError('vision_config'))"),
     "a config with words": (lambda f: config(f, '"hidden_size": 64', '"hidden_size": [64]'), "config.json cannot be used (TypeError("),
-    "half a rope": (lambda f: config(f, '"rope_type": "default"', '"rope_type": "linear"'), "config.json cannot be used (KeyError('factor')); is it whole?"),
+    "half a rope": (lambda f: config(f, '"rope_scaling": null', '"rope_scaling": {"rope_type": "linear"}'), "config.json cannot be used (KeyError('factor')); is it whole?"),
     "no such layer": (lambda f: config(f, '"vision_feature_layer": -2', '"vision_feature_layer": -9'), "vision_feature_layer -9 is not one of 3 layers"),
     "a list as weight_map": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'), "it has no weight_map"),
     "a steer.json of nothing": (lambda f: (f / "steer.json").write_text("{}"), "steer.json is damaged: it lacks text, grades or target"),
