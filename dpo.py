@@ -76,7 +76,8 @@ def sigmoid(logps, reference, s):
 
 
 def ipo(logps, reference, s):
-    """arXiv:2310.12036, Eq. 17: the log-ratio is drawn to 1 / (2 beta), and pulled back beyond it: no pair runs away."""
+    """arXiv:2310.12036, Eq. 17: the log-ratio is drawn to 1 / (2 beta), and pulled back beyond it: no pair runs away.
+    On sums, as the paper has it; per token (TRL's way) with --average."""
     margin = margins(logps, reference, s.beta)
     return (margin / s.beta - 1 / (2 * s.beta)).square(), margin
 

@@ -597,19 +597,20 @@ def draw_metrics(out: Path):
     import matplotlib.pyplot as plt
 
     rows = common.read_jsonl(out / "metrics.jsonl")
+    if not rows:
+        return
+    steps = [row["step"] for row in rows]
     plots = defaultdict(list)                            # title -> columns
-    for name in rows[0] if rows else []:
+    for name in list(rows[0])[1:]:                       # all but the step
         plots[name.removesuffix("_chosen").removesuffix("_rejected")].append(name)
-    figure, axes = plt.subplots(3, 4, figsize=(12, 6.6))
-    for axis, (title, names) in zip(axes.flat, plots.items()):
+    plt.rcParams["font.size"] = 8
+    figure = plt.figure(figsize=(12, 7))
+    for k, (title, names) in enumerate(plots.items(), 1):
+        axis = figure.add_subplot(-(-len(plots) // 4), 4, k, title=title)
         for name in names:
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1, label=name)
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=7)
+            axis.plot(steps, [row[name] for row in rows], linewidth=1, label=name)
         if len(names) > 1:
-            axis.legend(frameon=False, fontsize=7)
-    for axis in axes.flat[len(plots):]:
-        axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(out / "metrics.png", dpi=120)
+            axis.legend(frameon=False)
+    figure.subplots_adjust(0.06, 0.05, 0.98, 0.94, hspace=0.35)
+    figure.savefig(out / "metrics.png", dpi=100)
     plt.close(figure)
