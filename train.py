@@ -603,7 +603,7 @@ def draw_metrics(out: Path):
     plots = defaultdict(list)                            # title -> columns
     for name in list(rows[0])[1:]:                       # all but the step
         plots[name.removesuffix("_chosen").removesuffix("_rejected")].append(name)
-    plt.rcParams["font.size"] = 8
+    plt.rcParams |= {"font.size": 8, "axes.formatter.limits": (-3, 4)}
     figure = plt.figure(figsize=(12, 7))
     for k, (title, names) in enumerate(plots.items(), 1):
         axis = figure.add_subplot(-(-len(plots) // 4), 4, k, title=title)
