@@ -40,7 +40,7 @@ from data import Pack, pack_size, split
 from kernels import logprob
 from model import Config, Llava, token_logps
 
-GIB = 2 ** 30
+UNITS = {"GiB": 2 ** 30, "MiB": 2 ** 20}
 PICTURED = 700           # tokens of a pair with a picture, where there is no data to ask
 ROOM = 0.9               # the share of free memory that a plan may fill: an allocator keeps some
 BLOCKS_AT_ONCE = 2       # of a sharded model: the one that runs, and the next
@@ -176,12 +176,14 @@ def plan(config: Config, s, load: Load, device: torch.device, dtype: torch.dtype
     plain["in all"] = sum(plain.values())
     again["in all"] = sum(again.values())
 
-    text = (f"memory plan, GiB for each of {world} process{'es' if world > 1 else ''}: "
+    unit = "GiB" if plain["in all"] >= UNITS["GiB"] else "MiB"
+    bytes_each = UNITS[unit]
+    text = (f"memory plan, {unit} for each of {world} process{'es' if world > 1 else ''}: "
             f"{(n.trained + n.frozen) / 1e9:.3g} billion weights, {n.trained / 1e9:.3g} trained, "
             f"{str(dtype).removeprefix('torch.')}, packs of {load.tokens:,} tokens\n"
             f"  {'':12}{'plain':>10}{'--checkpointing':>18}")
     for row in plain:
-        text += f"\n  {row:12}{plain[row] / GIB:10.2f}{again[row] / GIB:18.2f}"
+        text += f"\n  {row:12}{plain[row] / bytes_each:10.2f}{again[row] / bytes_each:18.2f}"
     free = free_bytes(device)
     if not free:
         return text
@@ -193,7 +195,7 @@ def plan(config: Config, s, load: Load, device: torch.device, dtype: torch.dtype
         advice = "does not fit plainly; set --checkpointing"
     else:
         advice = f"may not fit: {REMEDY}"
-    return f"{text}\n  {'free':12}{free / GIB:10.2f}   {device}: {advice}"
+    return f"{text}\n  {'free':12}{free / bytes_each:10.2f}   {device}: {advice}"
 
 
 def dry_run(config: Config, s) -> None:

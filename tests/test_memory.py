@@ -21,11 +21,12 @@ import steerlm
 from common import BadInput
 from conftest import ROOT, rows_of, tiny_checkpoint, tiny_model, write_data
 from data import Tree, make_pack, split
-from memory import GIB, Load, needs
+from memory import Load, needs
 from model import Block, Config, Llava, TextConfig, answer_logps, token_logps
 from train import Run, Settings
 from vision import VisionConfig
 
+GIB = 2 ** 30
 SIZES = {
     "7": TextConfig(vocab_size=32064),
     "13": TextConfig(32064, 5120, 13824, 40, 40, 40),
