@@ -9,8 +9,8 @@ before text questions; and what the paper left open: beta against learning rate,
 of log-probs.
 
 How it is kept honest. Learning rates were searched on a development seed and development items,
-three per method, no method more (`--search`), and chosen by the judge's opinion of image answers;
-reported seeds are others. Every method has the same three passes over what it can use of the same
+three per method, no method more (LOG.md, results/search.jsonl), and chosen by the judge's opinion
+of image answers; reported seeds are others. Every method has the same three passes over what it can use of the same
 records; the steps that makes stand in the table. "SFT" has two rows, for the answer to "which
 golden answers?" decides its rank: the datasets' own short ones, or full ones. Text ability is shown
 with its length-blind part (core). Whatever comes out is printed.
@@ -19,12 +19,10 @@ Every run is a folder that appears when it is done; the same command goes on whe
 
     python reproduce.py                            one seed on the shipped miniature, some minutes
     python reproduce.py --seeds 5 --from_scratch   every stage anew per seed, about an hour
-    python reproduce.py --search                   the search for learning rates
 """
 import json
 import multiprocessing
 import statistics
-import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -56,68 +54,67 @@ class Settings:
     seeds: int = 1                 # how many
     first: int = 10                # the first of them; 0 to 2 were used while this was made
     from_scratch: bool = False     # build every seed's models anew, not only align the shipped one
-    search: bool = False           # three learning rates per method on development items instead
     workers: int = 2               # runs at once, one thread each
 
 
 # ---- the runs: name, method, what is changed -----------------------------------------------------
 
-LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5}     # the best judged of SEARCH
 METHODS = {"sft": sft, "rejection": rejection, "steerlm": steerlm, "dpo": dpo}
-MAIN = {
+LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5}
+
+# SteerLM's scores in words that the miniature knows.
+FORM = "\nanswer with {helpfulness} , {correctness} , {coherence} , {complexity} , {verbosity} ."
+RUNS = {
     "SFT, short answers": ("sft", {"records": "short"}),
     "SFT, full answers": ("sft", {}),
     "Rejection sampling": ("rejection", {}),
-    "SteerLM": ("steerlm", {}),
+    "SteerLM": ("steerlm", {"form": FORM, "grades": "no one two three four"}),
     "DPO": ("dpo", {}),
-}
-RUNS = MAIN | {
     "DPO, 25% of the data": ("dpo", {"records": "share 0.25"}),
     "DPO, 50% of the data": ("dpo", {"records": "share 0.5"}),
     "DPO, 75% of the data": ("dpo", {"records": "share 0.75"}),
     "DPO, 25% of labels flipped": ("dpo", {"records": "flip 0.25"}),
     "DPO, 50% of labels flipped": ("dpo", {"records": "flip 0.5"}),
     "DPO, 75% of labels flipped": ("dpo", {"records": "flip 0.75"}),
-    "DPO, beta 0.03, lr 5e-05": ("dpo", {"beta": 0.03, "lr": 5e-5}),
-    "DPO, beta 0.3, lr 5e-05": ("dpo", {"beta": 0.3, "lr": 5e-5}),
+    "DPO, beta 0.03, lr 5e-05": ("dpo", {"beta": 0.03}),
+    "DPO, beta 0.3, lr 5e-05": ("dpo", {"beta": 0.3}),
     "DPO, beta 0.03, lr 0.0002": ("dpo", {"beta": 0.03, "lr": 2e-4}),
-    "DPO, beta 0.1, lr 0.0002": ("dpo", {"beta": 0.1, "lr": 2e-4}),
+    "DPO, beta 0.1, lr 0.0002": ("dpo", {"lr": 2e-4}),
     "DPO, beta 0.3, lr 0.0002": ("dpo", {"beta": 0.3, "lr": 2e-4}),
     "DPO, mean log-probs": ("dpo", {"average": True, "beta": 0.5}),
 }
 NARROWER = {"DPO of a narrower model": ("dpo", {}), "LLaVA-mini, narrower": None}
-SEARCH = {f"{name}, lr {lr:g}": (method, changes | {"lr": lr})
-          for name, (method, changes) in MAIN.items() for lr in (5e-5, 1e-4, 2e-4)}
 
 
-def change(records: list[dict], how: str, seed: int) -> list[dict]:
+def change(records, how, seed):
     """The records as a run wants them.
 
     "short" golden answers, a "share 0.25" of them, or "flip 0.25" of the pairs' labels."""
     kind, _, amount = how.partition(" ")
-    if kind == "short":
-        return [r | {"golden": r["truth"]["turns"][-1]["bare"]} for r in records]
-
     changed = []
     for record in records:
+        if kind == "short":
+            changed.append(record | {"golden": record["truth"]["turns"][-1]["bare"]})
+            continue
+
         picked = zlib.crc32(f"{kind} {record['id']}".encode()) % 1000 < 1000 * float(amount)
-        pair = choose_pair(record, seed=seed)
         if kind == "share" and picked:
             changed.append(record)
         if kind == "flip":
+            pair = choose_pair(record, seed=seed)
             changed.append(record | {"pair": pair[::-1]} if pair and picked else record)
     return changed
 
 
 # ---- one seed: build, sample, then train and measure ---------------------------------------------
 
-def make(folder: Path, seed: int, width: int) -> None:
+def make(folder, seed, width):
     """Both models from nothing -> `folder`/llava and `folder`/vicuna."""
     if not folder.exists():
         build.run(build.Settings(out=str(folder), seed=seed, width=width))
 
 
-def sample(folder: Path, ckpt: Path, seed: int) -> None:
+def sample(folder, ckpt, seed):
     """1000 questions, four answers each, judged -> `folder`/records.jsonl."""
     if not (folder / "records.jsonl").exists():
         prompts = write_prompts(1000, seed, folder)
@@ -126,10 +123,11 @@ def sample(folder: Path, ckpt: Path, seed: int) -> None:
             temperature=1.0, max_new=48, batch=64, device="cpu"))
 
 
-def train(folder: Path, method: str, changes: dict, ckpt: Path, seed: int) -> Path:
+def train(folder, method, changes, ckpt, seed):
     """One of RUNS -> `folder`/model, beside what its script leaves there."""
     if (folder / "model").exists():
         return folder / "model"
+
     changes = {"lr": LR[method]} | changes
     data = folder.parent / "data" / "records.jsonl"
     how = changes.pop("records", "")
@@ -137,19 +135,16 @@ def train(folder: Path, method: str, changes: dict, ckpt: Path, seed: int) -> Pa
         records = change(read_jsonl(data), how, seed)
         data = data.with_name(f"records-{folder.name}.jsonl")            # beside the pictures
         write_jsonl(data, records)
-    if method == "steerlm":                                              # in words that the miniature knows
-        changes["form"] = ("\nanswer with {helpfulness} , {correctness} , {coherence} , "
-                           "{complexity} , {verbosity} .")
-        changes["grades"] = "no one two three four"
 
     script = METHODS[method]
-    script.run(script.Settings(ckpt=str(ckpt), data=str(data), out=str(folder), seed=seed, batch=16,
-                               resume=True, device="cpu", **changes))
+    script.run(script.Settings(
+        ckpt=str(ckpt), data=str(data), out=str(folder), seed=seed, batch=16,
+        device="cpu", resume=True, **changes))
     return folder / "model"
 
 
-def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict, list[dict]]:
-    """Every miniature benchmark -> ({name: scores}, every answer).
+def measure(folder, name, pictures):
+    """Every miniature benchmark -> {name: scores}.
 
     A SteerLM model is asked for all fours, for few words, and for nothing: three rows."""
     model = checkpoint.load(folder)
@@ -160,27 +155,25 @@ def measure(folder: Path, name: str, pictures: Path, split: str) -> tuple[dict, 
         asked[f"{name}, verbosity 0"] = tokens.asking(terse)
         asked[f"{name}, not asked for scores"] = tokens.asking(None)
 
-    scores, answers = {}, []
+    rows = {}
     for each, tokens in asked.items():
-        scores[each], said = items.measure(model, tokens, pictures, each, split)
-        answers = answers or said
+        scores, said = items.measure(model, tokens, pictures, each)
         if model.config.vision:
             texts = [row["answers"][0] for row in said if not row["id"].startswith("text")]
-            pictured = items.behind_a_picture(model, tokens, pictures, each, split)
-            scores[each] |= {"image words": mean([len(text.split()) for text in texts]),
-                             "behind a picture": pictured}
-    return scores, answers
+            scores["image words"] = mean([len(text.split()) for text in texts])
+            scores["behind a picture"] = items.behind_a_picture(model, tokens, pictures, each)
+        rows[each] = scores
+    return rows
 
 
-def outcome(job: tuple) -> list[dict]:
+def outcome(job):
     """Train as RUNS says, or take the checkpoint as it is, and measure it -> rows of results, kept
     in the run's folder."""
-    folder, name, how, ckpt, seed, split = job
+    folder, name, how, ckpt, seed = job
     if (folder / "row.jsonl").exists():
         return read_jsonl(folder / "row.jsonl")
 
     torch.set_num_threads(1)
-    began = time.perf_counter()
     model, steps, lr = ckpt, 0, 0.0
     with (open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log)):
         try:
@@ -188,14 +181,12 @@ def outcome(job: tuple) -> list[dict]:
                 model = train(folder, *how, ckpt, seed)
                 config = json.loads((folder / "config.json").read_text())
                 steps, lr = config["steps"], config["settings"]["lr"]
-            scores, answers = measure(model, name, folder.parent / "data", split)
+            scores = measure(model, name, folder.parent / "data")
         except Exception as problem:
             raise BadInput(f"{name}: {problem}; see {folder}.log") from problem
 
-    seconds = round(time.perf_counter() - began, 1)
-    about = describe_run(None, seed=seed, steps=steps, lr=lr, seconds=seconds)
+    about = describe_run(None, seed=seed, steps=steps, lr=lr)
     rows = [about | {"name": each, "scores": found} for each, found in scores.items()]
-    write_jsonl(folder / "answers.jsonl", answers)
     write_jsonl(folder / "row.jsonl", rows)
     return rows
 
@@ -208,7 +199,7 @@ FIRST = ("Vicuna-mini", "LLaVA-mini", "SFT, short answers", "SFT, full answers",
          "SteerLM", "SteerLM, verbosity 0", "SteerLM, not asked for scores", "DPO")
 
 
-def table(rows: list[dict], names) -> str:
+def table(rows, names):
     """One line per run: its steps, and every column's mean ± standard deviation over seeds."""
     cells = {}
     for name in names:
@@ -223,22 +214,19 @@ def table(rows: list[dict], names) -> str:
     return aligned(cells, ["steps", *titles])
 
 
-def cell(values: list[float]) -> str:
+def cell(values):
     if not values:
         return "-"
     spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else " " * 6
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def report(rows: list[dict]) -> str:
+def report(rows):
     """All tables, and the paper's figures beside ours, told apart."""
-    seeds = sorted({row["seed"] for row in rows})
-    over = "one seed"
-    if len(seeds) > 1:
-        over = f"mean ± standard deviation over {len(seeds)} seeds"
-    others = [name for name in (*RUNS, *NARROWER) if name not in MAIN]
+    seeds = sorted({str(row["seed"]) for row in rows})
+    others = [name for name in (*RUNS, *NARROWER) if name not in FIRST]
     return "\n".join([
-        f"The miniature: {over} ({', '.join(map(str, seeds))}), test items",
+        f"The miniature, test items, mean ± standard deviation over seeds {', '.join(seeds)}",
         table(rows, FIRST),
         "\nThe paper, 13B models, judged by GPT-4 (another scale: compare signs, not sizes)",
         paper(["mt_bench", "alpaca_eval", "mm_vet", "llava_bench", "pope", "mmbench"], 13),
@@ -249,42 +237,37 @@ def report(rows: list[dict]) -> str:
 
 # ---- the script ----------------------------------------------------------------------------------
 
-def run(s: Settings) -> None:
+def run(s: Settings):
     if s.seeds < 1 or s.workers < 1:
         raise BadInput("--seeds and --workers must be at least 1")
     torch.set_num_threads(1)
-    kind, split, methods, seeds = "seed", "test", RUNS, range(s.first, s.first + s.seeds)
-    if s.search:
-        kind, split, methods, seeds = "search", "dev", SEARCH, [0]
-
-    out, rows = Path(s.out), []
-    for seed in seeds:
-        folder = out / f"{kind}-{seed}"
-        toy = folder / "toy" if s.from_scratch else HERE / "toy"
-        runs = [("Vicuna-mini", None, toy / "vicuna"), ("LLaVA-mini", None, toy / "llava")]
-        runs += [(name, how, toy / "llava") for name, how in methods.items()]
+    out = Path(s.out)
+    rows = []
+    for seed in range(s.first, s.first + s.seeds):
+        folder = out / f"seed-{seed}"
+        toy = HERE / "toy"
         if s.from_scratch:
+            toy = folder / "toy"
             make(toy, seed, 128)
+        sample(folder / "data", toy / "llava", seed)
+
+        runs = [("Vicuna-mini", None, toy / "vicuna"), ("LLaVA-mini", None, toy / "llava")]
+        runs += [(name, how, toy / "llava") for name, how in RUNS.items()]
         if s.from_scratch and seed == s.first:          # one seed has a second size
             narrow = folder / "narrow"
             make(narrow, seed, 96)
             runs += [(name, how, narrow / "llava") for name, how in NARROWER.items()]
-        sample(folder / "data", toy / "llava", seed)
 
-        jobs = [(folder / slug(name), name, how, ckpt, seed, split) for name, how, ckpt in runs]
+        jobs = [(folder / slug(name), name, how, ckpt, seed) for name, how, ckpt in runs]
         with ProcessPoolExecutor(s.workers, multiprocessing.get_context("spawn")) as pool:
             done = pool.map(outcome, jobs)
             for found in tqdm(done, f"seed {seed}", len(jobs), unit="run", disable=None):
                 rows += found
 
-    if s.search:
-        write_jsonl(out / "search.jsonl", rows)
-        print(table(rows, dict.fromkeys(row["name"] for row in rows)))
-        return
     write_jsonl(out / "rows.jsonl", rows)
     write_whole(out / "tables.txt", report(rows) + "\n")
     print(report(rows))
-    figures.draw(rows, out / f"seed-{s.first}", out / "figures")
+    figures.draw(rows, out / "figures")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,9 +14,9 @@ import train
 from common import BadInput, read_jsonl
 from conftest import ROOT
 from judge.rubric import RUBRIC
-from toy import items, tasks
+from toy import figures, items, tasks
 
-FEW = ("SFT, full answers", "SteerLM", "DPO", "DPO, 50% of the data", "DPO, 75% of labels flipped")
+FEW = ("SteerLM", "DPO", "DPO, 50% of the data", "DPO, 75% of labels flipped")
 
 
 class Inline:
@@ -48,6 +49,7 @@ def experiment(tmp_path_factory):
         patch.setattr(items, "MAX_NEW", 10)
         patch.setattr(reproduce, "write_prompts", lambda n, seed, folder: tasks.write_prompts(32, seed, folder))
         patch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
+        patch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda rows, out: None))
         patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
         patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
         patch.setattr(train, "draw_metrics", lambda run: (run / "metrics.png").touch())     # a second each
@@ -72,7 +74,7 @@ def test_every_run_leaves_a_row_and_the_table_shows_it(experiment):
 
 def test_sampling_training_and_measuring_are_in_one_precision_also_beside_a_gpu(experiment):
     said = [json.loads(path.read_text())["settings"]["device"] for path in experiment.glob("seed-*/*/config.json")]
-    assert len(said) == 6 and set(said) == {"cpu"}, "five runs, and what they learn from"
+    assert len(said) == 5 and set(said) == {"cpu"}, "four runs, and what they learn from"
 
 
 def test_what_is_done_is_not_done_again(experiment, inline, monkeypatch):
@@ -80,7 +82,7 @@ def test_what_is_done_is_not_done_again(experiment, inline, monkeypatch):
     monkeypatch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
     for name in ("train", "measure", "write_prompts"):
         monkeypatch.setattr(reproduce, name, lambda *args: pytest.fail("this was done before"))
-    monkeypatch.setattr(reproduce.figures, "draw", lambda *args: None)
+    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
     reproduce.run(reproduce.Settings(out=str(experiment)))
     assert (experiment / "rows.jsonl").read_bytes() == before
 
@@ -95,9 +97,9 @@ def test_half_the_data_and_flipped_labels_reach_the_training(experiment):
     assert first_step("DPO")["logp_chosen"] != first_step("DPO, 75% of labels flipped")["logp_chosen"]
 
 
-def test_the_figures_are_drawn_from_the_rows(experiment):
-    drawn = {path.stem for path in (experiment / "figures").iterdir()}
-    assert drawn == {"forgetting", "dynamics", "curves", "attributes", "board"}
+def test_the_figures_are_drawn_from_the_rows(tmp_path):
+    figures.run(figures.Settings(rows=str(ROOT / "results" / "reproduce.jsonl"), out=str(tmp_path)))
+    assert {path.name for path in tmp_path.iterdir()} == {"forgetting.png", "curves.png"}
 
 
 def test_from_scratch_every_seed_starts_from_its_own_models_and_the_first_has_a_second_size(tmp_path, inline, monkeypatch):
@@ -105,10 +107,10 @@ def test_from_scratch_every_seed_starts_from_its_own_models_and_the_first_has_a_
     monkeypatch.setattr(reproduce, "make", lambda folder, seed, width: built.append((folder.name, seed, width)))
     monkeypatch.setattr(reproduce, "sample", lambda *args: None)
     monkeypatch.setattr(reproduce, "report", lambda rows: "")
-    monkeypatch.setattr(reproduce.figures, "draw", lambda *args: None)
+    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
 
     def outcome(job):
-        folder, name, how, ckpt, seed, split = job
+        folder, name, how, ckpt, seed = job
         starts[seed, name] = str(ckpt.relative_to(tmp_path))
         return []
 
@@ -153,7 +155,7 @@ def test_a_failed_run_names_its_log(tmp_path, monkeypatch, inline):
         raise ValueError("no")
     monkeypatch.setattr(reproduce, "measure", fails)
     with pytest.raises(BadInput, match=r"DPO: no; see .*dpo\.log"):
-        reproduce.outcome((tmp_path / "dpo", "DPO", None, Path("toy/llava"), 0, "test"))
+        reproduce.outcome((tmp_path / "dpo", "DPO", None, Path("toy/llava"), 0))
 
 
 def test_the_pages_tables_are_drawn_from_results():
