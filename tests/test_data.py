@@ -1,6 +1,8 @@
-"""What the loss sees: the pair rule, templates to the letter, ids that generation sees too, packs that change nothing.
+"""What the loss sees: the pair rule, templates to the letter, ids that generation sees too, packs
+that change nothing.
 
-    python -m pytest tests/test_data.py -q          with transformers installed also against its tokenizer and forward pass
+    python -m pytest tests/test_data.py -q          with transformers installed also against its
+    tokenizer and forward pass
 """
 import json
 import os
@@ -34,18 +36,23 @@ def tiny(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def byte_config(tmp_path_factory):
-    return checkpoint.read_config(tiny_checkpoint(tmp_path_factory.mktemp("byte") / "tiny", "byte"))[0]
+    return checkpoint.read_config(tiny_checkpoint(tmp_path_factory.mktemp("byte") / "tiny",
+                                                  "byte"))[0]
 
 
 def mixed(root) -> list[tuple[dict, list[str]]]:
-    """No, one and two images, in the first, the second and a late turn, of several shapes; answers short and long."""
+    """No, one and two images, in the first, the second and a late turn, of several shapes; answers
+    short and long."""
     yes, no, long = "Yes.", "No", "There are three squares, two blue and one green, and 12 small birds."
     rows = [
         (record(root, "What is 17 plus 25?"), [yes, no]),
         (record(root, "<image>\nWhat color is it?", images=["a.jpg"]), [no, long]),
-        (record(root, "Hello.", "Hi there!", "<image>\nAnd this?", images=["b.png"]), [long, yes, no]),
-        (record(root, "One.", "Two.", "Look:\n<image>\n<image>", images=["c.jpg", "d.png"]), [yes, long]),
-        (record(root, "<image>\nFirst.", "I see.", "Now <image> compare.", images=["a.jpg", "b.png"]), [no, yes]),
+        (record(root, "Hello.", "Hi there!", "<image>\nAnd this?", images=["b.png"]),
+         [long, yes, no]),
+        (record(root, "One.", "Two.", "Look:\n<image>\n<image>", images=["c.jpg", "d.png"]),
+         [yes, long]),
+        (record(root, "<image>\nFirst.", "I see.", "Now <image> compare.",
+                images=["a.jpg", "b.png"]), [no, yes]),
         (record(root, "Is there a dog?"), ["", "a"]),
     ]
     return [(row | {"id": f"r{k}"}, answers) for k, (row, answers) in enumerate(rows)]
@@ -60,10 +67,11 @@ def logps_of(model, pixels, trees) -> torch.Tensor:
     return answer_logps(model, pixels.pack(trees))
 
 
-# ---- which two answers make a pair -------------------------------------------------------------------------------
+# ---- which two answers make a pair ---------------------------------------------------------------
 
 @pytest.mark.parametrize("qualities, gap, pair", [
-    ((8, 6), 2, (0, 1)), ((6, 8), 2, (1, 0)), ((8, 7), 2, None), ((7, 7, 7), 2, None), ((5,), 2, None), ((), 2, None),
+    ((8, 6), 2, (0, 1)), ((6, 8), 2, (1, 0)), ((8, 7), 2, None), ((7, 7, 7), 2, None),
+    ((5,), 2, None), ((), 2, None),
     ((8, 7), 1, (0, 1)), ((8, 6), 3, None),
     ((3, 9, 9), 2, (1, 0)), ((9, 3, 9), 2, (0, 1)),              # ties for the best go to the first
 ])
@@ -74,7 +82,8 @@ def test_the_best_answer_is_paired_with_one_that_is_worse_by_the_gap(qualities, 
 def test_the_rejected_answer_is_drawn_by_record_and_seed_from_all_that_are_worse_by_the_gap():
     many = [judged(10, 9, 8, 3, 0, id=str(k)) for k in range(100)]
     drawn = [choose_pair(one) for one in many]
-    assert set(drawn) == {choose_pair(many[0], seed=k) for k in range(100)} == {(0, 2), (0, 3), (0, 4)}
+    assert set(drawn) == {choose_pair(many[0], seed=k) for k in range(100)} == {(0, 2), (0, 3),
+                                                                                (0, 4)}
     assert [choose_pair(one) for one in many[::-1]][::-1] == drawn != [choose_pair(one, seed=1) for one in many]
 
 
@@ -85,7 +94,8 @@ def test_quality_is_helpfulness_correctness_and_coherence_alone():
 
 
 def test_answers_that_take_no_part_in_pairs():
-    """Without scores, cut off by the budget, or of the chosen one's own text; but a pair that the data gives stands."""
+    """Without scores, cut off by the budget, or of the chosen one's own text; but a pair that the
+    data gives stands."""
     record = judged(9, 3, 3)
     record["answers"].insert(0, {"text": "unjudged"})
     assert choose_pair(record) in ((1, 2), (1, 3))
@@ -97,7 +107,7 @@ def test_answers_that_take_no_part_in_pairs():
     assert choose_pair(judged(2, 9) | {"pair": [0, 1]}) == (0, 1)
 
 
-# ---- templates ---------------------------------------------------------------------------------------------------
+# ---- templates -----------------------------------------------------------------------------------
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
           "polite answers to the user's questions.")
@@ -120,11 +130,13 @@ SPELLED = {    # TALK, and the same after a system's sentence; FastChat's get_pr
     "mistral": ("[INST] <image>\nHi?[/INST] Hello.</s>[INST] Why?[/INST]",
                 "[INST] Be brief.\n\n<image>\nHi?[/INST] Hello.</s>[INST] Why?[/INST]"),
 }
-REPLY = {"vicuna_v1": " No.</s>", "chatml": "No.<|im_end|>", "llama_3": "No.<|eot_id|>", "mistral": " No.</s>"}
+REPLY = {"vicuna_v1": " No.</s>", "chatml": "No.<|im_end|>", "llama_3": "No.<|eot_id|>",
+         "mistral": " No.</s>"}
 ADDED = {      # tokens of its own that tell a template, and those that end an answer
     "vicuna_v1": ([], ["</s>"]),
     "chatml": (["<|im_start|>", "<|im_end|>", "<|endoftext|>"], ["<|im_end|>", "<|endoftext|>"]),
-    "llama_3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"], ["<|eot_id|>", "<|end_of_text|>"]),
+    "llama_3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
+                ["<|eot_id|>", "<|end_of_text|>"]),
     "mistral": (["[INST]", "[/INST]"], ["</s>"]),
 }
 
@@ -174,13 +186,15 @@ def test_prompts_and_ids_are_those_of_transformers_chat_templates(tmp_path, byte
 
 
 @pytest.mark.parametrize("name", SPELLED)
-def test_a_tokenizer_s_own_tokens_tell_the_template_and_what_ends_an_answer(tmp_path, images_dir, byte_config, name):
+def test_a_tokenizer_s_own_tokens_tell_the_template_and_what_ends_an_answer(tmp_path, images_dir,
+                                                                            byte_config, name):
     folder = tokenizer_with(tmp_path, ADDED[name][0])
     tokens = Tokens(folder, byte_config)
     assert tokens.template == TEMPLATES[name]
     assert [tokens.tokenizer.id_to_token(end) for end in tokens.ends] == ADDED[name][1]
 
-    # A record with a system message of its own: its tree is the text above, answers and earlier turns end as they should.
+    # A record with a system message of its own: its tree is the text above, answers and earlier
+    # turns end as they should.
     row = record(images_dir, images=["a.jpg"]) | {"messages": BRIEF + TALK}
     tree = make_tree(tokens, row, ["No.", "So."], history=True)
     said = tokens.tokenizer.decode(list(tree.prompt), skip_special_tokens=False)
@@ -199,12 +213,15 @@ def test_template_overrides_what_the_tokenizer_tells_and_must_fit_it(tmp_path, b
         Tokens(folder, byte_config, "llama_3")
 
 
-def test_template_json_beside_the_tokenizer_is_what_the_model_was_trained_with(tmp_path, byte_config):
+def test_template_json_beside_the_tokenizer_is_what_the_model_was_trained_with(tmp_path,
+                                                                               byte_config):
     folder = tokenizer_with(tmp_path, ADDED["chatml"][0])
     stored = folder / "template.json"
     stored.write_text(json.dumps({"name": "vicuna_v1", "system": "Be kind."}))
-    assert Tokens(folder, byte_config).template == replace(TEMPLATES["vicuna_v1"], system="Be kind.")
-    own = {"name": "mine", "system": "", "system_form": "", "user": "Q: {content}\nA:", "answer": " {content}</s>", "between": "\n",
+    assert Tokens(folder, byte_config).template == replace(TEMPLATES["vicuna_v1"],
+                                                           system="Be kind.")
+    own = {"name": "mine", "system": "", "system_form": "", "user": "Q: {content}\nA:",
+           "answer": " {content}</s>", "between": "\n",
            "ends": ["</s>", "<|im_end|>"]}
     stored.write_text(json.dumps(own))
     tokens = Tokens(folder, byte_config)
@@ -213,8 +230,10 @@ def test_template_json_beside_the_tokenizer_is_what_the_model_was_trained_with(t
 
 
 @pytest.mark.parametrize("damaged", [
-    "{", "[]", '{"name": []}', '{"name": "mine"}', '{"name": "vicuna_v1", "colour": "red"}', '{"name": "vicuna_v1", "user": 3}',
-    '{"name": "vicuna_v1", "ends": [7]}', '{"name": "vicuna_v1", "ends": "</s>"}', '{"name": "vicuna_v1", "ends": 7}'])
+    "{", "[]", '{"name": []}', '{"name": "mine"}', '{"name": "vicuna_v1", "colour": "red"}',
+    '{"name": "vicuna_v1", "user": 3}',
+    '{"name": "vicuna_v1", "ends": [7]}', '{"name": "vicuna_v1", "ends": "</s>"}',
+    '{"name": "vicuna_v1", "ends": 7}'])
 def test_a_damaged_template_json_is_named(tmp_path, byte_config, damaged):
     write_tokenizer(tmp_path, "byte")
     (tmp_path / "template.json").write_text(damaged)
@@ -222,10 +241,12 @@ def test_a_damaged_template_json_is_named(tmp_path, byte_config, damaged):
         Tokens(tmp_path, byte_config)
 
 
-# ---- ids -----------------------------------------------------------------------------------------------------------
+# ---- ids -----------------------------------------------------------------------------------------
 
-PIECES = ["the", " ", "  ", "a", "Circle", "0", "17", "1,000.50", "\n", "\n\n", "\t", ".", ":", "'s", "<", ">", "/s", "你好", "数",
-          "🙂", "🙂🏽", "é", "ß", "مرحبا", "ASSISTANT:", "USER:", "_", "\u00a0", "\u200b", "-", "(", "image"]
+PIECES = ["the", " ", "  ", "a", "Circle", "0", "17", "1,000.50", "\n", "\n\n", "\t", ".", ":",
+          "'s", "<", ">", "/s", "你好", "数",
+          "🙂", "🙂🏽", "é", "ß", "مرحبا", "ASSISTANT:", "USER:", "_", "\u00a0", "\u200b", "-", "(",
+          "image"]
 
 
 def random_text(rng: random.Random) -> str:
@@ -237,7 +258,8 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_training_sees_the_ids_that_generation_sees_and_a_sampled_answer_reads_back(tiny):
-    """Random questions and answers: prompt and answer apart are the ids of both together, <s> once in front, </s> once behind."""
+    """Random questions and answers: prompt and answer apart are the ids of both together, <s> once
+    in front, </s> once behind."""
     _, tokens, _ = tiny
     rng = random.Random(0)
     for _ in range(3000 if SLOW else 200):
@@ -256,7 +278,8 @@ def test_ids_equal_those_of_transformers_tokenizer(tiny):
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokens.source))
     rng = random.Random(2)
     for _ in range(2000 if SLOW else 100):
-        row = record("/", f"<image>\n{random_text(rng)}", random_text(rng), random_text(rng) + "<image>", images=["a", "b"])
+        row = record("/", f"<image>\n{random_text(rng)}", random_text(rng),
+                     random_text(rng) + "<image>", images=["a", "b"])
         ids = theirs(tokens.template.prompt(row["messages"]))["input_ids"]
         expanded = []
         for token in ids:
@@ -264,7 +287,8 @@ def test_ids_equal_those_of_transformers_tokenizer(tiny):
         assert make_tree(tokens, row, []).ids() == expanded
 
 
-def test_a_tree_waits_with_one_id_per_picture_and_is_written_out_with_one_per_patch(tiny, images_dir):
+def test_a_tree_waits_with_one_id_per_picture_and_is_written_out_with_one_per_patch(tiny,
+                                                                                    images_dir):
     _, tokens, _ = tiny
     for (row, _), tree in zip(mixed(images_dir), mixed_trees(tokens, images_dir)):
         pictures = len(row["images"])
@@ -279,7 +303,8 @@ def test_history_spans_are_the_earlier_assistant_turns_and_only_they_are_scored_
     rng = random.Random(3)
     for _ in range(30):
         said = [random_text(rng).strip() or "x" for _ in range(2)]
-        row = record(images_dir, "<image>\nOne.", said[0], "2 <image>", said[1], "Five.", images=["a.jpg", "b.png"])
+        row = record(images_dir, "<image>\nOne.", said[0], "2 <image>", said[1], "Five.",
+                     images=["a.jpg", "b.png"])
         tree = make_tree(tokens, row, ["Six.", "Seven."], history=True)
         assert [tokens.decode(list(tree.prompt[a:b])) for a, b in tree.history] == said
         scored = make_pack([tree]).targets.tolist()
@@ -290,7 +315,8 @@ def test_history_spans_are_the_earlier_assistant_turns_and_only_they_are_scored_
 
 
 def test_bos_is_added_where_only_tokenizer_config_asks_for_it(tmp_path, tiny):
-    """LLaVA folders whose tokenizer.json has no post-processor; where it has one, <s> must not come twice."""
+    """LLaVA folders whose tokenizer.json has no post-processor; where it has one, <s> must not come
+    twice."""
     model, tokens, _ = tiny
     tokens.tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
@@ -303,7 +329,7 @@ def test_bos_is_added_where_only_tokenizer_config_asks_for_it(tmp_path, tiny):
         Tokens(tmp_path, model.config)
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 def test_what_is_too_long_is_refused_with_both_lengths_and_never_cut(tiny, images_dir):
     _, tokens, _ = tiny
@@ -313,13 +339,16 @@ def test_what_is_too_long_is_refused_with_both_lengths_and_never_cut(tiny, image
     assert make_tree(tokens, row, answers, max_length=prompt + longest) == tree
     with pytest.raises(BadInput) as error:
         make_tree(tokens, row, answers, max_length=prompt + longest - 1)
-    for fact in (f"is {prompt + longest} tokens", f"prompt {prompt}", f"answer {longest}", f"--max_length {prompt + longest - 1}"):
+    for fact in (f"is {prompt + longest} tokens", f"prompt {prompt}", f"answer {longest}",
+                 f"--max_length {prompt + longest - 1}"):
         assert fact in str(error.value)
 
 
 @pytest.mark.parametrize("token", ["</s>", "<s>", "<unk>", "<|im_end|>", "<image>"])
-def test_text_that_the_tokenizer_reads_as_a_control_token_is_refused(tmp_path, images_dir, byte_config, token):
-    """In an answer, in an earlier turn of either side; only the user's <image> stands for something."""
+def test_text_that_the_tokenizer_reads_as_a_control_token_is_refused(tmp_path, images_dir,
+                                                                     byte_config, token):
+    """In an answer, in an earlier turn of either side; only the user's <image> stands for
+    something."""
     tokens = Tokens(tokenizer_with(tmp_path, ["<|im_end|>"]), byte_config)
     with pytest.raises(BadInput, match="answer 1 contains "):
         make_tree(tokens, record("/", "Hi?"), ["Yes.", f"No{token}!"])
@@ -332,8 +361,10 @@ def test_text_that_the_tokenizer_reads_as_a_control_token_is_refused(tmp_path, i
         with pytest.raises(BadInput, match="message 0 contains .* remove it"):
             make_tree(tokens, asked, ["Yes."])
     if token != "<|im_end|>":
-        plain = Tokens(write_tokenizer(tmp_path / "plain", "byte") and tmp_path / "plain", byte_config)
-        assert make_tree(plain, record("/", "Hi <|im_end|>?"), ["<|im_end|>"]), "to this tokenizer it is text"
+        plain = Tokens(write_tokenizer(tmp_path / "plain", "byte") and tmp_path / "plain",
+                       byte_config)
+        assert make_tree(plain, record("/", "Hi <|im_end|>?"),
+                         ["<|im_end|>"]), "to this tokenizer it is text"
 
 
 def test_a_text_only_checkpoint_refuses_records_with_images(tmp_path, images_dir):
@@ -345,7 +376,8 @@ def test_a_text_only_checkpoint_refuses_records_with_images(tmp_path, images_dir
 
 
 def test_a_tokenizer_that_would_merge_prompt_and_answer_is_refused(tmp_path, byte_config):
-    """One merge across the seam, and training would see another last prompt token than generation does."""
+    """One merge across the seam, and training would see another last prompt token than generation
+    does."""
     vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "<pad>", "<image>", ":", " ", ": "])}
     odd = Tokenizer(models.BPE(vocab, [(":", " ")], unk_token="<unk>"))
     odd.add_special_tokens(["<s>", "</s>", "<image>"])
@@ -355,7 +387,8 @@ def test_a_tokenizer_that_would_merge_prompt_and_answer_is_refused(tmp_path, byt
 
 
 @pytest.mark.parametrize("before, after, why", [
-    (None, None, "no tokenizer.json in"), (None, "{}", "cannot be read"), ("</s>", "</t>", "has no </s>"),
+    (None, None, "no tokenizer.json in"), (None, "{}", "cannot be read"),
+    ("</s>", "</t>", "has no </s>"),
     ("<image>", "<picture>", "<image> is None, but config.json says 4")])
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, byte_config, before, after, why):
     write_tokenizer(tmp_path, "byte")
@@ -370,7 +403,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, byte_config, before,
         Tokens(tmp_path, byte_config)
 
 
-# ---- packs ---------------------------------------------------------------------------------------------------------
+# ---- packs ---------------------------------------------------------------------------------------
 
 def tree(prompt: list[int], answers: list[list[int]], **more) -> Tree:
     return Tree("x", array("i", prompt), [array("i", answer) for answer in answers], **more)
@@ -396,10 +429,12 @@ def test_an_answer_that_is_only_its_end_costs_no_row():
 
 def test_history_moves_behind_the_patches_of_the_pictures_before_it_and_counts_to_the_first_answer():
     IMG = 99
-    two_turns = tree([4, IMG, 5, 6, 2, IMG, 7], [[9, 2], [8, 2]], history=[(3, 5)], images=["a", "b"], image=IMG, patches=3)
+    two_turns = tree([4, IMG, 5, 6, 2, IMG, 7], [[9, 2], [8, 2]], history=[(3, 5)],
+                     images=["a", "b"], image=IMG, patches=3)
     pack = make_pack([tree([1], [[2]]), two_turns])
     assert pack.ids.tolist() == [1, 4, IMG, IMG, IMG, 5, 6, 2, IMG, IMG, IMG, 7, 9, 8]
-    assert pack.rows.tolist() == [0, 5, 6, 11, 12, 11, 13] and pack.targets.tolist() == [2, 6, 2, 9, 2, 8, 2]
+    assert pack.rows.tolist() == [0, 5, 6, 11, 12, 11, 13] and pack.targets.tolist() == [2, 6, 2,
+                                                                                         9, 2, 8, 2]
     assert pack.owner.tolist() == [0, 1, 1, 1, 1, 2, 2]
 
 
@@ -413,11 +448,13 @@ def test_packs_keep_the_order_and_the_budget():
         assert [one for pack in packs for one in pack] == trees and all(packs)
         sizes = [sum(one.tokens for one in pack) for pack in packs]
         assert all(size <= budget or len(pack) == 1 for size, pack in zip(sizes, packs))
-        assert all(size + after[0].tokens > budget for size, after in zip(sizes, packs[1:])), "no pack ends while there is room"
+        assert all(size + after[0].tokens > budget for size,
+                   after in zip(sizes, packs[1:])), "no pack ends while there is room"
 
 
 def test_only_answer_tokens_are_scored(tiny, images_dir):
-    """Nothing of the prompt is a target, on either side of a pair: the system sentence, the user, the image."""
+    """Nothing of the prompt is a target, on either side of a pair: the system sentence, the user,
+    the image."""
     _, tokens, _ = tiny
     trees = mixed_trees(tokens, images_dir)
     pack = make_pack(trees)
@@ -429,10 +466,11 @@ def test_only_answer_tokens_are_scored(tiny, images_dir):
     assert set(pack.rows.tolist()) & prompts == last, "of a prompt only its last row predicts anything"
 
 
-# ---- log-probs: packed, alone, by hand, by transformers -------------------------------------------------------------
+# ---- log-probs: packed, alone, by hand, by transformers ------------------------------------------
 
 def test_packed_log_probs_and_gradients_are_those_of_one_plain_sequence_at_a_time(tiny, images_dir):
-    """By hand: no shared prompt, no packs, no kernel of ours for the loss; every weight's gradient."""
+    """By hand: no shared prompt, no packs, no kernel of ours for the loss; every weight's
+    gradient."""
     model, tokens, pixels = tiny
     trees = mixed_trees(tokens, images_dir)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -468,7 +506,8 @@ def test_neither_order_nor_the_cut_into_packs_nor_another_answer_matters(tiny, i
     torch.testing.assert_close(torch.cat(turned[::-1]), packed, atol=1e-4, rtol=0)
 
     # Change answer 0 of every tree: every other answer keeps its log-prob.
-    changed = [make_tree(tokens, row, ["something else entirely 42", *answers[1:]]) for row, answers in mixed(images_dir)]
+    changed = [make_tree(tokens, row, ["something else entirely 42", *answers[1:]]) for row,
+               answers in mixed(images_dir)]
     moved = (logps_of(model, pixels, changed) - packed).abs()
     first = torch.tensor([k == 0 for one in trees for k in range(len(one.answers))])
     assert (moved[first] > 1e-2).all() and (moved[~first] < 1e-4).all()
@@ -485,7 +524,8 @@ def test_other_targets_than_an_answer_s_own_cannot_move_its_log_prob(tiny, image
 
 
 def test_no_sum_is_left_to_a_gpu_s_order(tiny, images_dir):
-    """torch.use_deterministic_algorithms lists what adds in any order there; a resumed run promises the same bits."""
+    """torch.use_deterministic_algorithms lists what adds in any order there; a resumed run promises
+    the same bits."""
     model, tokens, pixels = tiny
     pack, found = pixels.pack(mixed_trees(tokens, images_dir)[:3]), set()
 
@@ -496,7 +536,8 @@ def test_no_sum_is_left_to_a_gpu_s_order(tiny, images_dir):
 
     with torch.no_grad(), Watch():
         answer_logps(model, pack)
-    assert "embedding" in found and not found & {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce"}
+    assert "embedding" in found and not found & {"index_add", "index_add_", "scatter_add",
+                                                 "scatter_add_", "scatter_reduce"}
 
 
 def test_the_pictures_are_looked_at_each_in_its_own_place(tiny, images_dir):
@@ -504,12 +545,14 @@ def test_the_pictures_are_looked_at_each_in_its_own_place(tiny, images_dir):
     model, tokens, pixels = tiny
 
     def shown(*images):
-        rows = [record(images_dir, "<image>" * len(names) + "\nWhat?", images=names) for names in images]
+        rows = [record(images_dir, "<image>" * len(names) + "\nWhat?",
+                       images=names) for names in images]
         return logps_of(model, pixels, [make_tree(tokens, row, ["A dog."]) for row in rows])
 
     one, other = shown(["a.jpg"], ["b.png"])
     assert (one - other).abs() > 1e-3, "two records alike in all but their picture"
-    torch.testing.assert_close(shown(["b.png"], ["a.jpg"]), torch.stack([other, one]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(shown(["b.png"], ["a.jpg"]), torch.stack([other, one]), atol=1e-4,
+                               rtol=0)
     ab, ba, aa = shown(["a.jpg", "b.png"], ["b.png", "a.jpg"], ["a.jpg", "a.jpg"])
     assert (ab - ba).abs() > 1e-4 and (ab - aa).abs() > 1e-4 and (ba - aa).abs() > 1e-4
 
@@ -521,7 +564,8 @@ def test_no_pictures_are_no_pixels(tiny):
 
 @pytest.mark.parametrize("kind", ("byte", "llama"))
 def test_log_probs_equal_a_plain_transformers_forward_of_each_full_text(tmp_path, images_dir, kind):
-    """No packing, no shared prefix, no tokenizer of ours: prompt and answer as text through LlavaForConditionalGeneration."""
+    """No packing, no shared prefix, no tokenizer of ours: prompt and answer as text through
+    LlavaForConditionalGeneration."""
     transformers = pytest.importorskip("transformers")
     folder, theirs = hf_checkpoint(tmp_path / "hf", kind)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -540,7 +584,8 @@ def test_log_probs_equal_a_plain_transformers_forward_of_each_full_text(tmp_path
         for answer in answers:
             ids = torch.tensor([ids_of(f"{prompt} {answer}</s>")])
             with torch.no_grad():
-                logits = theirs(input_ids=ids, pixel_values=shown, attention_mask=torch.ones_like(ids)).logits[0]
+                logits = theirs(input_ids=ids, pixel_values=shown,
+                                attention_mask=torch.ones_like(ids)).logits[0]
             logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])
             expected.append(logps[skip - 1:].sum())
     torch.testing.assert_close(ours, torch.stack(expected), atol=1e-4, rtol=1e-5)

@@ -1,6 +1,7 @@
 """The losses in closed form, the reference, the contract, the loop, and what comes out.
 
-    python -m pytest tests/test_dpo.py -q           with transformers installed also loads what was saved there
+    python -m pytest tests/test_dpo.py -q           with transformers installed also loads what was
+    saved there
 """
 import json
 import math
@@ -26,7 +27,7 @@ from train import Part, Run, schedule
 LN2 = math.log(2)
 
 
-# ---- fixtures --------------------------------------------------------------------------------------------------
+# ---- fixtures ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
@@ -39,7 +40,8 @@ def data(tmp_path):
 
 
 def align(ckpt, data, out, **changes):
-    flags = {"ckpt": str(ckpt), "data": str(data), "out": str(out), "device": "cpu", "steps": 2, "batch": 4, "lr": 1e-3}
+    flags = {"ckpt": str(ckpt), "data": str(data), "out": str(out), "device": "cpu", "steps": 2,
+             "batch": 4, "lr": 1e-3}
     return dpo.align(dpo.Settings(**(flags | changes)))
 
 
@@ -53,8 +55,9 @@ def loaded(ckpt, data):
     return model, dpo.make_pairs(trees, map(choose_pair, records), reference), pixels
 
 
-# ---- the losses ------------------------------------------------------------------------------------------------
-# TRL's formulas, written by hand: value and slope of each loss, of log-ratios d = (w - l) - (ref_w - ref_l).
+# ---- the losses ----------------------------------------------------------------------------------
+# TRL's formulas, written by hand: value and slope of each loss, of log-ratios d = (w - l) - (ref_w
+# - ref_l).
 
 def s_of(loss: str, beta: float = 0.1) -> dpo.Settings:
     return dpo.Settings(loss=loss, beta=beta, smoothing=0.2 if loss == "robust" else 0.0)
@@ -72,10 +75,12 @@ def robust_slope(d, b):
 
 
 FORMULAS = {
-    "sigmoid": (lambda d, b: torch.log1p(torch.exp(-b * d)), lambda d, b: -b / (1 + torch.exp(b * d))),
+    "sigmoid": (lambda d, b: torch.log1p(torch.exp(-b * d)), lambda d,
+                b: -b / (1 + torch.exp(b * d))),
     "ipo": (lambda d, b: (d - 1 / (2 * b)) ** 2, lambda d, b: 2 * (d - 1 / (2 * b))),
     "hinge": (lambda d, b: torch.relu(1 - b * d), lambda d, b: -b * (b * d < 1).double()),
-    "robust": (lambda d, b: (-0.8 * F.logsigmoid(b * d) + 0.2 * F.logsigmoid(-b * d)) / 0.6, robust_slope),
+    "robust": (lambda d, b: (-0.8 * F.logsigmoid(b * d) + 0.2 * F.logsigmoid(-b * d)) / 0.6,
+               robust_slope),
 }
 AT_ZERO = {"sigmoid": (LN2, -0.05), "ipo": (25.0, -10.0), "hinge": (1.0, -0.1), "robust": (LN2, -0.05 / 0.6)}    # beta 0.1
 
@@ -103,7 +108,8 @@ def test_where_policy_and_reference_agree_a_loss_starts_at_its_own_value_and_rai
     loss, margin = LOSSES[name](logps, logps.detach().clone(), s_of(name))
     start, slope = AT_ZERO[name]
     assert (margin == 0).all()
-    torch.testing.assert_close(loss.detach(), torch.full_like(margin, start).detach(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(loss.detach(), torch.full_like(margin, start).detach(), atol=1e-12,
+                               rtol=0)
     gradient, = torch.autograd.grad(loss.sum(), logps)
     expected = torch.tensor([[slope, -slope]], dtype=torch.float64).expand(64, 2)
     torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
@@ -112,7 +118,8 @@ def test_where_policy_and_reference_agree_a_loss_starts_at_its_own_value_and_rai
 def test_robust_without_smoothing_is_sigmoid():
     logps, reference = numbers()
     robust, _ = LOSSES["robust"](logps, reference, dpo.Settings(loss="robust"))
-    torch.testing.assert_close(robust, LOSSES["sigmoid"](logps, reference, dpo.Settings())[0], atol=0, rtol=0)
+    torch.testing.assert_close(robust, LOSSES["sigmoid"](logps, reference, dpo.Settings())[0],
+                               atol=0, rtol=0)
 
 
 def test_huge_margins_neither_overflow_nor_lose_the_slope():
@@ -125,17 +132,22 @@ def test_huge_margins_neither_overflow_nor_lose_the_slope():
 
 
 @pytest.mark.parametrize("flags, why", [
-    ({"loss": "kto"}, "--loss kto: choose one of sigmoid, ipo, hinge, robust"), ({"smoothing": 0.1}, "belongs to --loss robust"),
-    ({"smoothing": 0.1, "loss": "ipo"}, "belongs to --loss robust"), ({"smoothing": 0.5, "loss": "robust"}, "--smoothing"),
-    ({"smoothing": -0.1, "loss": "robust"}, "--smoothing"), ({"gap": 0}, "--gap"), ({"beta": 0.0}, "--beta"),
-    ({"beta": math.inf}, "--beta"), ({"holdout": 1.0}, "--holdout"), ({"beta": math.nan}, "--beta")])
+    ({"loss": "kto"}, "--loss kto: choose one of sigmoid, ipo, hinge, robust"),
+    ({"smoothing": 0.1}, "belongs to --loss robust"),
+    ({"smoothing": 0.1, "loss": "ipo"}, "belongs to --loss robust"),
+    ({"smoothing": 0.5, "loss": "robust"}, "--smoothing"),
+    ({"smoothing": -0.1, "loss": "robust"}, "--smoothing"), ({"gap": 0}, "--gap"),
+    ({"beta": 0.0}, "--beta"),
+    ({"beta": math.inf}, "--beta"), ({"holdout": 1.0}, "--holdout"),
+    ({"beta": math.nan}, "--beta")])
 def test_flags_that_make_no_loss_are_refused(flags, why):
     with pytest.raises(BadInput, match=why):
         dpo.check_flags(dpo.Settings(**flags))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_run_of_each_loss_starts_where_the_contract_says_and_learns(ckpt, data, tmp_path, capsys, name):
+def test_a_run_of_each_loss_starts_where_the_contract_says_and_learns(ckpt, data, tmp_path, capsys,
+                                                                      name):
     smoothing = 0.2 if name == "robust" else 0.0
     align(ckpt, data, tmp_path / "out", steps=4, batch=5, loss=name, smoothing=smoothing, lr=2e-4)
     rows = rows_of(tmp_path / "out" / "metrics.jsonl")
@@ -145,16 +157,18 @@ def test_a_run_of_each_loss_starts_where_the_contract_says_and_learns(ckpt, data
     assert rows[3]["loss"] < rows[0]["loss"] and rows[3]["margin"] > 0.01 and rows[3]["accuracy"] == 1.0
 
 
-# ---- pairs -----------------------------------------------------------------------------------------------------
+# ---- pairs ---------------------------------------------------------------------------------------
 
 def test_pairs_carry_their_own_reference_chosen_first(ckpt, data):
     model, pairs, pixels = loaded(ckpt, data)
     assert [pair.id for pair in pairs] == ["r0", "r1", "r2", "r4", "r5"]
     with torch.no_grad():
         for pair in pairs:
-            torch.testing.assert_close(answer_logps(model, pixels.pack([pair])), torch.tensor(pair.reference), atol=1e-4, rtol=0)
+            torch.testing.assert_close(answer_logps(model, pixels.pack([pair])),
+                                       torch.tensor(pair.reference), atol=1e-4, rtol=0)
     tokens = Tokens(ckpt, model.config)
-    assert [tokens.decode(list(answer)) for answer in pairs[1].answers] == ["17 plus 25 is 42.", "41"]
+    assert [tokens.decode(list(answer)) for answer in pairs[1].answers] == ["17 plus 25 is 42.",
+                                                                            "41"]
 
 
 def test_what_is_held_out_depends_on_the_id_alone():
@@ -162,10 +176,11 @@ def test_what_is_held_out_depends_on_the_id_alone():
     out = [dpo.is_held_out(name, 0.1) for name in ids]
     assert abs(sum(out) / len(out) - 0.1) < 0.02
     assert not any(dpo.is_held_out(name, 0.0) for name in ids)
-    assert all(dpo.is_held_out(name, 0.2) for name, held in zip(ids, out) if held), "a larger share holds the smaller one"
+    assert all(dpo.is_held_out(name, 0.2) for name,
+               held in zip(ids, out) if held), "a larger share holds the smaller one"
 
 
-# ---- the reference ---------------------------------------------------------------------------------------------
+# ---- the reference -------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def kept(ckpt, tmp_path_factory):
@@ -202,9 +217,11 @@ def test_steps_0_writes_one_reference_line_per_usable_record_and_stops(ckpt, dat
 def test_a_reference_is_used_again_when_only_scores_gap_seed_loss_or_packs_change(ckpt, tmp_path, kept, capsys, monkeypatch):
     monkeypatch.setattr(dpo, "reference_logps", lambda *a: pytest.fail("the reference was computed again"))
     written = (kept / "reference.jsonl").read_bytes()
-    rescored = [(q, images, [(text, 12 - s) for text, s in answers]) for q, images, answers in RECORDS]
+    rescored = [(q, images, [(text, 12 - s) for text, s in answers]) for q, images,
+                answers in RECORDS]
     data = write_data(tmp_path / "data", rows=rescored)
-    align(ckpt, data, tmp_path / "out", steps=0, reference=str(kept / "reference.jsonl"), gap=3, seed=7, pack=64, batch=2,
+    align(ckpt, data, tmp_path / "out", steps=0, reference=str(kept / "reference.jsonl"), gap=3,
+          seed=7, pack=64, batch=2,
           beta=0.5, lr=1e-5, loss="ipo")
     assert f"{len(RECORDS)} records read" in capsys.readouterr().out
     assert (kept / "reference.jsonl").read_bytes() == written and not (tmp_path / "out" / "reference.jsonl").exists()
@@ -231,7 +248,8 @@ def spoil_rope(ckpt):
 
 
 def spoil_steer(ckpt):
-    form = {"text": " {helpfulness}", "grades": list("01234"), "target": dict.fromkeys(RUBRIC.attributes, 4)}
+    form = {"text": " {helpfulness}", "grades": list("01234"),
+            "target": dict.fromkeys(RUBRIC.attributes, 4)}
     (ckpt / "steer.json").write_text(json.dumps(form))
 
 
@@ -247,12 +265,14 @@ STALE = {     # what is done to the checkpoint, the rows, the flags; what the re
     "template.json": (spoil_template, None, {}, ["template"]),
     "--template": (None, None, {"template": "mistral"}, ["data", "template"]),
     "what a SteerLM model is asked for": (spoil_steer, None, {}, ["data", "template"]),
-    "an answer's text": (None, other_row(1, (question, images, [("40", 2), answers[1]])), {}, ["data"]),
+    "an answer's text": (None, other_row(1, (question, images, [("40", 2), answers[1]])), {},
+                         ["data"]),
     "a question": (None, other_row(1, (question + "!", images, answers)), {}, ["data"]),
     "answers swapped": (None, other_row(1, (question, images, answers[::-1])), {}, ["data"]),
     "one record less": (None, RECORDS[:-1], {}, ["data"]),
     "records in another order": (None, RECORDS[::-1], {}, ["data"]),
-    "another picture's name": (None, other_row(4, (RECORDS[4][0], ["a.png"], RECORDS[4][2])), {}, ["data"]),
+    "another picture's name": (None, other_row(4, (RECORDS[4][0], ["a.png"], RECORDS[4][2])), {},
+                               ["data"]),
     "another picture's bytes": (None, RECORDS, {}, ["data"]),
     "dtype": (None, None, {"dtype": "bfloat16"}, ["weights", "dtype"]),
 }
@@ -312,14 +332,16 @@ def test_a_reference_file_that_is_not_ours_is_never_written_over(ckpt, data, tmp
     assert data.read_bytes() == before
 
 
-def test_a_record_that_the_model_gives_no_finite_log_prob_is_named(ckpt, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "answer_logps", lambda m, pack: torch.full((pack.answers,), float("nan")))
+def test_a_record_that_the_model_gives_no_finite_log_prob_is_named(ckpt, data, tmp_path,
+                                                                   monkeypatch):
+    monkeypatch.setattr(dpo, "answer_logps", lambda m,
+                        pack: torch.full((pack.answers,), float("nan")))
     with pytest.raises(BadInput, match="record r0: its reference log-prob is"):
         align(ckpt, data, tmp_path / "out", steps=0)
     assert not (tmp_path / "out" / "reference.jsonl").exists()
 
 
-# ---- the contract ----------------------------------------------------------------------------------------------
+# ---- the contract --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [{"pack": 1}, {"pack": 300, "dtype": "bfloat16"}], ids=str)
 def test_every_run_starts_at_ln_2_and_learns(ckpt, data, tmp_path, capsys, flags):
@@ -349,9 +371,12 @@ def another_dtype(ckpt, data, folder):
     align(ckpt, data, folder, steps=0, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("spoil", [shift, another_template, another_dtype], ids=lambda f: f.__name__)
-def test_a_reference_that_is_off_stops_the_run_before_the_first_update(ckpt, data, tmp_path, kept, spoil):
-    """Under a forged fingerprint: the contract is the last to notice that policy and reference are not the same."""
+@pytest.mark.parametrize("spoil", [shift, another_template, another_dtype],
+                         ids=lambda f: f.__name__)
+def test_a_reference_that_is_off_stops_the_run_before_the_first_update(ckpt, data, tmp_path, kept,
+                                                                       spoil):
+    """Under a forged fingerprint: the contract is the last to notice that policy and reference are
+    not the same."""
     out = tmp_path / "out"
     spoil(ckpt, data, out)
     shutil.copy(kept / "reference.fingerprint.json", out)
@@ -363,19 +388,22 @@ def test_a_reference_that_is_off_stops_the_run_before_the_first_update(ckpt, dat
 def test_the_contract_has_one_tolerance_per_dtype_and_beta_scales_it():
     def check(margins, beta, dtype):
         margin = torch.tensor(margins)
-        dpo.check_contract({"margin": margin, "loss": LN2 - margin / 2}, dpo.Settings(beta=beta), dtype)
+        dpo.check_contract({"margin": margin, "loss": LN2 - margin / 2}, dpo.Settings(beta=beta),
+                           dtype)
 
     check([5e-4, -5e-4], 0.1, torch.float32)
     check([5e-3, -5e-3], 1.0, torch.float32)
     check([0.35, -0.35], 0.1, torch.bfloat16)
-    for margins, beta, dtype in (([5e-4, -5e-4], 0.01, torch.float32), ([2e-3, -2e-3], 0.1, torch.float32),
-                                 ([0.45, -0.45], 0.1, torch.bfloat16), ([0.2, 0.2], 0.1, torch.bfloat16),
+    for margins, beta, dtype in (([5e-4, -5e-4], 0.01, torch.float32),
+                                 ([2e-3, -2e-3], 0.1, torch.float32),
+                                 ([0.45, -0.45], 0.1, torch.bfloat16),
+                                 ([0.2, 0.2], 0.1, torch.bfloat16),
                                  ([math.nan, 0.0], 0.1, torch.bfloat16)):
         with pytest.raises(BadInput, match="contract broken"):
             check(margins, beta, dtype)
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
 def gradients(monkeypatch, ckpt, data, **changes):
     """What the optimizer sees in the first step, by parameter name."""
@@ -384,13 +412,15 @@ def gradients(monkeypatch, ckpt, data, **changes):
     seen = {}
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.ones(()))
     run = Run(model, s, pixels.pack, steps=1)
-    run.optimizer.step = lambda: seen.update({name: p.grad for name, p in run.trained.items() if p.grad is not None})
+    run.optimizer.step = lambda: seen.update({name: p.grad for name,
+                                              p in run.trained.items() if p.grad is not None})
     dpo.train(run, pairs, s)
     return seen
 
 
 def test_gradients_are_those_of_the_mean_of_the_pairs_own_losses_however_the_batch_is_packed(monkeypatch, ckpt, data):
-    """The loop against four lines that know nothing of it: no packs, no shared prompt, the reference once more."""
+    """The loop against four lines that know nothing of it: no packs, no shared prompt, the
+    reference once more."""
     model, pairs, pixels = loaded(ckpt, data)
     for pair in pairs:
         w, l = (answer_logps(model, pixels.pack([replace(pair, answers=[answer])]))[0] for answer in pair.answers)
@@ -405,21 +435,26 @@ def test_gradients_are_those_of_the_mean_of_the_pairs_own_losses_however_the_bat
 
 
 def test_every_step_starts_from_no_gradient(ckpt, data, tmp_path):
-    """With nothing learned and all pairs in the batch, every step has the same gradient; left-overs would add up."""
+    """With nothing learned and all pairs in the batch, every step has the same gradient; left-overs
+    would add up."""
     align(ckpt, data, tmp_path / "out", steps=3, batch=5, lr=1e-30)
     norms = [row["grad_norm"] for row in rows_of(tmp_path / "out" / "metrics.jsonl")]
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
 
-def test_metrics_hold_their_columns_one_row_per_step_the_first_those_of_its_pairs(ckpt, data, tmp_path):
+def test_metrics_hold_their_columns_one_row_per_step_the_first_those_of_its_pairs(ckpt, data,
+                                                                                  tmp_path):
     align(ckpt, data, tmp_path / "out", steps=4, batch=128)
     rows = rows_of(tmp_path / "out" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert tuple(row) == ("step", "loss", "margin", "accuracy", "reward_chosen", "reward_rejected", "logp_chosen",
-                              "logp_rejected", "length_chosen", "length_rejected", "grad_norm", "lr", "pairs", "pairs_per_s")
+        assert tuple(row) == ("step", "loss", "margin", "accuracy", "reward_chosen",
+                              "reward_rejected", "logp_chosen",
+                              "logp_rejected", "length_chosen", "length_rejected", "grad_norm",
+                              "lr", "pairs", "pairs_per_s")
         assert row["lr"] == pytest.approx(1e-3 * schedule(row["step"] - 1, 4))
-        assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=1e-4)
+        assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"],
+                                              abs=1e-4)
         assert all(math.isfinite(x) for x in row.values()) and row["grad_norm"] > 0
     _, pairs, _ = loaded(ckpt, data)
     for k, side in enumerate(("chosen", "rejected")):
@@ -444,16 +479,19 @@ def test_epochs_become_steps_over_the_pairs_there_are(ckpt, data, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(ckpt, data, tmp_path):
-    one, two, other = (align(ckpt, data, tmp_path / name, batch=2, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    one, two, other = (align(ckpt, data, tmp_path / name, batch=2, seed=seed) for name,
+                       seed in (("a", 0), ("b", 0), ("c", 1)))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
     assert not torch.equal(one.head, other.head)
 
 
 def test_held_out_pairs_are_not_trained_on_and_start_undecided(ckpt, tmp_path, capsys, monkeypatch):
-    """Before the first step the held-out margin is 0 and accuracy one half: the reference is the start, not the end."""
+    """Before the first step the held-out margin is 0 and accuracy one half: the reference is the
+    start, not the end."""
     data = write_data(tmp_path / "data", rows=[RECORDS[k % 3] for k in range(20)])
     trained, real = set(), dpo.train
-    monkeypatch.setattr(dpo, "train", lambda run, pairs, s: trained.update(pair.id for pair in pairs) or real(run, pairs, s))
+    monkeypatch.setattr(dpo, "train", lambda run, pairs,
+                        s: trained.update(pair.id for pair in pairs) or real(run, pairs, s))
     align(ckpt, data, tmp_path / "out", steps=2, holdout=0.3)
     held = {f"r{k}" for k in range(20) if dpo.is_held_out(f"r{k}", 0.3)}
     assert held and trained == {f"r{k}" for k in range(20)} - held
@@ -464,7 +502,8 @@ def test_held_out_pairs_are_not_trained_on_and_start_undecided(ckpt, tmp_path, c
     assert f"{20 - len(held)} to train on, {len(held)} held out" in capsys.readouterr().out
 
 
-def test_averages_are_sums_over_the_answers_tokens_for_policy_and_reference_alike(ckpt, data, tmp_path):
+def test_averages_are_sums_over_the_answers_tokens_for_policy_and_reference_alike(ckpt, data,
+                                                                                  tmp_path):
     model, pairs, pixels = loaded(ckpt, data)
     part = Part(pairs, pixels.pack(pairs))
     with torch.no_grad():
@@ -479,16 +518,18 @@ def test_averages_are_sums_over_the_answers_tokens_for_policy_and_reference_alik
     assert row["logp_chosen"] == pytest.approx(means[:, 0].mean().item(), rel=1e-4) and row["loss"] == pytest.approx(LN2, abs=1e-5)
 
 
-def test_without_a_usable_pair_a_run_is_refused_before_weights_are_read(ckpt, tmp_path, monkeypatch):
+def test_without_a_usable_pair_a_run_is_refused_before_weights_are_read(ckpt, tmp_path,
+                                                                        monkeypatch):
     data = write_data(tmp_path / "data", rows=RECORDS[3:4])
     monkeypatch.setattr(checkpoint, "load", lambda *a: pytest.fail("weights were read"))
     with pytest.raises(BadInput, match="no usable pair among 1 records"):
         align(ckpt, data, tmp_path / "out")
 
 
-# ---- what comes out --------------------------------------------------------------------------------------------
+# ---- what comes out ------------------------------------------------------------------------------
 
-def test_the_saved_model_gives_the_log_probs_it_was_saved_with_here_and_in_transformers(ckpt, data, tmp_path):
+def test_the_saved_model_gives_the_log_probs_it_was_saved_with_here_and_in_transformers(ckpt, data,
+                                                                                        tmp_path):
     model = align(ckpt, data, tmp_path / "out", steps=3)
     folder = tmp_path / "out" / "model"
     again = checkpoint.load(folder)
@@ -506,8 +547,10 @@ def test_the_saved_model_gives_the_log_probs_it_was_saved_with_here_and_in_trans
             ids = torch.tensor([pair.ids() + list(answer)])
             with torch.no_grad():
                 logits = theirs.eval()(
-                    input_ids=ids, pixel_values=pixels(pair.images), attention_mask=torch.ones_like(ids)).logits[0]
-            logps = logits.log_softmax(-1)[-len(answer) - 1:-1].gather(1, ids[0, -len(answer):, None])
+                    input_ids=ids, pixel_values=pixels(pair.images),
+                    attention_mask=torch.ones_like(ids)).logits[0]
+            logps = logits.log_softmax(-1)[-len(answer) - 1:-1].gather(1,
+                                                                       ids[0, -len(answer):, None])
             torch.testing.assert_close(logps.sum(), expected, atol=1e-3, rtol=0)
 
 

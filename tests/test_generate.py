@@ -1,4 +1,5 @@
-"""From prompts to answers: the cache changes nothing, nor the batch; an answer is its prompt's and its seed's alone.
+"""From prompts to answers: the cache changes nothing, nor the batch; an answer is its prompt's and
+its seed's alone.
 
     python -m pytest tests/test_generate.py -q
 """
@@ -25,16 +26,18 @@ def tiny():
     return tiny_model(VOCAB, IMG)
 
 
-# ---- whole answers ---------------------------------------------------------------------------------------------------
+# ---- whole answers -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sizes", [{}, {"kv_heads": 4, "rope": LLAMA3}, {"tie": True}], ids=str)
 def test_greedy_text_is_that_of_transformers(sizes):
     theirs, ours = both(**sizes)
     answers = generate(ours, PROMPTS, IMAGES, n=2, max_new=24)
     for prompt, pixels, (first, second) in zip(PROMPTS, IMAGES, answers):
-        inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
+        inputs = {"input_ids": torch.tensor([prompt]),
+                  "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
         inputs |= {} if pixels is None else {"pixel_values": pixels}
-        out = theirs.generate(**inputs, do_sample=False, max_new_tokens=24, eos_token_id=2, pad_token_id=0)
+        out = theirs.generate(**inputs, do_sample=False, max_new_tokens=24, eos_token_id=2,
+                              pad_token_id=0)
         expected = out[0, len(prompt):].tolist()
         stopped = 2 in expected
         assert first.ids == second.ids == (expected[:expected.index(2)] if stopped else expected)
@@ -43,10 +46,12 @@ def test_greedy_text_is_that_of_transformers(sizes):
 
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward_step_by_step(monkeypatch):
-    """40 steps, so that the cache has to grow; the logits of every step of every answer of every prompt."""
+    """40 steps, so that the cache has to grow; the logits of every step of every answer of every
+    prompt."""
     model, prompts = tiny_model(VOCAB, 70), [[70 if i == IMG else i for i in ids] for ids in PROMPTS]   # 70: never drawn
     seen, real = [], generation.sample_token
-    monkeypatch.setattr(generation, "sample_token", lambda logits, *more: seen.append(logits) or real(logits, *more))
+    monkeypatch.setattr(generation, "sample_token", lambda logits,
+                        *more: seen.append(logits) or real(logits, *more))
     answers = generate(model, prompts, IMAGES, n=2, max_new=40, temperature=1.0, ends=NEVER)
     steps = torch.stack(seen, 1)                                 # (R*n, max_new, V)
     for k, (row, answer) in enumerate(zip(steps, sum(answers, []))):
@@ -55,14 +60,16 @@ def test_cached_decoding_equals_the_full_forward_step_by_step(monkeypatch):
         close(row, full[len(prompt) - 1:-1], 1e-4)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}],
+                         ids=str)
 def test_an_answer_is_the_same_alone_and_in_any_batch(tiny, sampling):
     """n answers are n runs, R prompts are R runs, in any order."""
     seeds = [[7 * r, 7 * r + 1] for r in range(len(PROMPTS))]
 
     def run(which, k=slice(None)):
         chosen = [seeds[r][k] for r in which]
-        return generate(tiny, [PROMPTS[r] for r in which], [IMAGES[r] for r in which], n=len(chosen[0]), max_new=10,
+        return generate(tiny, [PROMPTS[r] for r in which], [IMAGES[r] for r in which],
+                        n=len(chosen[0]), max_new=10,
                         seeds=chosen, **sampling)
 
     everything = run(range(len(PROMPTS)))
@@ -73,7 +80,8 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(tiny, sampling):
 
 def test_an_answer_s_seed_decides_its_text(tiny):
     def run(*seeds, max_new=12, **more):
-        found, = generate(tiny, PROMPTS[:1], IMAGES[:1], n=len(seeds) or 3, max_new=max_new, temperature=1.0, ends=NEVER,
+        found, = generate(tiny, PROMPTS[:1], IMAGES[:1], n=len(seeds) or 3, max_new=max_new,
+                          temperature=1.0, ends=NEVER,
                           **({"seeds": [list(seeds)]} if seeds else {}))
         return [answer.ids for answer in found]
 
@@ -85,12 +93,14 @@ def test_an_answer_s_seed_decides_its_text(tiny):
 
 
 def test_an_answer_ends_with_stop_or_length_at_any_of_several_ends(tiny):
-    """Any token may play </s>: the text up to the first end is the same, the other answers go on."""
+    """Any token may play </s>: the text up to the first end is the same, the other answers go
+    on."""
     free = sum(generate(tiny, PROMPTS, IMAGES, n=2, max_new=20, temperature=1.0, ends=NEVER), [])
     assert all(len(answer.ids) == 20 and answer.finish == "length" for answer in free)
     one, other = free[0].ids[6], free[3].ids[4]
     for ends in ((one,), (other,), (one, other), (other, one)):
-        ended = sum(generate(tiny, PROMPTS, IMAGES, n=2, max_new=20, temperature=1.0, ends=ends), [])
+        ended = sum(generate(tiny, PROMPTS, IMAGES, n=2, max_new=20, temperature=1.0, ends=ends),
+                    [])
         for before, after in zip(free, ended):
             places = [before.ids.index(end) for end in ends if end in before.ids]
             cut = min(places, default=None)
@@ -99,7 +109,8 @@ def test_an_answer_ends_with_stop_or_length_at_any_of_several_ends(tiny):
 
 
 def test_a_stream_says_the_first_end_from_an_answer_s_end_on_and_stops_when_all_have_ended(tiny):
-    free = [ids.tolist() for ids in stream(tiny, PROMPTS[:1], IMAGES[:1], n=2, max_new=12, temperature=1.0, ends=NEVER)]
+    free = [ids.tolist() for ids in stream(tiny, PROMPTS[:1], IMAGES[:1], n=2, max_new=12,
+                                           temperature=1.0, ends=NEVER)]
     both = [list(ids) for ids in zip(*free)]
     unsaid = min(set(range(VOCAB)) - {*both[0], *both[1]})
     ends = (unsaid, both[0][1], both[1][5])
@@ -153,7 +164,7 @@ def test_impossible_sampling_settings_are_refused(tiny, sampling):
         generate(tiny, PROMPTS[:1], IMAGES[:1], max_new=1, **sampling)
 
 
-# ---- answers to records ----------------------------------------------------------------------------------------------
+# ---- answers to records --------------------------------------------------------------------------
 
 def test_a_record_s_answers_depend_on_its_id_and_the_seed_and_are_texts(tmp_path, images_dir):
     folder = tiny_checkpoint(tmp_path / "tiny", "byte")
@@ -174,7 +185,8 @@ def test_a_record_s_answers_depend_on_its_id_and_the_seed_and_are_texts(tmp_path
     seeds = {answer_seed(seed, name, k) for seed in (0, 1) for name in ("a", "b") for k in range(3)}
     assert len(seeds) == 12
 
-    greedy, = generate(model, [trees[1].ids()], [pixels(trees[1].images)], max_new=8, ends=tokens.ends)[0]
+    greedy, = generate(model, [trees[1].ids()], [pixels(trees[1].images)], max_new=8,
+                       ends=tokens.ends)[0]
     assert sample(trees, n=1, temperature=0.0)[1] == [{"text": tokens.decode(greedy.ids), "finish": "length"}]
     tokens.ends = (greedy.ids[3],)                               # as if the template said so
     assert greedy.ids[3] not in greedy.ids[:3]
@@ -184,7 +196,7 @@ def test_a_record_s_answers_depend_on_its_id_and_the_seed_and_are_texts(tmp_path
     check_room(2048, tokens.room)
 
 
-# ---- one token -------------------------------------------------------------------------------------------------------
+# ---- one token -----------------------------------------------------------------------------------
 
 P = [0.05, 0.4, 0.15, 0.3, 0.1]
 LOGITS = torch.tensor(P).log() + 3.0                             # a shift changes nothing
@@ -222,7 +234,8 @@ def test_top_p_looks_at_the_tempered_distribution():
 
 @pytest.mark.parametrize("u", [0.0, math.nextafter(1.0, 0.0)])
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(u):
-    """The first and last ids have no mass under top_p; rounding at the ends must not revive them."""
+    """The first and last ids have no mass under top_p; rounding at the ends must not revive
+    them."""
     logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     logits[:, [0, -1]] = -20.0
     token = sample_token(logits, 1.0, 0.9, torch.full((300,), u, dtype=torch.float64))

@@ -1,9 +1,11 @@
-"""One model, many ways to run it, one answer: transformers' logits, whatever is packed, shared or kept in which precision.
+"""One model, many ways to run it, one answer: transformers' logits, whatever is packed, shared or
+kept in which precision.
 
     python -m pytest tests/test_model.py -q
 
-Random weights and hand-made ids (IMG stands for one image patch). What is compared with transformers skips itself
-where it is not installed; the equivalences below (shared prefix, packing) need only this repository.
+Random weights and hand-made ids (IMG stands for one image patch). What is compared with
+transformers skips itself where it is not installed; the equivalences below (shared prefix, packing)
+need only this repository.
 """
 import itertools
 
@@ -18,7 +20,8 @@ from kernels import Mask
 from model import Linear, rope_frequencies
 
 IMG, PATCHES, VOCAB = 4, 4, 64
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 
@@ -44,7 +47,8 @@ CONVERSATIONS = {                       # ids, number of images
 
 
 def pack(trees: list[tuple[list[int], list[list[int]]]]):
-    """[(prompt, [answer, ...]), ...] -> ids, positions, mask: the layout of kernels/attention.py, written out plainly."""
+    """[(prompt, [answer, ...]), ...] -> ids, positions, mask: the layout of kernels/attention.py,
+    written out plainly."""
     ids, positions, lo, hi, own = [], [], [], [], []
     for prompt, answers in trees:
         start, end = len(ids), len(ids) + len(prompt)
@@ -82,7 +86,7 @@ def tiny():
     return tiny_model(VOCAB, IMG)
 
 
-# ---- transformers says the same ----------------------------------------------------------------------------------
+# ---- transformers says the same ------------------------------------------------------------------
 
 def both(**sizes):
     """transformers' model and ours with the same random weights."""
@@ -126,16 +130,18 @@ def test_rotary_frequencies_are_those_of_transformers_or_the_kind_is_refused():
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     for rope in ({"rope_type": "default", "rope_theta": 10000.0}, LLAMA3, LINEAR):
         config = transformers.LlamaConfig(
-            hidden_size=512, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=64)
+            hidden_size=512, num_attention_heads=4, rope_parameters=rope,
+            max_position_embeddings=64)
         expected = LlamaRotaryEmbedding(config).inv_freq
         torch.testing.assert_close(rope_frequencies(rope, 128), expected, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="yarn"):
         rope_frequencies({"rope_type": "yarn", "rope_theta": 10000.0}, 32)
 
 
-# ---- one row, many sequences (test_data.py: the same for log-probs and gradients) ---------------------------------
+# ---- one row, many sequences (test_data.py: the same for log-probs and gradients) ----------------
 
-PROMPT, ANSWERS = [1] + text(4, 20) + PICTURE + text(6, 21), [text(5, 22), text(1, 23), text(9, 24), []]
+PROMPT, ANSWERS = [1] + text(4, 20) + PICTURE + text(6, 21), [text(5, 22), text(1, 23),
+                                                              text(9, 24), []]
 TREES = [(PROMPT, ANSWERS), ([1] + text(3, 25), [text(2, 26), text(7, 27)]),
          ([1] + PICTURE * 2 + text(2, 28), [text(4, 29)])]
 
@@ -163,7 +169,8 @@ def test_a_pack_equals_its_trees_one_by_one_in_any_order(tiny):
 
 @torch.no_grad()
 def test_nothing_looks_ahead_or_sideways(tiny):
-    """Change one token of answer 1: what stands before it, answer 2 and the next tree stay as they were."""
+    """Change one token of answer 1: what stands before it, answer 2 and the next tree stay as they
+    were."""
     ids, positions, mask = pack(TREES[:2])
     before = tiny(ids, positions, mask, pictures(1))
     at = len(PROMPT) + 2
@@ -207,24 +214,27 @@ def test_image_placeholders_and_pictures_must_match(tiny):
 def test_an_image_token_outside_the_vocabulary_is_no_embedding_row():
     outside, inside = tiny_model(VOCAB, 70), tiny_model(VOCAB, IMG)
     ids = [1] + PICTURE + text(4, 0)
-    close(alone(outside, [70 if i == IMG else i for i in ids], pictures(1)), alone(inside, ids, pictures(1)), 0)
+    close(alone(outside, [70 if i == IMG else i for i in ids], pictures(1)),
+          alone(inside, ids, pictures(1)), 0)
 
 
 @torch.no_grad()
 def test_a_text_only_llama_reads_packs():
     llama = tiny_model(VOCAB, text_only=True)
-    assert not any(name.startswith(("vision", "multi_modal")) for name, _ in llama.named_parameters())
+    assert not any(name.startswith(("vision", "multi_modal")) for name,
+                   _ in llama.named_parameters())
     prompt, answer = [1] + text(6, 0), text(5, 1)
     close(llama(*pack([(prompt, [text(3, 2), answer])]))[-5:], alone(llama, prompt + answer)[-5:])
 
 
-# ---- precision -----------------------------------------------------------------------------------------------------
+# ---- precision -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_rotary_angles_stay_fp32_in_a_bf16_model(monkeypatch):
     """bf16 has no 2047: it would round to 2048, and every odd position beyond 256 would be lost."""
     seen, real = [], model_file.rotate
-    monkeypatch.setattr(model_file, "rotate", lambda x, cos, sin: seen.append((cos, sin)) or real(x, cos, sin))
+    monkeypatch.setattr(model_file, "rotate", lambda x, cos,
+                        sin: seen.append((cos, sin)) or real(x, cos, sin))
     half = computing_in_bf16(tiny_model(VOCAB, IMG))
     ids, _, mask = pack([(text(3, 0), [])])
     positions = torch.tensor([2045, 2046, 2047])
@@ -233,8 +243,10 @@ def test_rotary_angles_stay_fp32_in_a_bf16_model(monkeypatch):
     for cos, sin in seen:
         assert cos.dtype == sin.dtype == torch.float32
         angle = positions[:, None, None] * freq
-        torch.testing.assert_close(cos.double(), torch.cat([angle.cos(), angle.cos()], -1), atol=1e-3, rtol=0)
-        torch.testing.assert_close(sin.double(), torch.cat([-angle.sin(), angle.sin()], -1), atol=1e-3, rtol=0)
+        torch.testing.assert_close(cos.double(), torch.cat([angle.cos(), angle.cos()], -1),
+                                   atol=1e-3, rtol=0)
+        torch.testing.assert_close(sin.double(), torch.cat([-angle.sin(), angle.sin()], -1),
+                                   atol=1e-3, rtol=0)
     assert len(seen) == 4                                        # queries and keys of two layers
 
 
@@ -255,7 +267,8 @@ def test_bf16_stays_near_fp32(tiny):
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_weights_kept_in_fp32_compute_the_bits_that_16_bit_weights_compute(tie):
-    """Forward and backward: what is multiplied is the same 16-bit weight, and gradients arrive in the weight's own precision."""
+    """Forward and backward: what is multiplied is the same 16-bit weight, and gradients arrive in
+    the weight's own precision."""
     found = []
     for kept in (torch.bfloat16, torch.float32):
         model = computing_in_bf16(tiny_model(VOCAB, IMG, tie=tie), kept)
@@ -283,13 +296,15 @@ def test_gradients_of_weights_kept_in_fp32_add_up_in_fp32_over_packs():
 
 def test_the_last_block_computes_what_is_read_and_the_numbers_are_the_same():
     model = tiny_model(VOCAB, IMG)
-    ids, positions, mask = pack([(text(12, 0), [text(4, 1), text(3, 2)]), (text(9, 3), [text(5, 4)])])
+    ids, positions, mask = pack([(text(12, 0), [text(4, 1), text(3, 2)]),
+                                 (text(9, 3), [text(5, 4)])])
     read = torch.tensor([11, 12, 14, 27, 30])
     parameters = [p for name, p in model.named_parameters() if name.startswith("language_model.")]
     results = []
     for again in (False, True):
         model.language_model.checkpointing = again
-        for hidden in (lambda: model(ids, positions, mask)[read], lambda: model(ids, positions, mask, read=read)):
+        for hidden in (lambda: model(ids, positions, mask)[read],
+                       lambda: model(ids, positions, mask, read=read)):
             with FlopCounterMode(display=False) as work:
                 out = hidden()
                 gradients = torch.autograd.grad(out.square().sum(), parameters)

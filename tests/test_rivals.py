@@ -1,4 +1,5 @@
-"""SFT, rejection sampling and SteerLM: what each learns from a record, and that the gradient is that of the definition.
+"""SFT, rejection sampling and SteerLM: what each learns from a record, and that the gradient is
+that of the definition.
 
     python -m pytest tests/test_rivals.py -q
 """
@@ -55,11 +56,12 @@ def conversations(folder):
 
 
 def settings(script, model, file, out, **changes):
-    flags = {"ckpt": str(model), "data": str(file), "out": str(out), "device": "cpu", "steps": 2, "batch": 8, "lr": 1e-3}
+    flags = {"ckpt": str(model), "data": str(file), "out": str(out), "device": "cpu", "steps": 2,
+             "batch": 8, "lr": 1e-3}
     return script.Settings(**(flags | changes))
 
 
-# ---- supervised fine-tuning --------------------------------------------------------------------------------------
+# ---- supervised fine-tuning ----------------------------------------------------------------------
 
 def test_the_sft_target_is_golden_else_the_chosen_else_the_best_scored_else_the_only_answer():
     assert sft.target(judged(3, 9) | {"golden": "gold", "pair": [0, 1]}) == "gold"
@@ -74,7 +76,8 @@ def test_the_sft_target_is_golden_else_the_chosen_else_the_best_scored_else_the_
             sft.target({"answers": answers})
 
 
-def test_sft_runs_from_llava_json_scores_earlier_turns_too_and_learns(ckpt, tokens, tmp_path, capsys):
+def test_sft_runs_from_llava_json_scores_earlier_turns_too_and_learns(ckpt, tokens, tmp_path,
+                                                                      capsys):
     data, out = conversations(tmp_path / "data"), tmp_path / "out"
     sft.run(settings(sft, ckpt, data, out, steps=12, lr=3e-3))
     rows = rows_of(out / "metrics.jsonl")
@@ -85,22 +88,26 @@ def test_sft_runs_from_llava_json_scores_earlier_turns_too_and_learns(ckpt, toke
 
     records, _ = formats.read(data)
     trees = [tree for r in records for tree in sft.golden_tree(tokens, r, 9999)]
-    learned = [tokens.tokenizer.decode(make_pack([tree]).targets.tolist(), skip_special_tokens=False) for tree in trees]
-    assert learned == [" Hi there, how are you?</s>", " A circle.</s> Yes, 12.</s>"] * 2 + [" Hi there, how are you?</s>"]
+    learned = [tokens.tokenizer.decode(make_pack([tree]).targets.tolist(),
+                                       skip_special_tokens=False) for tree in trees]
+    assert learned == [" Hi there, how are you?</s>",
+                       " A circle.</s> Yes, 12.</s>"] * 2 + [" Hi there, how are you?</s>"]
     assert rows[0]["tokens"] == sum(tree.tokens for tree in trees)
 
-    before, after = (dict(checkpoint.load(folder).named_parameters()) for folder in (ckpt, out / "model"))
+    before, after = (dict(checkpoint.load(folder).named_parameters()) for folder in (ckpt,
+                                                                                     out / "model"))
     for name, p in after.items():
         assert torch.equal(before[name], p) == name.startswith("vision_tower."), name
 
 
 def test_epochs_become_steps_over_the_answers_there_are(ckpt, tmp_path):
     """Five records and the paper's batch of 128: three epochs are three steps, not one."""
-    sft.run(settings(sft, ckpt, conversations(tmp_path / "data"), tmp_path / "out", steps=-1, epochs=3, batch=128, clip=0.0))
+    sft.run(settings(sft, ckpt, conversations(tmp_path / "data"), tmp_path / "out", steps=-1,
+                     epochs=3, batch=128, clip=0.0))
     assert len(rows_of(tmp_path / "out" / "metrics.jsonl")) == 3
 
 
-# ---- rejection sampling ------------------------------------------------------------------------------------------
+# ---- rejection sampling --------------------------------------------------------------------------
 
 def test_the_best_whole_answer_is_the_arg_max_of_S():
     assert rejection.best(judged(3, 12, 9)) == 1 and rejection.best(judged(0)) == 0
@@ -125,7 +132,7 @@ def test_a_record_without_a_best_answer_is_refused(record, least, why):
         rejection.best(record, least)
 
 
-# ---- SteerLM -----------------------------------------------------------------------------------------------------
+# ---- SteerLM -------------------------------------------------------------------------------------
 
 ASKED = "USER: What?\nAnswer with helpfulness {0}, correctness {1}, coherence {2}, complexity {3}, verbosity {4}. ASSISTANT:"
 
@@ -140,7 +147,8 @@ def test_every_whole_answer_is_learned_under_its_own_scores_and_they_are_never_i
         text = tokens.tokenizer.decode(list(tree.prompt), skip_special_tokens=False)
         assert text.endswith(ASKED.format(*answer["scores"].values())), "the form, to the byte"
         assert tree.prompt != make_tree(tokens, record, []).prompt
-        assert make_pack([tree]).targets.tolist() == list(make_tree(tokens, record, [answer["text"]]).answers[0])
+        assert make_pack([tree]).targets.tolist() == list(make_tree(tokens, record,
+                                                                    [answer["text"]]).answers[0])
     with pytest.raises(BadInput, match="no whole answer with scores"):
         steerlm.trees_under_scores(steered, {"answers": [{"text": "a"}]}, 9999)
 
@@ -154,7 +162,8 @@ def test_only_the_last_question_asks_for_scores(tokens):
 
 
 def test_training_and_use_see_the_same_bytes(ckpt, tokens, tmp_path):
-    """The prompt of a perfect answer in training is the prompt that the trained model's folder asks with."""
+    """The prompt of a perfect answer in training is the prompt that the trained model's folder asks
+    with."""
     model = checkpoint.load(ckpt)
     folder = checkpoint.save(model, tmp_path / "steered", ckpt, more={"steer.json": FORM})
     steered = Tokens(folder, model.config)
@@ -163,8 +172,10 @@ def test_training_and_use_see_the_same_bytes(ckpt, tokens, tmp_path):
     trained, = steerlm.trees_under_scores(tokens.with_form(FORM), record, 9999)
     plain = make_tree(tokens, record, []).prompt
     assert make_tree(steered, record, []).prompt == trained.prompt != plain
-    assert make_tree(steered.asking(ALL_FOURS | {"verbosity": 0}), record, []).prompt != trained.prompt
-    assert make_tree(steered.asking(None), record, []).prompt == plain, "asked for nothing it is a model like any other"
+    assert make_tree(steered.asking(ALL_FOURS | {"verbosity": 0}), record,
+                     []).prompt != trained.prompt
+    assert make_tree(steered.asking(None), record,
+                     []).prompt == plain, "asked for nothing it is a model like any other"
     with pytest.raises(BadInput, match="was not trained to be asked for scores"):
         tokens.asking(ALL_FOURS)
 
@@ -173,14 +184,16 @@ def test_training_and_use_see_the_same_bytes(ckpt, tokens, tmp_path):
     assert json.loads((again / "steer.json").read_text()) == FORM
 
 
-def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_anew(ckpt, scored, tmp_path):
+def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_anew(ckpt, scored,
+                                                                                     tmp_path):
     steerlm.run(settings(steerlm, ckpt, scored, tmp_path / "one", target="4 4 4 4 0"))
     folder = tmp_path / "one" / "model"
     assert json.loads((folder / "steer.json").read_text()) == FORM | {"target": ALL_FOURS | {"verbosity": 0}}
     config, _ = checkpoint.read_config(folder)
     assert Tokens(folder, config).template.prompt([{"role": "user", "content": "What?"}]).endswith(ASKED.format(4, 4, 4, 4, 0))
 
-    steerlm.run(settings(steerlm, folder, scored, tmp_path / "two", form=" {helpfulness}!", grades="a b c d e"))
+    steerlm.run(settings(steerlm, folder, scored, tmp_path / "two", form=" {helpfulness}!",
+                         grades="a b c d e"))
     again = Tokens(tmp_path / "two" / "model", config).template
     assert again.prompt([{"role": "user", "content": "What?"}]).endswith("USER: What? e! ASSISTANT:")
     stored = json.loads((tmp_path / "two" / "model" / "template.json").read_text())
@@ -188,9 +201,12 @@ def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_
 
 
 @pytest.mark.parametrize("flags, why", [
-    ({"grades": "0 1 2 3"}, "5 different words"), ({"grades": "0 1 2 3 3"}, "5 different words"), ({"target": "4 4 4 4"}, "5 numbers"),
-    ({"target": "4 4 4 4 5"}, "5 numbers"), ({"target": "4 4 4 4 x"}, "5 numbers"), ({"form": "{helpfulnes}"}, "does not say the scores"),
-    ({"form": "be good"}, "does not say the scores"), ({"form": "{helpfulness} {verbositty}"}, "does not say the scores")])
+    ({"grades": "0 1 2 3"}, "5 different words"), ({"grades": "0 1 2 3 3"}, "5 different words"),
+    ({"target": "4 4 4 4"}, "5 numbers"),
+    ({"target": "4 4 4 4 5"}, "5 numbers"), ({"target": "4 4 4 4 x"}, "5 numbers"),
+    ({"form": "{helpfulnes}"}, "does not say the scores"),
+    ({"form": "be good"}, "does not say the scores"),
+    ({"form": "{helpfulness} {verbositty}"}, "does not say the scores")])
 def test_a_form_that_cannot_work_is_refused(flags, why):
     with pytest.raises(BadInput, match=why):
         steerlm.steer_form(steerlm.Settings(**flags))
@@ -198,11 +214,13 @@ def test_a_form_that_cannot_work_is_refused(flags, why):
 
 def test_grades_that_the_tokenizer_does_not_know_are_refused(tmp_path):
     with pytest.raises(BadInput, match="does not tell the grades 0 1 2 3 4 apart; choose other --grades"):
-        steerlm.run(steerlm.Settings(ckpt="toy/llava", data="x", out=str(tmp_path / "out"), steps=1))
+        steerlm.run(steerlm.Settings(ckpt="toy/llava", data="x", out=str(tmp_path / "out"),
+                                     steps=1))
 
 
 @pytest.mark.parametrize("damaged", [
-    "{", "[]", "{}", {"text": 3}, {"grades": "01234"[:3]}, {"grades": 5}, {"target": {}}, {"target": [4] * 5},
+    "{", "[]", "{}", {"text": 3}, {"grades": "01234"[:3]}, {"grades": 5}, {"target": {}},
+    {"target": [4] * 5},
     {"target": ALL_FOURS | {"verbosity": 9}}, {"target": ALL_FOURS | {"verbosity": "4"}}], ids=str)
 def test_a_damaged_steer_json_is_named(ckpt, tokens, tmp_path, damaged):
     folder = tmp_path / "steered"
@@ -213,10 +231,11 @@ def test_a_damaged_steer_json_is_named(ckpt, tokens, tmp_path, damaged):
         Tokens(folder, checkpoint.read_config(folder)[0])
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 def by_hand(model, trees, pixels):
-    """The mean log-prob of all scored tokens: the whole sequence of each answer, plain log_softmax."""
+    """The mean log-prob of all scored tokens: the whole sequence of each answer, plain
+    log_softmax."""
     logps = []
     for tree in trees:
         prompt = tree.ids()
@@ -236,8 +255,10 @@ def test_loss_and_gradients_are_the_mean_over_the_batch_s_scored_tokens_however_
     path = conversations(tmp_path / "data") if method == "sft" else write_data(tmp_path / "data", rows=RECORDS[:2] + RECORDS[3:])
     records, _ = formats.read(path)
     trees = {"sft": lambda r: sft.golden_tree(tokens, r, 9999),
-             "rejection": lambda r: [make_tree(tokens, r, [r["answers"][rejection.best(r)]["text"]])],
-             "steerlm": lambda r: steerlm.trees_under_scores(tokens.with_form(FORM), r, 9999)}[method]
+             "rejection": lambda r: [make_tree(tokens, r,
+                                               [r["answers"][rejection.best(r)]["text"]])],
+             "steerlm": lambda r: steerlm.trees_under_scores(tokens.with_form(FORM), r,
+                                                             9999)}[method]
     trees = [tree for r in records for tree in trees(r)][:8]
     model = checkpoint.load(ckpt)
     pixels = Pixels(model.config)
@@ -250,20 +271,23 @@ def test_loss_and_gradients_are_the_mean_over_the_batch_s_scored_tokens_however_
         model = checkpoint.load(ckpt)
         run = Run(model, sft.Settings(batch=len(trees), pack=pack), pixels.pack, steps=1)
         found, rows = {}, []
-        run.optimizer.step = lambda: found.update({name: p.grad for name, p in run.trained.items() if p.grad is not None})
+        run.optimizer.step = lambda: found.update({name: p.grad for name,
+                                                   p in run.trained.items() if p.grad is not None})
         monkeypatch.setattr(run, "metrics", type("Rows", (), {"write": rows.append, "flush": lambda: None}))
         sft.train(run, shuffled(trees, 0))
         assert json.loads(rows[0])["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert found.keys() == expected.keys()
         for name in found:
             largest = expected[name].abs().max().item()
-            torch.testing.assert_close(found[name], expected[name], atol=2e-6 + 1e-5 * largest, rtol=1e-4, msg=name)
+            torch.testing.assert_close(found[name], expected[name], atol=2e-6 + 1e-5 * largest,
+                                       rtol=1e-4, msg=name)
 
 
-# ---- the scripts -------------------------------------------------------------------------------------------------
+# ---- the scripts ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", [sft, rejection, steerlm], ids=lambda module: module.__name__)
-def test_each_rival_runs_on_a_transformers_checkpoint_and_its_result_loads_there(script, scored, tmp_path, capsys):
+def test_each_rival_runs_on_a_transformers_checkpoint_and_its_result_loads_there(script, scored,
+                                                                                 tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     folder, _ = hf_checkpoint(tmp_path / "hf", "byte")
     script.run(settings(script, folder, scored, tmp_path / "out"))

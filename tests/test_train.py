@@ -1,6 +1,8 @@
-"""What every loop shares: order and rate, packs made ahead, steps too small for 16 bits, what a run leaves in its folder.
+"""What every loop shares: order and rate, packs made ahead, steps too small for 16 bits, what a run
+leaves in its folder.
 
-    python -m pytest tests/test_train.py -q         (test_resume.py: a run that was stopped; test_parallel.py: several processes)
+    python -m pytest tests/test_train.py -q         (test_resume.py: a run that was stopped;
+    test_parallel.py: several processes)
 """
 import json
 import math
@@ -37,11 +39,12 @@ def data(tmp_path):
 
 
 def settings(script, model, file, out, **changes):
-    flags = {"ckpt": str(model), "data": str(file), "out": str(out), "device": "cpu", "steps": 2, "batch": 4, "lr": 1e-3}
+    flags = {"ckpt": str(model), "data": str(file), "out": str(out), "device": "cpu", "steps": 2,
+             "batch": 4, "lr": 1e-3}
     return script.Settings(**(flags | changes))
 
 
-# ---- order and rate ----------------------------------------------------------------------------------------------
+# ---- order and rate ------------------------------------------------------------------------------
 
 def test_every_pass_of_the_order_holds_every_item_once():
     items = random.Random(0).sample(range(100), 17)
@@ -53,18 +56,21 @@ def test_every_pass_of_the_order_holds_every_item_once():
 
 def test_the_schedule_is_three_percent_warm_up_then_a_cosine_to_0():
     steps = 200                                             # 6 of warm-up, 194 of cosine
-    for step, factor in {0: 1 / 6, 1: 2 / 6, 5: 1.0, 6: 1.0, 103: 0.5, 199: 0.5 * (1 + math.cos(math.pi * 193 / 194))}.items():
+    for step, factor in {0: 1 / 6, 1: 2 / 6, 5: 1.0, 6: 1.0, 103: 0.5,
+                         199: 0.5 * (1 + math.cos(math.pi * 193 / 194))}.items():
         assert schedule(step, steps) == pytest.approx(factor, abs=1e-12), step
     values = [schedule(k, steps) for k in range(6, steps)]
     assert values == sorted(values, reverse=True) and 0 < values[-1] < 1e-4
     assert schedule(0, 1) == 1.0 and schedule(0, 2) == 1.0 and schedule(0, 10, warmup=0) == 1.0
     assert [schedule(k, 4, warmup=0.5) for k in range(4)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
-    assert min(schedule(k, 1000, floor=0.1) for k in range(30, 1000)) == pytest.approx(0.1, abs=1e-5)
+    assert min(schedule(k, 1000, floor=0.1) for k in range(30, 1000)) == pytest.approx(0.1,
+                                                                                       abs=1e-5)
 
 
 def test_the_projector_has_a_rate_of_its_own_and_vectors_do_not_decay():
     trained = {name: torch.ones(2, 3)[(0,) * (name.endswith("bias"))] for name in
-               ("multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_1.bias", "lm_head.weight", "norm.bias")}
+               ("multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_1.bias",
+                "lm_head.weight", "norm.bias")}
     for projector_lr, rates in ((2e-5, (2e-5, 2e-5, 1e-3, 1e-3)), (0.0, (1e-3,) * 4)):
         optimizer = adamw(trained, 1e-3, projector_lr, (0.9, 0.95), 0.1)
         found = {}
@@ -88,7 +94,7 @@ def test_a_step_s_rate_is_each_group_s_peak_times_the_schedule(ckpt, data, tmp_p
     assert seen == [{(1e-3, 1e-3 * factor), (5e-4, 5e-4 * factor)} for factor in factors]
 
 
-# ---- packs ---------------------------------------------------------------------------------------------------------
+# ---- packs ---------------------------------------------------------------------------------------
 
 def test_the_next_pack_is_made_while_this_one_is_computed_with():
     made, used = [], []
@@ -116,10 +122,11 @@ def test_the_pack_fits_the_device_unless_it_is_said():
     assert pack_size(77, torch.device("cpu")) == 77
 
 
-# ---- small steps -----------------------------------------------------------------------------------------------------
+# ---- small steps ---------------------------------------------------------------------------------
 
 def test_steps_that_16_bits_cannot_show_add_up_and_the_model_is_in_16_bits_again_behind_the_run(ckpt, data, tmp_path):
-    """A norm's weight of 1 and the paper's rate of 5e-7: the next bf16 number below 1 is 0.996, thousands of steps away."""
+    """A norm's weight of 1 and the paper's rate of 5e-7: the next bf16 number below 1 is 0.996,
+    thousands of steps away."""
     model = tiny_model(text_only=True).bfloat16()
     model.dtype = torch.bfloat16
     weight = model.language_model.norm.weight
@@ -129,7 +136,8 @@ def test_steps_that_16_bits_cannot_show_add_up_and_the_model_is_in_16_bits_again
         weight.grad = torch.ones_like(weight)
         run.optimizer.step()
         if step == 9:
-            torch.testing.assert_close(weight.data, torch.full_like(weight, 1 - 10 * 5e-7), atol=6e-7, rtol=0)
+            torch.testing.assert_close(weight.data, torch.full_like(weight, 1 - 10 * 5e-7),
+                                       atol=6e-7, rtol=0)
     assert weight.dtype == torch.float32 and weight.bfloat16().unique().tolist() == [0.99609375]
 
     trained = dpo.align(settings(dpo, ckpt, data, tmp_path / "out", dtype="bfloat16", steps=1))
@@ -151,13 +159,15 @@ def test_a_frozen_weight_stays_in_16_bits_and_out_of_the_optimizer():
     assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(run.trained)
 
 
-# ---- at the door -----------------------------------------------------------------------------------------------------
+# ---- at the door ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, why", [
-    ({"lora": -1}, "--lora"), ({"clip": math.nan}, "--clip"), ({"data": ""}, "--data is needed"), ({"ckpt": "nowhere"}, "--ckpt nowhere"),
+    ({"lora": -1}, "--lora"), ({"clip": math.nan}, "--clip"), ({"data": ""}, "--data is needed"),
+    ({"ckpt": "nowhere"}, "--ckpt nowhere"),
     ({"alpha": 8.0}, "--alpha is about adapters"), ({"dtype": "float16"}, "--dtype float16"),
     ({"template": "alpaca"}, "--template alpaca")])
-def test_what_cannot_work_is_refused_before_anything_is_computed(ckpt, data, tmp_path, changes, why):
+def test_what_cannot_work_is_refused_before_anything_is_computed(ckpt, data, tmp_path, changes,
+                                                                 why):
     with pytest.raises(BadInput, match=why):
         sft.run(settings(sft, ckpt, data, tmp_path / "out", **changes))
     assert not (tmp_path / "out" / "config.json").exists()
@@ -169,14 +179,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(ckpt, data, 
     assert not (tmp_path / "out" / "model").exists()
 
 
-# ---- what a run leaves -------------------------------------------------------------------------------------------------
+# ---- what a run leaves ---------------------------------------------------------------------------
 
 def test_a_run_leaves_its_files_and_a_picture_of_its_metrics_and_is_never_written_over(ckpt, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_metrics", DRAW)
     out = tmp_path / "out"
     dpo.run(settings(dpo, ckpt, data, out))
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "metrics.png", "model", "rejects.jsonl",
-                                                     "reference.jsonl", "reference.fingerprint.json"}
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "metrics.png",
+                                                     "model", "rejects.jsonl",
+                                                     "reference.jsonl",
+                                                     "reference.fingerprint.json"}
     drawn = Image.open(out / "metrics.png").convert("L")
     assert min(drawn.size) > 300 and len(drawn.getcolors()) > 10, "axes, letters and lines"
     for script in (sft, dpo):
@@ -185,7 +197,8 @@ def test_a_run_leaves_its_files_and_a_picture_of_its_metrics_and_is_never_writte
 
 
 def test_a_trained_folder_keeps_the_template_it_was_trained_with(tmp_path):
-    """--template against what the tokenizer's tokens tell; the next run, and whoever loads the model, ask as it was trained."""
+    """--template against what the tokenizer's tokens tell; the next run, and whoever loads the
+    model, ask as it was trained."""
     ckpt = tiny_checkpoint(tmp_path / "tiny", "byte", vocab=448)
     tokenizer_with(ckpt, ADDED["chatml"][0])
     config, _ = checkpoint.read_config(ckpt)
@@ -199,7 +212,8 @@ def test_a_trained_folder_keeps_the_template_it_was_trained_with(tmp_path):
     first = tmp_path / "first" / "model"
     assert Tokens(first, config).template == TEMPLATES["vicuna_v1"]
 
-    # A sentence of one's own, written into the folder by hand, travels on; the questions that are asked hold it.
+    # A sentence of one's own, written into the folder by hand, travels on; the questions that are
+    # asked hold it.
     stored = json.loads((first / "template.json").read_text())
     (first / "template.json").write_text(json.dumps(stored | {"system": "Be kind."}))
     dpo.run(settings(dpo, first, data, tmp_path / "second", steps=1))

@@ -1,9 +1,10 @@
-"""From an image file to patch vectors: what a person sees, the pixels transformers would give, CLIP's own features.
+"""From an image file to patch vectors: what a person sees, the pixels transformers would give,
+CLIP's own features.
 
     python -m pytest tests/test_vision.py -q
 
-Every file format is compared with an image built by hand; the pipeline and the tower with transformers, where it is
-installed. All pictures are made here.
+Every file format is compared with an image built by hand; the pipeline and the tower with
+transformers, where it is installed. All pictures are made here.
 """
 import struct
 import zlib
@@ -32,7 +33,7 @@ def save(image: Image.Image, path, **options):
     return path
 
 
-# ---- what a person sees --------------------------------------------------------------------------------------------
+# ---- what a person sees --------------------------------------------------------------------------
 
 def palette_image():
     index = np.arange(15, dtype=np.uint8).reshape(3, 5) % 4
@@ -45,9 +46,11 @@ def palette_image():
 
 def test_grey_and_black_and_white_become_three_equal_channels(tmp_path):
     grey = RGB[..., 0]
-    assert np.array_equal(read(save(Image.fromarray(grey), tmp_path / "x.png")), np.stack([grey] * 3, -1))
+    assert np.array_equal(read(save(Image.fromarray(grey), tmp_path / "x.png")),
+                          np.stack([grey] * 3, -1))
     bits = grey > 100
-    assert np.array_equal(read(save(Image.fromarray(bits), tmp_path / "x.png")), np.stack([bits * 255] * 3, -1))
+    assert np.array_equal(read(save(Image.fromarray(bits), tmp_path / "x.png")),
+                          np.stack([bits * 255] * 3, -1))
 
 
 @pytest.mark.parametrize("kind", ["png", "gif"])
@@ -107,8 +110,10 @@ def test_cmyk_jpeg_has_the_right_colours(tmp_path):
     assert np.abs(got - expected).max() <= 6                  # white, cyan, red, brown; never the negatives
 
 
-UPRIGHT = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1),
-           6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: lambda x: np.rot90(x)}
+UPRIGHT = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+           5: lambda x: x.swapaxes(0, 1),
+           6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+           8: lambda x: np.rot90(x)}
 
 
 def test_exif_orientation_is_turned_upright(tmp_path):
@@ -120,10 +125,11 @@ def test_exif_orientation_is_turned_upright(tmp_path):
     smooth = picture(64, 32)                                  # and from a phone
     exif[0x0112] = 6
     plain = read(save(smooth, tmp_path / "plain.jpg", quality=95))
-    assert np.array_equal(read(save(smooth, tmp_path / "x.jpg", quality=95, exif=exif)), np.rot90(plain, -1))
+    assert np.array_equal(read(save(smooth, tmp_path / "x.jpg", quality=95, exif=exif)),
+                          np.rot90(plain, -1))
 
 
-# ---- files that cannot be used -------------------------------------------------------------------------------------
+# ---- files that cannot be used -------------------------------------------------------------------
 
 def png(width: int, height: int) -> bytes:
     """A small, valid 1-bit PNG of any size: a decompression bomb where the size is large."""
@@ -135,7 +141,8 @@ def png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size, why", [((10_000, 9_000), "10000 x 9000 pixels, more than"), ((20_000, 20_000), "400000000 pixels. exceeds"),
-                                       ((300_000, 2), "300000 x 2 pixels"), ((2, 300_000), "2 x 300000 pixels")])
+                                       ((300_000, 2), "300000 x 2 pixels"),
+                                       ((2, 300_000), "2 x 300000 pixels")])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, size, why):
     """Also a thin one: few pixels, but as a square it would fill the memory."""
@@ -167,7 +174,7 @@ def test_a_small_decode_sees_the_same_picture(tmp_path):
     assert np.abs(np.asarray(whole.resize(small.size)).astype(int) - np.asarray(small)).mean() < 8
 
 
-# ---- pixels ----------------------------------------------------------------------------------------------------------
+# ---- pixels --------------------------------------------------------------------------------------
 
 def normalised(rgb) -> torch.Tensor:
     return torch.tensor(((np.asarray(rgb) / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32)).permute(2, 0, 1)
@@ -195,24 +202,28 @@ def test_pixels_are_those_of_transformers(size):
     pytest.importorskip("transformers")
     from transformers import LlavaImageProcessorPil
     square = {"height": size, "width": size}
-    padded = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=square, crop_size=square)
+    padded = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=square,
+                                    crop_size=square)
     for shape in [(336, 336), (337, 333), (64, 30)] if size == 336 else SHAPES:
         image = picture(*shape, seed=sum(shape))
         theirs = padded(images=image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(preprocess(image, size), theirs), shape
 
 
-# ---- the tower -------------------------------------------------------------------------------------------------------
+# ---- the tower -----------------------------------------------------------------------------------
 
 def tower(**sizes) -> ViT:
-    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
+             "num_attention_heads": 4,
              "image_size": 28, "patch_size": 14} | sizes
     return randomize(ViT(VisionConfig(**sizes)), seed=1).eval()
 
 
 @pytest.mark.parametrize("sizes", [
-    {}, {"image_size": 32, "patch_size": 8, "feature_layer": -1}, {"image_size": 16, "patch_size": 16, "feature_layer": 1},
-    {"image_size": 70, "num_attention_heads": 1, "feature_layer": 0}, {"hidden_act": "gelu", "layer_norm_eps": 1e-2},
+    {}, {"image_size": 32, "patch_size": 8, "feature_layer": -1},
+    {"image_size": 16, "patch_size": 16, "feature_layer": 1},
+    {"image_size": 70, "num_attention_heads": 1, "feature_layer": 0},
+    {"hidden_act": "gelu", "layer_norm_eps": 1e-2},
     {"feature_layer": -4},
 ], ids=str)
 @torch.no_grad()
