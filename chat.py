@@ -6,7 +6,7 @@ is what they saw.
 
     python chat.py                                      the shipped LLaVA-mini
     python chat.py --vs runs/dpo/model                  before and after, side by side
-    python chat.py --ckpt llava-1.5-7b-hf --image photo.jpg --temperature 0.7
+    python chat.py --ckpt llava-1.5-7b-hf --temperature 0.7
 
     /image PATH    attach a picture to the next question (again for more)
     /draw          a picture of the miniature's world, and a question about it
@@ -16,7 +16,6 @@ is what they saw.
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +34,9 @@ class Settings:
     """Talk to a checkpoint, or to two."""
     ckpt: str = "toy/llava"      # checkpoint folder
     vs: str = ""                 # a second one, asked the same
-    image: str = ""              # a picture for the first question
     template: str = ""           # how prompts are spelled; empty: as the checkpoint's folder tells
     target: str = ""             # five scores to ask a SteerLM model for; empty: what its folder says
     temperature: float = 0.0     # 0: the likeliest token always
-    top_p: float = 1.0           # sample from the most likely tokens of this mass
     max_new: int = 512           # longest answer in tokens
     seed: int = 0                # of the sampling
     device: str = "auto"         # cpu, cuda, ...
@@ -62,20 +59,22 @@ class Speaker:
             print(f"{name}: every question ends with {self.tokens.template.ask!r}")
         self.reset()
 
-    def reset(self) -> None:
-        self.messages, self.images = [], []
+    def reset(self):
+        self.messages = []
+        self.images = []
 
-    def say(self, question: str, images: list[str]) -> None:
+    def say(self, question: str, images: list[str]):
         """Print the answer as it comes, and remember both; nothing where it raises BadInput."""
         if images and not self.tokens.patches:
             print(f"({self.name} sees no pictures, and is asked without)")
             images = []
-            question = question.replace("<image>", "")
-        if "<image>" not in question:
-            question = "<image>\n" * len(images) + question
-
-        record = {"id": self.name, "root": "/", "images": self.images + images,
-                  "messages": [*self.messages, {"role": "user", "content": question}]}
+        content = "<image>\n" * len(images) + question
+        record = {
+            "id": self.name,
+            "root": "/",
+            "images": self.images + images,
+            "messages": [*self.messages, {"role": "user", "content": content}],
+        }
         check(record)
         tree = make_tree(self.tokens, record, [])
         prompt = tree.ids()
@@ -87,77 +86,69 @@ class Speaker:
         if strange:
             print(f"({self.name} does not know {strange} of these words)")
 
-        said, finished = self.answer(prompt, self.pixels(tree.images), room)
-        print("" if finished else f" ... (cut after {room} tokens)")
+        said = self.answer(prompt, self.pixels(tree.images), room)
         self.messages = [*record["messages"], {"role": "assistant", "content": said}]
         self.images = record["images"]
 
-    def answer(self, prompt: list[int], pixels, room: int) -> tuple[str, bool]:
-        """Print what the model says, token by token -> its text, and whether it came to an end."""
+    def answer(self, prompt, pixels, room):
+        """Print what the model says, token by token -> its text."""
         ids, said = [], ""
         seed = self.s.seed + len(self.messages)
         tokens = stream(self.model, [prompt], [pixels], max_new=room, seeds=[[seed]],
-                        temperature=self.s.temperature, top_p=self.s.top_p, ends=self.tokens.ends)
+                        temperature=self.s.temperature, ends=self.tokens.ends)
         for token in tokens:
             if token.item() in self.tokens.ends:
-                return said, True
+                print()
+                return said
             ids.append(token.item())
             text = self.tokens.decode(ids)
             if not text.endswith("\ufffd"):             # half a character: wait for the rest
                 print(text[len(said):], end="", flush=True)
                 said = text
-        return said, False
+        print(f" ... (cut after {room} tokens)")
+        return said
 
 
-def attach(path: str, size: int) -> str:
+def attach(path) -> str:
     """A picture's path from the root of the disk, opened once. Raises BadInput."""
-    path = Path(path.strip()).expanduser().resolve()
-    load_image(path, small=size)
+    path = Path(path).expanduser().resolve()
+    load_image(path)
     return str(path.relative_to("/"))
 
 
 def draw(k: int) -> Path:
     """The miniature's k-th picture; prints what is in it and something to ask."""
     record = tasks.items("attribute", k + 1)[k]
-    folder = Path(tempfile.mkdtemp())
-    tasks.draw([record], folder)
-    path = folder / record["images"][0]
+    [drawn] = tasks.draw([record], Path(tempfile.mkdtemp()))
+    path = Path(drawn["root"], drawn["images"][0])
     print(f"{path}: {tasks.written(tasks.scene_of(record)).removeprefix('scene : ')}")
     print(f"try: {record['truth']['turns'][0]['question']}")
     return path
 
 
-def lines() -> Iterator[str]:
-    """What the user types, until there is no more."""
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
+def typed() -> str:
+    """The next line of the user's; "/quit" at the end of the file."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return "/quit"
 
 
-def run(s: Settings) -> None:
-    sensible = {"max_new": s.max_new > 0, "temperature": 0 <= s.temperature < math.inf,
-                "top_p": 0 < s.top_p <= 1, "seed": abs(s.seed) < 1 << 62}
-    for name, fine in sensible.items():
-        if not fine:
-            raise BadInput(f"--{name} {getattr(s, name)} makes no sense")
-
+def run(s: Settings):
+    if s.max_new < 1 or not 0 <= s.temperature < math.inf:
+        raise BadInput("--max_new must be at least 1, --temperature not negative")
     speakers = [Speaker(name, s) for name in (s.ckpt, s.vs) if name]
-    size = max(speaker.pixels.size for speaker in speakers)
-    images = [attach(s.image, size)] if s.image else []
+    images = []                                         # for the next question
     drawn = 0
     print("a question and return; /image PATH, /draw, /reset, /quit")
 
-    for line in lines():
+    while (line := typed()) != "/quit":
         command, _, rest = line.partition(" ")
         try:
-            if command == "/quit":
-                return
             if command == "/image":
-                images.append(attach(rest, size))
+                images.append(attach(rest))
             elif command == "/draw":
-                images.append(attach(str(draw(drawn)), size))
+                images.append(attach(draw(drawn)))
                 drawn += 1
             elif command == "/reset":
                 images = []
@@ -168,7 +159,7 @@ def run(s: Settings) -> None:
             elif line:
                 asked, images = images, []
                 for speaker in speakers:
-                    print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
+                    print(f"{speaker.name}: " if s.vs else "", end="", flush=True)
                     speaker.say(line, asked)
         except BadInput as problem:
             print(problem)

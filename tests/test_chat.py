@@ -99,7 +99,7 @@ def test_max_new_cuts_and_says_so(talk):
     assert talk(["count from one to five ."], ckpt="toy/vicuna", max_new=2)[0].endswith("... (cut after 2 tokens)")
 
 
-@pytest.mark.parametrize("flags", ({"max_new": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"seed": 1 << 63}), ids=str)
+@pytest.mark.parametrize("flags", ({"max_new": 0}, {"temperature": -1.0}, {"temperature": float("nan")}), ids=str)
 def test_a_value_that_makes_no_sense_is_refused_before_the_first_question(flags):
     with pytest.raises(BadInput, match=f"--{next(iter(flags))} "):
         chat.run(chat.Settings(**flags))
