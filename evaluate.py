@@ -1,4 +1,4 @@
-"""Did it help, and what did it cost: six published benchmarks and the miniature's.
+"""Did it help, and what did it cost: published benchmarks and the miniature's.
 
     text       mt_bench       80 questions of two turns, graded 1 to 10 by a judge
                alpaca_eval    805 instructions, judged against text-davinci-003's answers
@@ -43,7 +43,7 @@ from judge.client import Judge, JudgeSettings, Replies, door
 from judge.wire import Question
 from toy import items as miniature
 
-BENCHES = {name: import_module(f"benchmarks.{name}") for name in (
+BENCHES = {name: import_module(f"benchmarks.{name}") for name in (     # a new one is a line here
     "mm_vet",
     "llava_bench",
     "pope",
@@ -134,10 +134,10 @@ def answer_all(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) 
 def stored_answers(s: Settings, name: str, items: list[Item]) -> list[Item]:
     """The items with the answers that a file has."""
     answers = BENCHES[name].read_answers(Path(s.answers))
-    found = [replace(item, texts=answers.get(item.id, [])) for item in items]
-    if not any(item.texts for item in found):
+    answered = [replace(item, texts=answers.get(item.id, [])) for item in items]
+    if not any(item.texts for item in answered):
         raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
-    return found
+    return answered
 
 
 # ---- judgments ----------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def stored_judgments(s: Settings, name: str) -> dict[str, list[dict]]:
     if isinstance(rows, dict):                         # MM-Vet's, of one model
         models[path.stem] = rows
     else:
-        for row in rows:
+        for row in rows:                               # FastChat says model, AlpacaEval generator_2
             models[row.get("model") or row.get("generator_2") or path.stem].append(row)
 
     # Who judged, as far as the file says.
@@ -196,16 +196,16 @@ def summary(name: str, items: list[Item], rows, **about) -> dict:
     """What is known about one model on one benchmark; without judgments, how much was answered."""
     texts = [text for item in items for text in item.texts]
     finishes = [finish for item in items for finish in item.finishes]
-    found = {"scores": {}, "ok": sum(bool(item.texts) for item in items), "total": len(items)}
+    scored = {"scores": {}, "ok": sum(bool(item.texts) for item in items), "total": len(items)}
     if rows is not None or not BENCHES[name].JUDGMENTS:
-        found = BENCHES[name].score(items, rows)
+        scored = BENCHES[name].score(items, rows)
     return {"bench": name,
             "length": sum(map(len, texts)) / len(texts) if texts else None,
             "cut": finishes.count("length") if finishes else None,
             "unanswered": {item.id: item.failed for item in items if item.failed},
             **about,
-            **found,
-            "coverage": found["ok"] / found["total"] if found["total"] else 0.0}
+            **scored,
+            "coverage": scored["ok"] / scored["total"] if scored["total"] else 0.0}
 
 
 def evaluate(s: Settings, names: list[str], model: str, out: Path) -> list[dict]:

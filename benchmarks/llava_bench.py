@@ -95,9 +95,10 @@ def official(text: str) -> list[float]:
 
 def read(text: str) -> list[float]:
     """Two grades, 1 to 10, in the first line."""
-    parts = text.strip().split("\n")[0].replace(",", " ").split()
-    grades = [float(part) for part in parts if re.fullmatch(r"\d+(\.\d+)?", part)]
-    if not len(parts) == len(grades) == 2 or not all(1 <= grade <= 10 for grade in grades):
+    line = text.strip().split("\n")[0].strip(" ,")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)[\s,]+(\d+(?:\.\d+)?)\s*", line)
+    grades = [float(grade) for grade in found.groups()] if found else [0]
+    if not 1 <= min(grades) <= max(grades) <= 10:
         raise ValueError("its first line is not two numbers from 1 to 10")
     return grades
 
