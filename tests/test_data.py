@@ -84,7 +84,8 @@ def test_the_rejected_answer_is_drawn_by_record_and_seed_from_all_that_are_worse
     drawn = [choose_pair(one) for one in many]
     assert set(drawn) == {choose_pair(many[0], seed=k) for k in range(100)} == {(0, 2), (0, 3),
                                                                                 (0, 4)}
-    assert [choose_pair(one) for one in many[::-1]][::-1] == drawn != [choose_pair(one, seed=1) for one in many]
+    assert [choose_pair(one) for one in many[::-1]][::-1] == drawn
+    assert [choose_pair(one, seed=1) for one in many] != drawn
 
 
 def test_quality_is_helpfulness_correctness_and_coherence_alone():
@@ -109,24 +110,28 @@ def test_answers_that_take_no_part_in_pairs():
 
 # ---- templates -----------------------------------------------------------------------------------
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-          "polite answers to the user's questions.")
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+          "gives helpful, detailed, and polite answers to the user's questions.")
 TALK = turns("<image>\nHi?", "Hello.", "Why?")
 BRIEF = [{"role": "system", "content": "Be brief."}]
-SPELLED = {    # TALK, and the same after a system's sentence; FastChat's get_prompt for Vicuna, else the model's own documentation
+# TALK, and the same after a system's sentence: FastChat's get_prompt, the vendors' documentation.
+SPELLED = {
     "vicuna_v1": (f"{SYSTEM} USER: <image>\nHi? ASSISTANT: Hello.</s>USER: Why? ASSISTANT:",
                   "Be brief. USER: <image>\nHi? ASSISTANT: Hello.</s>USER: Why? ASSISTANT:"),
     "chatml": ("<|im_start|>user\n<image>\nHi?<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
                "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
-               "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nHi?<|im_end|>\n<|im_start|>assistant\n"
-               "Hello.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
+               "<|im_start|>system\nBe brief.<|im_end|>\n"
+               "<|im_start|>user\n<image>\nHi?<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+               "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
     "llama_3": ("<|start_header_id|>user<|end_header_id|>\n\n<image>\nHi?<|eot_id|>"
                 "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
-                "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+                "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n",
                 "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
                 "<|start_header_id|>user<|end_header_id|>\n\n<image>\nHi?<|eot_id|>"
                 "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
-                "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+                "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n"),
     "mistral": ("[INST] <image>\nHi?[/INST] Hello.</s>[INST] Why?[/INST]",
                 "[INST] Be brief.\n\n<image>\nHi?[/INST] Hello.</s>[INST] Why?[/INST]"),
 }
@@ -159,14 +164,18 @@ def test_a_template_is_spelled_to_the_letter(name):
     assert wish == plain.replace("Why?", "Why? Please."), "the last question alone asks"
 
 
-JINJA = {      # as in the tokenizer_config.json of a ChatML model, of Llama 3 Instruct, of Mistral Instruct v0.3
-    "chatml": "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+# As in the tokenizer_config.json of a ChatML model, of Llama 3 Instruct, of Mistral Instruct v0.3
+JINJA = {
+    "chatml": "{% for m in messages %}"
+              "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "llama_3": "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
+    "llama_3": "{% for m in messages %}"
+               "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
                " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
                "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     "mistral": "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
-               "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}",
+               "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
+               "{% endif %}{% endfor %}",
 }
 
 
@@ -207,7 +216,7 @@ def test_a_tokenizer_s_own_tokens_tell_the_template_and_what_ends_an_answer(tmp_
 def test_template_overrides_what_the_tokenizer_tells_and_must_fit_it(tmp_path, byte_config):
     folder = tokenizer_with(tmp_path, ADDED["chatml"][0])
     assert Tokens(folder, byte_config, "vicuna_v1").template == TEMPLATES["vicuna_v1"]
-    with pytest.raises(BadInput, match="--template alpaca: choose one of vicuna_v1, chatml, llama_3, mistral"):
+    with pytest.raises(BadInput, match="alpaca: choose one of vicuna_v1, chatml, llama_3, mistral"):
         Tokens(folder, byte_config, "alpaca")
     with pytest.raises(BadInput, match="has no <|eot_id|> .* choose another --template"):
         Tokens(folder, byte_config, "llama_3")
@@ -225,7 +234,8 @@ def test_template_json_beside_the_tokenizer_is_what_the_model_was_trained_with(t
            "ends": ["</s>", "<|im_end|>"]}
     stored.write_text(json.dumps(own))
     tokens = Tokens(folder, byte_config)
-    assert tokens.template.prompt(turns("1", "2", "3")) == "Q: 1\nA: 2</s>\nQ: 3\nA:" and len(tokens.ends) == 2
+    assert tokens.template.prompt(turns("1", "2", "3")) == "Q: 1\nA: 2</s>\nQ: 3\nA:"
+    assert len(tokens.ends) == 2
     assert Tokens(folder, byte_config, "chatml").template == TEMPLATES["chatml"], "--template is stronger"
 
 
@@ -298,7 +308,7 @@ def test_a_tree_waits_with_one_id_per_picture_and_is_written_out_with_one_per_pa
         assert tree.length == len(tree.ids()) and tree.tokens == len(make_pack([tree]).ids)
 
 
-def test_history_spans_are_the_earlier_assistant_turns_and_only_they_are_scored_beside_the_answers(tiny, images_dir):
+def test_history_spans_are_the_earlier_turns_and_are_scored_beside_the_answers(tiny, images_dir):
     _, tokens, _ = tiny
     rng = random.Random(3)
     for _ in range(30):
@@ -310,7 +320,8 @@ def test_history_spans_are_the_earlier_assistant_turns_and_only_they_are_scored_
         scored = make_pack([tree]).targets.tolist()
         ends = [k for k, token in enumerate(scored) if token == tokens.ends[0]]
         turns = [scored[a:b] for a, b in zip([0, *(k + 1 for k in ends)], [k + 1 for k in ends])]
-        assert [tokens.decode(turn) for turn in turns] == [*said, "Six.", "Seven."], "each with its own </s>, and nothing else"
+        learned = [tokens.decode(turn) for turn in turns]
+        assert learned == [*said, "Six.", "Seven."], "each with its own </s>, and nothing else"
     assert make_tree(tokens, row, ["Six."]).history == []
 
 
@@ -415,7 +426,8 @@ def test_the_docstring_s_example_is_what_the_code_does_and_a_second_tree_starts_
     assert pack.ids.tolist() == [7, 8, 9, a, b, c, 5, 6, 13]
     assert pack.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
     assert pack.mask.own.tolist() == [0, 0, 0, 3, 3, 5, 6, 6, 8]
-    assert [*zip(pack.mask.lo.tolist(), pack.mask.hi.tolist())] == [(0, 0)] * 3 + [(0, 3)] * 3 + [(0, 0), (0, 0), (6, 8)]
+    assert pack.mask.lo.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 6]
+    assert pack.mask.hi.tolist() == [0, 0, 0, 3, 3, 3, 0, 0, 8]
     assert pack.rows.tolist() == [2, 3, 4, 2, 5, 7, 8]
     assert pack.targets.tolist() == [a, b, E, c, E, 13, E]
     assert pack.owner.tolist() == [0, 0, 0, 1, 1, 2, 2]
@@ -424,7 +436,8 @@ def test_the_docstring_s_example_is_what_the_code_does_and_a_second_tree_starts_
 
 def test_an_answer_that_is_only_its_end_costs_no_row():
     pack = make_pack([tree([7, 8], [[2], [9, 2]])])
-    assert pack.ids.tolist() == [7, 8, 9] and pack.rows.tolist() == [1, 1, 2] and pack.owner.tolist() == [0, 1, 1]
+    assert pack.ids.tolist() == [7, 8, 9]
+    assert pack.rows.tolist() == [1, 1, 2] and pack.owner.tolist() == [0, 1, 1]
 
 
 def test_history_moves_behind_the_patches_of_the_pictures_before_it_and_counts_to_the_first_answer():

@@ -205,7 +205,8 @@ def test_what_is_never_used_has_no_gradient_and_everything_else_has_one():
 
 def test_image_placeholders_and_pictures_must_match(tiny):
     ids = [1] + PICTURE + text(3, 0)
-    for shown, pixels in ((ids, None), (ids, pictures(2)), (ids[:-4], pictures(1))):     # the last is cut inside its picture
+    cut_inside = ids[:-4]
+    for shown, pixels in ((ids, None), (ids, pictures(2)), (cut_inside, pictures(1))):
         with pytest.raises(ValueError, match="placeholders"):
             alone(tiny, shown, pixels)
 
@@ -280,7 +281,7 @@ def test_weights_kept_in_fp32_compute_the_bits_that_16_bit_weights_compute(tie):
     assert wide.dtype == torch.bfloat16 and torch.equal(narrow, wide)
     for name, gradient in large.items():
         assert gradient.dtype == torch.float32, name
-        if name.endswith("embed_tokens.weight"):                 # ids that come again are added up in fp32 now
+        if name.endswith("embed_tokens.weight"):         # ids that come again are added up in fp32
             assert (gradient - small[name]).norm() < 1e-2 * gradient.norm()
         else:
             assert torch.equal(gradient, small[name].float()), name

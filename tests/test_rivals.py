@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from conftest import RECORDS, hf_checkpoint, judged, record, rows_of, tiny_checkpoint, write_data
+from conftest import RECORDS, hf_checkpoint, judged, record, rows_of, tiny_checkpoint, turns
+from conftest import write_data
 
 import checkpoint
 import formats
@@ -49,8 +50,8 @@ def conversations(folder):
 
     pictured = talk("<image>\nWhat is it?", "A circle.", "Sure?", "Yes, 12.")
     plain = talk("Hello.", "Hi there, how are you?")
-    rows = [{"id": f"s{k}", "image": "a.png", "conversations": pictured} if k % 2 else {"id": f"s{k}", "conversations": plain}
-            for k in range(5)]
+    one, other = {"conversations": plain}, {"image": "a.png", "conversations": pictured}
+    rows = [{"id": f"s{k}"} | (other if k % 2 else one) for k in range(5)]
     (folder / "llava.json").write_text(json.dumps(rows))
     return folder / "llava.json"
 
@@ -120,12 +121,14 @@ def test_the_best_whole_answer_is_the_arg_max_of_S():
 def test_ties_are_drawn_with_a_seed_of_the_records_own():
     many = [judged(5, 9, 9, 9, id=str(k)) for k in range(300)]
     drawn = [rejection.best(one) for one in many]
-    assert all(70 < drawn.count(k) < 130 for k in (1, 2, 3)) and drawn == [rejection.best(one) for one in many]
+    assert all(70 < drawn.count(k) < 130 for k in (1, 2, 3))
+    assert drawn == [rejection.best(one) for one in many]
     assert drawn != [rejection.best(one, seed=1) for one in many]
 
 
 @pytest.mark.parametrize("record, least, why", [
-    (judged(), 0, "no whole answer with scores"), (judged(9, 11), 12, "its best answer has S = 11, less than --least 12"),
+    (judged(), 0, "no whole answer with scores"),
+    (judged(9, 11), 12, "its best answer has S = 11, less than --least 12"),
     ({"id": "x", "answers": [{"text": "a"}]}, 0, "no whole answer")])
 def test_a_record_without_a_best_answer_is_refused(record, least, why):
     with pytest.raises(BadInput, match=why):
@@ -134,7 +137,8 @@ def test_a_record_without_a_best_answer_is_refused(record, least, why):
 
 # ---- SteerLM -------------------------------------------------------------------------------------
 
-ASKED = "USER: What?\nAnswer with helpfulness {0}, correctness {1}, coherence {2}, complexity {3}, verbosity {4}. ASSISTANT:"
+ASKED = ("USER: What?\nAnswer with helpfulness {0}, correctness {1}, coherence {2}, complexity {3}, "
+         "verbosity {4}. ASSISTANT:")
 
 
 def test_every_whole_answer_is_learned_under_its_own_scores_and_they_are_never_in_the_loss(tokens):
@@ -190,12 +194,13 @@ def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_
     folder = tmp_path / "one" / "model"
     assert json.loads((folder / "steer.json").read_text()) == FORM | {"target": ALL_FOURS | {"verbosity": 0}}
     config, _ = checkpoint.read_config(folder)
-    assert Tokens(folder, config).template.prompt([{"role": "user", "content": "What?"}]).endswith(ASKED.format(4, 4, 4, 4, 0))
+    asked = Tokens(folder, config).template.prompt(turns("What?"))
+    assert asked.endswith(ASKED.format(4, 4, 4, 4, 0))
 
     steerlm.run(settings(steerlm, folder, scored, tmp_path / "two", form=" {helpfulness}!",
                          grades="a b c d e"))
-    again = Tokens(tmp_path / "two" / "model", config).template
-    assert again.prompt([{"role": "user", "content": "What?"}]).endswith("USER: What? e! ASSISTANT:")
+    again = Tokens(tmp_path / "two" / "model", config).template.prompt(turns("What?"))
+    assert again.endswith("USER: What? e! ASSISTANT:")
     stored = json.loads((tmp_path / "two" / "model" / "template.json").read_text())
     assert stored["ask"] == "", "what is asked for stands in steer.json alone"
 
@@ -243,7 +248,7 @@ def by_hand(model, trees, pixels):
         zero = torch.zeros_like(ids)
         hidden = model(ids, torch.arange(len(ids)), Mask(zero, zero, zero), pixels(tree.images))
         table = (hidden @ model.head.T).log_softmax(-1)                      # (T, V)
-        shift = len(prompt) - len(tree.prompt)                               # the one picture stands before all turns
+        shift = len(prompt) - len(tree.prompt)           # the one picture stands before all turns
         spans = [(a + shift, b + shift) for a, b in tree.history] + [(len(prompt), len(ids))]
         for a, b in spans:
             logps += [table[t - 1, ids[t]] for t in range(a, b)]
@@ -251,8 +256,11 @@ def by_hand(model, trees, pixels):
 
 
 @pytest.mark.parametrize("method", ["sft", "rejection", "steerlm"])
-def test_loss_and_gradients_are_the_mean_over_the_batch_s_scored_tokens_however_it_is_cut(ckpt, tokens, tmp_path, method, monkeypatch):
-    path = conversations(tmp_path / "data") if method == "sft" else write_data(tmp_path / "data", rows=RECORDS[:2] + RECORDS[3:])
+def test_loss_and_gradients_are_the_mean_over_the_batch_s_scored_tokens_however_it_is_cut(
+        ckpt, tokens, tmp_path, method, monkeypatch):
+    path = write_data(tmp_path / "data", rows=RECORDS[:2] + RECORDS[3:])
+    if method == "sft":
+        path = conversations(tmp_path / "data")
     records, _ = formats.read(path)
     trees = {"sft": lambda r: sft.golden_tree(tokens, r, 9999),
              "rejection": lambda r: [make_tree(tokens, r,
@@ -296,7 +304,8 @@ def test_each_rival_runs_on_a_transformers_checkpoint_and_its_result_loads_there
     model, info = transformers.LlavaForConditionalGeneration.from_pretrained(result, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ours = checkpoint.load(result)
-    assert torch.equal(model.lm_head.weight, ours.head) and not torch.equal(ours.head, checkpoint.load(folder).head)
+    assert torch.equal(model.lm_head.weight, ours.head)
+    assert not torch.equal(ours.head, checkpoint.load(folder).head)
     assert (result / "steer.json").exists() == (script is steerlm)
 
 

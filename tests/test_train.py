@@ -51,7 +51,8 @@ def test_every_pass_of_the_order_holds_every_item_once():
     order = shuffled(items, 3)
     passes = [[next(order) for _ in items] for _ in range(4)]
     assert all(sorted(one) == sorted(items) for one in passes) and len({tuple(one) for one in passes}) == 4
-    assert list(islice(shuffled(items, 3), len(items))) == passes[0] != list(islice(shuffled(items, 4), len(items)))
+    again, other = (list(islice(shuffled(items, seed), len(items))) for seed in (3, 4))
+    assert again == passes[0] != other
 
 
 def test_the_schedule_is_three_percent_warm_up_then_a_cosine_to_0():
@@ -124,7 +125,8 @@ def test_the_pack_fits_the_device_unless_it_is_said():
 
 # ---- small steps ---------------------------------------------------------------------------------
 
-def test_steps_that_16_bits_cannot_show_add_up_and_the_model_is_in_16_bits_again_behind_the_run(ckpt, data, tmp_path):
+def test_steps_that_16_bits_cannot_show_add_up_and_the_model_is_in_16_bits_again_behind_the_run(
+        ckpt, data, tmp_path):
     """A norm's weight of 1 and the paper's rate of 5e-7: the next bf16 number below 1 is 0.996,
     thousands of steps away."""
     model = tiny_model(text_only=True).bfloat16()
@@ -181,7 +183,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(ckpt, data, 
 
 # ---- what a run leaves ---------------------------------------------------------------------------
 
-def test_a_run_leaves_its_files_and_a_picture_of_its_metrics_and_is_never_written_over(ckpt, data, tmp_path, monkeypatch):
+def test_a_run_leaves_its_files_and_a_picture_of_its_metrics_and_is_never_written_over(
+        ckpt, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_metrics", DRAW)
     out = tmp_path / "out"
     dpo.run(settings(dpo, ckpt, data, out))

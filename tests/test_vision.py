@@ -19,7 +19,7 @@ import vision
 from common import BadInput
 from vision import CLIP_MEAN, CLIP_STD, ViT, VisionConfig, decode_image, load_image, preprocess, to_rgb
 
-RGB = np.asarray(picture(5, 3))                              # (3, 5, 3): three rows, five columns, nothing symmetric
+RGB = np.asarray(picture(5, 3))      # (3, 5, 3): three rows, five columns, nothing symmetric
 
 
 def read(path) -> np.ndarray:
@@ -133,14 +133,17 @@ def test_exif_orientation_is_turned_upright(tmp_path):
 
 def png(width: int, height: int) -> bytes:
     """A small, valid 1-bit PNG of any size: a decompression bomb where the size is large."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
     row, packer = bytes(1 + (width + 7) // 8), zlib.compressobj()
     rows = b"".join(packer.compress(row * min(1000, height - i)) for i in range(0, height, 1000)) + packer.flush()
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
             + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
 
 
-@pytest.mark.parametrize("size, why", [((10_000, 9_000), "10000 x 9000 pixels, more than"), ((20_000, 20_000), "400000000 pixels. exceeds"),
+@pytest.mark.parametrize("size, why", [((10_000, 9_000), "10000 x 9000 pixels, more than"),
+                                       ((20_000, 20_000), "400000000 pixels. exceeds"),
                                        ((300_000, 2), "300000 x 2 pixels"),
                                        ((2, 300_000), "2 x 300000 pixels")])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -153,7 +156,8 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, size, why
         load_image(tmp_path / "bomb.png")
 
 
-@pytest.mark.parametrize("name", ["half.jpg", "half.png", "text.jpg", "empty.png", "missing.jpg", "folder.jpg"])
+@pytest.mark.parametrize("name", ["half.jpg", "half.png", "text.jpg", "empty.png", "missing.jpg",
+                                  "folder.jpg"])
 def test_an_unusable_file_is_named(tmp_path, name):
     path, image = tmp_path / name, picture(64, 64)
     if name.startswith("half"):
