@@ -80,9 +80,6 @@ class Settings(JudgeSettings):
 # ---- questions and answers ----------------------------------------------------------------------
 
 def folder_of(s: Settings, name: str) -> Folder:
-    if not s.data_dir:
-        raise BadInput(f"--bench {name}: say with --data_dir where its question files are; "
-                       "docs/benchmarks.md says where to get them")
     bench = BENCHES[name]
     return Folder(Path(s.data_dir) / bench.FOLDER, bench.SOURCE, Path(s.out) / name / "images")
 

@@ -275,14 +275,15 @@ class Folder:
         """All files of this name (a pattern), at any depth. Raises BadInput where there is none."""
         found = sorted(self.path.rglob(name))
         if not found:
-            raise BadInput(f"--data_dir: {self.path} holds no {name}; it comes from {self.source}")
+            raise BadInput(f"--data_dir: {self.path}/ holds no {name}; it comes from {self.source} "
+                           "(docs/benchmarks.md)")
         return found
 
     def find(self, name: str) -> Path:
         """The only file of this name. Raises BadInput."""
         first, *others = self.every(name)
         if others:
-            raise BadInput(f"--data_dir: {self.path} holds {len(others) + 1} {name}; keep one")
+            raise BadInput(f"--data_dir: {self.path}/ holds {len(others) + 1} {name}; keep one")
         return first
 
     def load(self, name: str):

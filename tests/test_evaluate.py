@@ -488,8 +488,8 @@ def test_a_judgment_file_with_several_models_scores_each(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, why", [
     ({"bench": "mt_bank"}, "choose among mm_vet"), ({"bench": "pope,mmbench", "answers": "x"}, "with --answers or --judgments, one"),
-    ({"bench": "pope", "judgments": "x"}, "needs no judge; give --answers"), ({"bench": "pope"}, "say with --data_dir"),
-    ({"bench": "mm_vet", "judgments": "x"}, "say with --data_dir"), ({"coverage": 2.0}, "--coverage from 0 to 1"),
+    ({"bench": "pope", "judgments": "x"}, "needs no judge; give --answers"), ({"bench": "pope"}, "--data_dir: pope/ holds no coco_pope_adversarial.json"),
+    ({"bench": "mm_vet", "judgments": "x"}, "--data_dir: mm_vet/ holds no mm-vet.json"), ({"coverage": 2.0}, "--coverage from 0 to 1"),
     ({"batch": 0}, "--batch at least 1"), ({"bench": "mt_bench", "judge": "oracle"}, "say gemini:MODEL"), ({"compare": ("nowhere",)}, "holds no results.json"),
     ({"bench": "alpaca_eval", "judgments": "nowhere.json"}, "nowhere.json: cannot be read")])
 def test_the_door(flags, why, tmp_path):

@@ -505,14 +505,14 @@ def test_answers_come_back_from_the_benchmarks_own_format(tmp_path, name):
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
-    with pytest.raises(BadInput, match="mt_bench holds no question.jsonl; it comes from github.com/lm-sys"):
+    with pytest.raises(BadInput, match="mt_bench/ holds no question.jsonl; it comes from github.com/lm-sys"):
         items_of(tmp_path, mt_bench)
     write(tmp_path / "mt_bench/question.jsonl", "{")
     with pytest.raises(BadInput, match="no JSON, nor lines of it"):
         items_of(tmp_path, mt_bench)
     make_mmbench(tmp_path)
     write(tmp_path / "mmbench/other.tsv", "index\n1\n")
-    with pytest.raises(BadInput, match="pope holds no coco_pope_adversarial.json; it comes from github.com/RUCAIBox"):
+    with pytest.raises(BadInput, match="pope/ holds no coco_pope_adversarial.json; it comes from github.com/RUCAIBox"):
         items_of(tmp_path, pope)
     with pytest.raises(BadInput, match=r"holds 2 \*.tsv; keep one"):
         items_of(tmp_path, mmbench)
