@@ -37,7 +37,8 @@ def paper(benches: list[str], width: int, names: int = 0) -> str:
     for method, values in PAPER.items():
         cells = dict(zip(PAPER_COLUMNS, values))
         rows[method] = [cells.get(name, "-") for name in benches]
-    return aligned(rows, rows.pop(""), width, names)
+    head = rows.pop("")
+    return aligned(rows, head, width, names)
 
 
 def judged_by(result: dict) -> str:
@@ -71,7 +72,7 @@ def table(benches: dict, models: dict[str, dict[str, dict]]) -> str:
     columns = [name for name in benches if any(name in found for found in models.values())]
     rows, mixed = {}, []
     for model, found in models.items():
-        judges = dict.fromkeys(judged_by(result) for result in found.values() if result.get("judge"))
+        judges = {judged_by(result): None for result in found.values() if result.get("judge")}
         rows[model] = [cell(benches[name], found.get(name)) for name in columns]
         rows[model].append("; ".join(judges) or "-")
     for name in columns:
