@@ -1,66 +1,69 @@
-"""How fast, how much memory, against whom: every number here alternates with its opponent's in one run.
+"""How fast, how much memory, against whom.
 
-A speed claim is a ratio measured in one run, one step here, one step there; of dpo each contestant in a process of its own, so
-that peak memory is its own. Medians, warm-up rounds dropped.
+    dpo       one DPO step of LLaVA against TRL's DPOTrainer on the same checkpoint, records and threads:
+              as TRL is by default (activation checkpointing) and without it, the fastest it accepts. It
+              refuses cached references and padding-free packs for images. Vision is frozen for all.
+    sample    4 answers to each image question, against transformers.generate
+    kernels   attention over packed trees and log-probs, forward and backward, against the obvious ways
 
-    dpo       one DPO step of LLaVA against TRL's DPOTrainer on the same checkpoint, records and threads: as TRL is by default
-              (activation checkpointing) and without it, the fastest it accepts (it refuses cached references and padding-free
-              packs for images). Vision frozen for all.
-    sample    4 answers to each image question against transformers.generate
-    kernels   attention over packed trees against a dense mask (FlexAttention: forward, where there is a compiler), log-probs
-              against all logits
-    growth    what a step costs as answers get longer, more, and the model larger
+A claim is a ratio within one run. The contestants of dpo and sample are processes of their own, started in
+the environment that speed.py was started in (opponents.py says why). They take one step in turn, and who is
+not at it is stopped by a signal: the cores belong to the one that is timed. Medians; warm-up rounds do not
+count. Machines have good and bad hours, so every run is kept, and the table says lowest and highest.
 
-    pip install transformers==5.23.0 trl==1.16.0
+    pip install transformers==5.23.0 trl==1.16.0 peft==0.21.2
     python speed.py                        all of it, on two threads; rows are added to results/bench.jsonl
-    python speed.py --what dpo --size 7b   on a GPU: the shapes of LLaVA-1.5-7B, random weights; all trained wants 118 GB by our
-                                           plan, --lora 128 (pip install peft==0.21.2; give it another --out) 67 or 23
-Previous: chat.py.
+    python speed.py --size 7b --lora 128 --out results/gpu.jsonl         on a GPU: LLaVA-1.5-7B's shapes
 """
-import ctypes
-import multiprocessing
 import os
-import platform
+
+ENVIRONMENT = dict(os.environ)    # the user's; common, imported next, tells OpenMP how to wait
+
+import json
 import random
-import resource
-import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import common  # first: it tells OpenMP how to wait
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
 import checkpoint
 import dpo
-from toy import figures
+import formats
 import kernels
 import lora
-import formats as records
-from common import DTYPES, BadInput, describe_run, device_and_dtype, main, multiplies_bf16, write_jsonl
-from data import Pixels, Tokens, Tree, answer_logps, make_pack, make_tree, pack_size, template
-from kernels.attention import attention_spec, dense_mask
+from common import HERE, BadInput, describe_run, device_and_dtype, main, write_jsonl
+from data import VICUNA, Pack, Pixels, Tokens, Tree, make_pack, make_tree
+from generate import generate
+from kernels import Mask
+from kernels.attention import dense_mask
 from kernels.logprob import logps_spec
-from model import Config, Llava, TextConfig, generate
-from memory import attention_work, step_work
-from toy.build import SPECIAL, initialise, write_tokenizer
+from model import Config, Llava, TextConfig
+from opponents import open_gate
+from toy.build import SPECIAL, write_tokenizer
+from train import Run
 from vision import VisionConfig
 
 
 @dataclass
 class Settings:
     """Measure steps, sampling and kernels against their opponents."""
-    what: str = "dpo,sample,kernels,growth"    # which of them, comma-separated
+    what: str = "dpo,sample,kernels"           # which of them, comma-separated
     out: str = "results/bench.jsonl"           # rows are added to this file
-    size: str = "small"            # of the model: small (39 million parameters), 7b, 13b
+    size: str = "small"            # of the model: tiny, small (39 million parameters), 7b
     rounds: int = 5                # measured rounds, each contestant once a round
     warmup: int = 1                # rounds before them that do not count
     pairs: int = 4                 # a step
@@ -69,331 +72,417 @@ class Settings:
     device: str = "auto"           # cpu, cuda, ...
 
 
-# ---- what is measured on ----------------------------------------------------------------------------------------
+# ---- what is measured on -------------------------------------------------------------------------
 
-SIZES = {   # (Llama: layers, width, feed-forward, heads, vocabulary; ViT: layers, width, heads, pixels)
-    "tiny": ((2, 64, 128, 2, 8000), (2, 64, 2, 56)), "half": ((4, 512, 1408, 8, 8000), (6, 256, 4, 336)),
-    "small": ((8, 512, 1408, 8, 8000), (6, 256, 4, 336)), "double": ((8, 768, 2048, 12, 8000), (6, 256, 4, 336)),
-    "7b": ((32, 4096, 11008, 32, 32064), (24, 1024, 16, 336)), "13b": ((40, 5120, 13824, 40, 32064), (24, 1024, 16, 336))}
+SIZES = {    # Llama: layers, width, feed-forward, heads, vocabulary | ViT: layers, width, heads, pixels
+    "tiny": (2, 64, 128, 2, 8000, 2, 64, 2, 56),
+    "small": (8, 512, 1408, 8, 8000, 6, 256, 4, 336),
+    "7b": (32, 4096, 11008, 32, 32064, 24, 1024, 16, 336),
+}
 
 
 def config_of(size: str) -> Config:
-    (layers, width, inner, heads, words), (depth, features, eyes, pixels) = SIZES[size]
+    layers, width, inner, heads, words, depth, features, eyes, pixels = SIZES[size]
     text = TextConfig(words, width, inner, layers, heads, heads, width // heads, 1e-5, 4096)
-    return Config(text, VisionConfig(features, 4 * features, depth, eyes, pixels, 14), image_token=4)
+    vision = VisionConfig(features, 4 * features, depth, eyes, pixels, 14)
+    return Config(text, vision, image_token=SPECIAL.index("<image>"))
 
 
-def write_checkpoint(folder: Path, size: str) -> Path:
+def write_checkpoint(folder: Path, size: str, device: torch.device, dtype: torch.dtype) -> Path:
     """A random LLaVA with made-up words, in the layout that everybody reads."""
-    config = config_of(size)
-    model = Llava(config)
-    initialise(model, 0, 0.02)
-    write_tokenizer(folder, [f"w{k}" for k in range(config.text.vocab_size - len(SPECIAL))])
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Llava(config_of(size)).to(dtype)
+    model.dtype = dtype
+    words = model.config.text.vocab_size - len(SPECIAL)
+    write_tokenizer(folder, [f"w{k}" for k in range(words)])
     return checkpoint.save(model, folder / "model", folder)
 
 
-def write_records(folder: Path, count: int) -> Path:
-    """Questions about pictures of noise, answers of made-up words, the first preferred to the second."""
+def made_up(rng: random.Random, words: int) -> str:
+    return " ".join(f"w{rng.randrange(7000)}" for _ in range(words))
+
+
+def write_records(folder: Path, count: int) -> list[dict]:
+    """Questions about pictures of noise, with two answers: records.jsonl, and trl.json for TRL."""
     rng = random.Random(0)
-    say = lambda n: " ".join(f"w{rng.randrange(7000)}" for _ in range(n))
-    rows = []
-    (folder / "images").mkdir(exist_ok=True)
+    (folder / "images").mkdir()
+    records, for_trl = [], []
     for k in range(count):
+        name = f"images/{k}.jpg"
         noise = np.random.default_rng(k).integers(0, 256, (30, 40, 3), np.uint8)
-        Image.fromarray(noise).resize((640, 480)).save(folder / "images" / f"{k}.jpg")
-        rows.append({"id": str(k), "images": [f"images/{k}.jpg"],
-                     "messages": [{"role": "user", "content": "<image>\n" + say(20)}], "pair": [0, 1],
-                     "answers": [{"text": say(rng.randint(30, 90))} for _ in range(2)]})
-    write_jsonl(folder / "records.jsonl", rows)
-    return folder / "records.jsonl"
+        Image.fromarray(noise).resize((640, 480)).save(folder / name)
+        messages = [{"role": "user", "content": "<image>\n" + made_up(rng, 20)}]
+        chosen = made_up(rng, rng.randint(30, 90))
+        rejected = made_up(rng, rng.randint(30, 90))
+        answers = [{"text": chosen}, {"text": rejected}]
+        records.append({"id": str(k), "images": [name], "messages": messages, "answers": answers})
+        for_trl.append({
+            "images": [str(folder / name)],
+            "prompt": "<s> " + VICUNA.prompt(messages),
+            "chosen": f" {chosen} </s>",
+            "rejected": f" {rejected} </s>",
+        })
+    write_jsonl(folder / "records.jsonl", records)
+    (folder / "trl.json").write_text(json.dumps(for_trl))
+    usable, _ = formats.read(folder / "records.jsonl")
+    return usable
 
 
-# ---- how much work it is ------------------------------------------------------------------------------------------
+# ---- how much work it is --------------------------------------------------------------------------
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a plain n x n matrix product: what everything else is held against."""
-    n = 2048 if device.type == "cpu" else 8192                           # a GPU does 2048 in the time of a launch and a wait
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    row = in_turn({"": lambda: a @ b}, 3, 10)[""]
-    return 2 * n ** 3 / min(row["all_ms"]) * 1000
-
-
-# ---- contestants: each waits at `gate` between its steps, in a process of its own -----------------------------------
-
-def peak_mib() -> float:
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)    # bytes or KiB
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host) / 2**20
+def attention_work(mask: Mask, width: int) -> int:
+    """Operations of one layer's attention, forward (2 products) and backward (5), for what tokens see."""
+    at = torch.arange(len(mask.own), device=mask.own.device)
+    seen = mask.hi - mask.lo + at - mask.own + 1
+    return int(seen.sum()) * width * 2 * 7
 
 
-def wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def step_work(config: Config, pack: Pack) -> int:
+    """Operations of a DPO step on one pack that no method gets around: the language model forward and
+    backward on every token, the head on the scored ones, the frozen tower forward once per image."""
+    t, v = config.text, config.vision
+    heads = (t.num_attention_heads + t.num_key_value_heads) * t.head_dim
+    block = t.hidden_size * (2 * heads + 3 * t.intermediate_size)            # weights of one layer
+    attention = attention_work(pack.mask, t.num_attention_heads * t.head_dim)
+    text = t.num_hidden_layers * (6 * block * len(pack.ids) + attention)
+
+    # Of tokens that predict nothing, the last layer computes keys and values only.
+    beyond = t.hidden_size * (t.num_attention_heads * t.head_dim + 3 * t.intermediate_size)
+    text -= 6 * beyond * (len(pack.ids) - len(pack.read))
+
+    head = 6 * len(pack.rows) * t.vocab_size * t.hidden_size
+    patches, width = v.patches + 1, v.hidden_size
+    tower = v.depth * patches * (8 * width**2 + 4 * width * v.intermediate_size + 4 * patches * width)
+    project = 6 * v.patches * t.hidden_size * (width + t.hidden_size)
+    return text + head + len(pack.pixels) * (tower + project)
 
 
-def gate(pipe, **said) -> None:
-    """Report the step that is over, wait for the word to go on."""
-    wait_for_gpu()
-    pipe.send(said | {"peak_mib": peak_mib()})
-    try:
-        if not pipe.recv():
-            os._exit(0)
-    except EOFError:                                                     # the other side is gone
-        os._exit(0)
+# ---- contestants in processes of their own ---------------------------------------------------------
+
+def contestant(text: str):
+    """Ours, as those of opponents.py: the process stops at its gate before every step."""
+    job = json.loads(text)
+    gate, folder = open_gate(), Path(job["folder"])
+    torch.set_num_threads(job["threads"])
+    device, dtype = device_and_dtype(job["device"], job["dtype"])
+    model = checkpoint.load(folder / "model", device, dtype)
+    if job["what"] == "dpo":
+        our_steps(gate, folder, job, model)
+    else:
+        our_answers(gate, folder, job, model)
 
 
-def batches(pipe, items: list, size: int, said: dict):
-    """Pass over `items` for ever, stopping at the gate before each batch. The gate opens first after everything is loaded."""
-    k = 0
-    while True:
-        gate(pipe, **said)
-        yield from (items[(k + i) % len(items)] for i in range(size))
-        k += size
-
-
-def ours(pipe, folder: Path, s: Settings, dtype: str) -> None:
+def our_steps(gate: Callable, folder: Path, job: dict, model: Llava):
     """dpo.train itself; its reference is computed before, as in every run of dpo.py."""
-    torch.set_num_threads(s.threads)
-    device, kind = device_and_dtype(s.device, dtype)
-    model = checkpoint.load(folder / "model", device, kind)
     tokens, pixels = Tokens(folder / "model", model.config), Pixels(model.config)
-    items, _ = records.read(folder / "records.jsonl")
-    trees = [make_tree(tokens, r, [a["text"] for a in r["answers"]]) for r in items]
-    pairs = list(dpo.make_pairs(items, trees, dpo.reference_logps(model, trees, pixels, 8192), 2, 0))
-    work = sum(step_work(model.config, pixels.pack([tree])) for tree in trees) / len(trees) * s.pairs
-    said = {"tokens": statistics.mean(t.tokens for t in trees)} | ({} if s.lora else {"gflop": work / 1e9})
-    if s.lora:
-        lora.attach(model, s.lora, 2 * s.lora, 0)
-    dpo.shuffled = lambda pairs, seed: batches(pipe, pairs, s.pairs, said)
-    sys.stdout = open(os.devnull, "w")
-    dpo.train(model, pairs, pixels, dpo.Settings(batch=s.pairs, lr=5e-7, pack=pack_size(0, device)), 10**6, folder)
+    records, _ = formats.read(folder / "records.jsonl")
+    trees = []
+    for record in records:
+        trees.append(make_tree(tokens, record, [answer["text"] for answer in record["answers"]]))
+    reference = dpo.reference_logps(model, trees, pixels, 8192)
+    pairs = dpo.make_pairs(trees, [(0, 1)] * len(trees), reference)
+
+    said = {"tokens": statistics.mean(pair.tokens for pair in pairs)}
+    if job["lora"]:
+        lora.attach(model, job["lora"], 2 * job["lora"], 0)
+    else:
+        work = statistics.mean(step_work(model.config, pixels.pack([pair])) for pair in pairs)
+        said["gflop"] = work * job["pairs"] / 1e9
+
+    settings = dpo.Settings(batch=job["pairs"], lr=5e-7)
+    run = Run(model, settings, pixels.pack, steps=10**6)
+    update = run.update
+
+    def update_and_wait(**amounts) -> dict:
+        row = update(**amounts)
+        gate(**said)
+        return row
+
+    run.update = update_and_wait
+    gate()
+    dpo.train(run, pairs, settings)
 
 
-def theirs(pipe, folder: Path, s: Settings, dtype: str, checkpointing: bool) -> None:
-    """TRL's DPOTrainer on the same prompts, answers and pictures, in order."""
-    torch.set_num_threads(s.threads)
-    import datasets
-    import transformers
-    from trl import DPOConfig, DPOTrainer
-    transformers.utils.logging.set_verbosity_error()
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=DTYPES[dtype])
-    model.model.vision_tower.requires_grad_(False)
-    processor = transformers.AutoProcessor.from_pretrained(folder / "model")
-    rows = common.read_jsonl(folder / "records.jsonl")
-    data = datasets.Dataset.from_list([
-        {"prompt": "<s> " + template(r["messages"]), "images": [str(folder / name) for name in r["images"]]}
-        | {which: f" {answer['text']} </s>" for which, answer in zip(("chosen", "rejected"), r["answers"])} for r in rows])
-    data = data.cast_column("images", datasets.Sequence(datasets.Image()))
-    said = {}
-
-    class Gate(transformers.TrainerCallback):
-        def on_train_begin(self, *args, **more):
-            gate(pipe)
-
-        def on_step_end(self, *args, **more):
-            gate(pipe, **said)
-
-    class Trainer(DPOTrainer):
-        def compute_loss(self, model, inputs, *args, **more):
-            said["tokens"] = inputs["input_ids"].numel() / s.pairs
-            return super().compute_loss(model, inputs, *args, **more)
-
-    settings = DPOConfig(output_dir=str(folder / "trl"), per_device_train_batch_size=s.pairs, learning_rate=5e-7, max_steps=10**6,
-                         gradient_checkpointing=checkpointing, report_to=[], logging_strategy="no", save_strategy="no",
-                         bf16=False, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, max_length=None)
-    adapters = {}
-    if s.lora:                                                           # where lora.attach has them, the projector beside
-        import peft
-        names = "|".join(name for part in lora.TARGETS.values() for name in part)
-        adapters["peft_config"] = peft.LoraConfig(r=s.lora, lora_alpha=2 * s.lora, modules_to_save=["multi_modal_projector"],
-                                                  target_modules=rf".*language_model.*\.({names})")
-    Trainer(model=model, args=settings, train_dataset=data, processing_class=processor, callbacks=[Gate()], **adapters).train()
+def our_answers(gate: Callable, folder: Path, job: dict, model: Llava):
+    asked = torch.load(folder / "prompts.pt")
+    prompts, pixels = asked["ids"].tolist(), list(asked["pixels"].split(1))
+    never = (model.config.text.vocab_size,)                              # all reach their full length
+    while True:
+        gate()
+        generate(model, prompts, pixels, n=job["n"], max_new=job["words"], temperature=1.0, ends=never)
 
 
-def alternate(contestants: dict, folder: Path, s: Settings) -> dict[str, dict]:
-    """{name: {"ms": median, "all_ms": [...], "peak_mib", ...}} of (worker, its last arguments) each, one step in turn."""
-    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
-    rows = {name: {"all_ms": []} for name in contestants}
+OURS = ["-c", "import speed, sys; speed.contestant(sys.argv[1])"]
+THEIRS = ["opponents.py"]
+
+
+class Process:
+    """A contestant. It is stopped but for its own steps."""
+
+    def __init__(self, name: str, job: dict):
+        program = OURS if name == "remedy" else THEIRS
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, *program, json.dumps(job)], cwd=HERE, env=ENVIRONMENT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+
+    def hear(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:                                                     # out of memory, say
+            raise BadInput(f"{self.name} ended before its step did; its last words stand above")
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)                       # it has stopped
+        return json.loads(line)
+
+    def step(self) -> dict:
+        self.process.send_signal(signal.SIGCONT)
+        began = time.perf_counter()
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        said = self.hear()
+        return said | {"ms": 1000 * (time.perf_counter() - began)}
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()                                              # its memory is free
+
+
+def alternate(jobs: dict[str, dict], s: Settings) -> list[dict]:
+    """A row for each: what it said last, the median of its steps and all of them. One step each in turn."""
+    running = []
+    steps = {name: [] for name in jobs}
     try:
-        for name, (worker, *how) in contestants.items():
-            pipes[name], there = context.Pipe()
-            processes.append(context.Process(target=worker, args=(there, folder, s, *how), daemon=True))
-            processes[-1].start()
-            there.close()                                                # it alone holds that end: where it dies, we hear so
-            pipes[name].recv()                                           # loaded
-        for k in tqdm(range(s.warmup + s.rounds), desc="rounds", disable=None):
-            for name, pipe in pipes.items():
-                began = time.perf_counter()
-                pipe.send(True)
-                rows[name] |= pipe.recv()
-                if k >= s.warmup:
-                    rows[name]["all_ms"].append(round(1000 * (time.perf_counter() - began), 1))
-    except (EOFError, ConnectionError):                                  # out of memory, say
-        raise BadInput(f"{name} ended before its step did; what it said last stands above") from None
-    for pipe, process in zip(pipes.values(), processes):
-        pipe.send(False)
-        process.join()                                                   # its memory is free
-    return {name: row | {"ms": statistics.median(row["all_ms"])} for name, row in rows.items()}
+        for name, job in jobs.items():
+            running.append(Process(name, job))
+            running[-1].hear()                                           # all is loaded
+        for _ in tqdm(range(s.warmup + s.rounds), desc="rounds", disable=None):
+            for process in running:
+                steps[process.name].append(process.step())
+    finally:
+        for process in running:
+            process.end()
+
+    rows = []
+    for name, said in steps.items():
+        times = [round(one["ms"], 1) for one in said[s.warmup:]]
+        rows.append({"name": name, **said[-1], "ms": statistics.median(times), "all_ms": times})
+    return rows
 
 
-TRL = {"TRL, as it is": True, "TRL, no checkpointing": False}
+def job_of(what: str, s: Settings, folder: Path, dtype: torch.dtype) -> dict:
+    name = str(dtype).removeprefix("torch.")
+    return asdict(s) | {"what": what, "folder": str(folder), "dtype": name}
 
 
 def bench_dpo(s: Settings, folder: Path) -> list[dict]:
-    write_checkpoint(folder, s.size)
+    device, dtype = device_and_dtype(s.device, "auto")
+    write_checkpoint(folder, s.size, device, dtype)
     write_records(folder, 6 * s.pairs)
-    device, _ = device_and_dtype(s.device, "float32")
-    first = "float32" if device.type == "cpu" else "bfloat16"
-    contestants = {"remedy": (ours, first)} | {name: (theirs, first, again) for name, again in TRL.items()}
-    if device.type == "cpu" and multiplies_bf16(device):
-        contestants["remedy in bfloat16"] = ours, "bfloat16"
-    rounds = [contestants] if s.size == "small" else [{name: one} for name, one in contestants.items()]    # two may not fit
-    rows = {name: row for these in rounds for name, row in alternate(these, folder, s).items()}
-    rate = matmul_rate(device, DTYPES[first])
-    return [{"bench": "dpo", "name": name, "pairs": s.pairs, "lora": s.lora, "pairs_per_s": 1000 * s.pairs / row["ms"], **row}
-            | ({"of_matmul_rate": 1000 * row["gflop"] * 1e9 / row["ms"] / rate} if "gflop" in row else {})
-            for name, row in rows.items()]
+    job = job_of("dpo", s, folder, dtype) | {"targets": rf".*language_model.*{lora.TARGETS}"}
+    jobs = {
+        "remedy": job,
+        "TRL, as it is": job | {"checkpointing": True},
+        "TRL, no checkpointing": job | {"checkpointing": False},
+    }
 
+    # Large models may not fit side by side: then one after the other.
+    rounds = [{name: jobs[name]} for name in jobs] if s.size == "7b" else [jobs]
+    rows = []
+    for together in rounds:
+        rows += alternate(together, s)
 
-# ---- sampling, kernels, growth: one process, in turn ------------------------------------------------------------------
-
-def in_turn(calls: dict, warmup: int, rounds: int) -> dict[str, dict]:
-    """{name: {"ms": median, "all_ms"}} of functions, called alternately."""
-    rows = {name: [] for name in calls}
-    for k in range(warmup + rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            wait_for_gpu()
-            if k >= warmup:
-                rows[name].append(round(1000 * (time.perf_counter() - began), 3))
-    return {name: {"ms": statistics.median(ms), "all_ms": ms} for name, ms in rows.items()}
-
-
-def memory_of(call) -> dict:
-    """What a call needs beyond what stood there before it; nothing where the system does not tell."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif platform.system() == "Linux":
-        ctypes.CDLL(None).malloc_trim(0)                                 # what is free is given back,
-        Path("/proc/self/clear_refs").write_text("5")                    # and the peak is what is there now
-    else:
-        return {}
-    before = peak_mib()
-    call()
-    wait_for_gpu()
-    return {"peak_mib": peak_mib() - before}
+    rate = matmul_rate(device, dtype)
+    for row in rows:
+        row |= {"pairs": s.pairs, "lora": s.lora, "pairs_per_s": 1000 * s.pairs / row["ms"]}
+        if "gflop" in row:
+            row["of_matmul_rate"] = 1000 * row["gflop"] * 1e9 / row["ms"] / rate
+    return rows
 
 
 def bench_sample(s: Settings, folder: Path, count: int = 4, n: int = 4, words: int = 64) -> list[dict]:
     """n sampled answers of `words` tokens to each of `count` image questions."""
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
     device, dtype = device_and_dtype(s.device, "auto")
-    write_checkpoint(folder, s.size)
-    items, _ = records.read(write_records(folder, count))
-    mine = checkpoint.load(folder / "model", device, dtype)
-    tokens, pixels = Tokens(folder / "model", mine.config), Pixels(mine.config)
-    trees = [make_tree(tokens, r, []) for r in items]
-    pictures = [pixels(t.images) for t in trees]
-    other = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=dtype).to(device)
-    ids = torch.tensor([t.prompt for t in trees], device=device)
-    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.cat(pictures).to(device, dtype)}
-    how = {"do_sample": True, "num_return_sequences": n, "max_new_tokens": words, "min_new_tokens": words, "pad_token_id": 3}
-    never = tokens.tokenizer.get_vocab_size()                            # no word: all answers reach their full length
-    ours = lambda: generate(mine, [t.prompt for t in trees], pictures, n=n, max_new=words, temperature=1.0, eos=never)
-    rows = in_turn({"remedy": ours, "transformers.generate": lambda: other.generate(**asked, **how)}, s.warmup, s.rounds)
-    return [{"bench": "sample", "name": name, "questions": count, "n": n, "tokens": words,
-             "tokens_per_s": 1000 * count * n * words / row["ms"], **row} for name, row in rows.items()]
+    model, config = write_checkpoint(folder, s.size, device, dtype), config_of(s.size)
+    tokens, pixels = Tokens(model, config), Pixels(config)
+    trees = [make_tree(tokens, record, []) for record in write_records(folder, count)]
+    pictures = pixels([path for tree in trees for path in tree.images])
+    ids = torch.tensor([tree.ids() for tree in trees])
+    torch.save({"ids": ids, "pixels": pictures}, folder / "prompts.pt")
 
-
-def bench_kernels(s: Settings, folder: Path) -> list[dict]:
-    """Forward and backward at one pack's size."""
-    device, dtype = device_and_dtype(s.device, "auto")
-    config = config_of(s.size).text
-    H, D, V = config.num_attention_heads, config.head_dim, config.vocab_size
-    tree = Tree("", [5] * 640, [[5] * 128, [5] * 128])
-    pack = make_pack([tree] * s.pairs).to(device)
-    mask, T = pack.mask, len(pack.ids)
-    q, k, v = (torch.randn(T, H, D, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    hidden, weight = (torch.randn(x, config.hidden_size, device=device, dtype=dtype, requires_grad=True) for x in (T, V))
-    dense = dense_mask(mask)
-    both = lambda out, inputs: torch.autograd.grad(out.float().sum(), inputs)
-    batch = [x.transpose(0, 1)[None] for x in (q, k, v)]                 # (1, H, T, D)
-    still = [x.detach() for x in batch]
-    seen = lambda b, h, i, j: (mask.lo[i] <= j) & (j < mask.hi[i]) | (mask.own[i] <= j) & (j <= i)
-    blocks, flex = create_block_mask(seen, None, None, T, T, device), torch.compile(flex_attention)
-    compiler = torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")
-    forward = {"attention forward, FlexAttention": lambda: flex(*still, block_mask=blocks)} if compiler else {}
-    formula = lambda: (hidden @ weight.T).float().log_softmax(-1)[pack.rows].gather(1, pack.targets[:, None])
-    calls = {
-        "attention, remedy": lambda: both(kernels.attention(q, k, v, pack.mask), (q, k, v)),
-        "attention, torch SDPA with a dense mask": lambda: both(F.scaled_dot_product_attention(*batch, dense), (q, k, v)),
-        "attention, its formula": lambda: both(attention_spec(q, k, v, pack.mask), (q, k, v)),
-        "attention forward, remedy": torch.no_grad()(lambda: kernels.attention(q, k, v, pack.mask)), **forward,
-        "log-probs, remedy": lambda: both(kernels.logps(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
-        "log-probs, all logits of the scored rows": lambda: both(
-            logps_spec(hidden, weight, pack.rows, pack.targets), (hidden, weight)),
-        "log-probs, all logits of all rows": lambda: both(formula(), (hidden, weight))}
-    rows, rate, work = in_turn(calls, s.warmup, s.rounds), matmul_rate(device, dtype), attention_work(pack.mask, H * D)
-    kinds = {"attention": (work, 12 * q.nbytes), "attention forward": (work * 2 // 7, 4 * q.nbytes),    # operations, bytes moved
-             "log-probs": (6 * len(pack.rows) * V * config.hidden_size, 3 * weight.nbytes + 3 * hidden.nbytes)}    # at least
-    out = []
-    for name, row in rows.items():
-        flop, moved = (1000 * x / row["ms"] for x in kinds[name.split(",")[0]])
-        out.append({"bench": "kernels", "name": name, "tokens": T, "scored": len(pack.rows), "heads": H, "head_dim": D,
-                    "vocabulary": V, "dtype": str(dtype), "gflop_per_s": flop / 1e9, "of_matmul_rate": flop / rate,
-                    "gb_per_s": moved / 1e9, **row, **memory_of(calls[name])})
-    return out
-
-
-def bench_growth(s: Settings, folder: Path) -> list[dict]:
-    """Log-probs forward and backward of one record: answers twice as long, twice as many, the model half and double."""
-    (device, dtype), rows = device_and_dtype(s.device, "auto"), []
-    for size, n, length in (("small", 2, 64), ("small", 2, 128), ("small", 2, 256), ("small", 4, 64), ("small", 8, 64),
-                            ("half", 2, 64), ("double", 2, 64)):
-        initialise(model := Llava(config_of(size if s.size == "small" else s.size)), 0, 0.02)    # where its generator is,
-        model.to(device, dtype)                                          # on the CPU
-        tree = Tree("", [5] * 60 + [4] * 576, [[5] * length] * n)
-        pack = make_pack([tree], torch.randn(1, 3, 336, 336)).to(device)
-        parameters = [p for name, p in model.named_parameters() if not name.startswith("vision_tower.")]
-        row = in_turn({"": lambda: torch.autograd.grad(answer_logps(model, pack).sum(), parameters)}, s.warmup, s.rounds)[""]
-        rows.append({"bench": "growth", "name": f"{size}, {n} answers of {length}", "tokens": len(pack.ids),
-                     "parameters": sum(p.numel() for p in model.parameters()), **row})
+    job = job_of("sample", s, folder, dtype) | {"n": n, "words": words}
+    rows = alternate({"remedy": job, "transformers.generate": job}, s)
+    for row in rows:
+        row |= {"questions": count, "n": n, "tokens": words}
+        row["tokens_per_s"] = 1000 * count * n * words / row["ms"]
     return rows
 
 
-# ---- the script ---------------------------------------------------------------------------------------------------
+# ---- kernels: one process, in turn -------------------------------------------------------------------
 
-BENCHES = {"dpo": bench_dpo, "sample": bench_sample, "kernels": bench_kernels, "growth": bench_growth}
+def in_turn(calls: dict[str, Callable], warmup: int, rounds: int) -> dict[str, float]:
+    """Medians in ms of functions called alternately; on a GPU each many times, between its events."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+        return {name: do_bench(call, return_mode="median") for name, call in calls.items()}
+
+    times = {name: [] for name in calls}
+    for _ in range(warmup + rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(ms[warmup:]) for name, ms in times.items()}
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a plain matrix product: what everything else is held against."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / in_turn({"": lambda: a @ b}, 3, 10)[""] * 1000
+
+
+def compare(what: str, ways: dict[str, Callable], inputs: list[Tensor], s: Settings, work: int) -> list[dict]:
+    """A row for each way to compute the same, forward and backward, of `work` operations."""
+    calls = {name: lambda way=way: forward_backward(way, inputs) for name, way in ways.items()}
+    rate = matmul_rate(inputs[0].device, inputs[0].dtype)
+    rows = []
+    for name, ms in in_turn(calls, s.warmup, s.rounds).items():
+        row = {"name": f"{what}, {name}", "dtype": str(inputs[0].dtype), "ms": ms}
+        row["of_matmul_rate"] = work / ms * 1000 / rate
+        if torch.cuda.is_available():
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            calls[name]()
+            row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        rows.append(row)
+    return rows
+
+
+def forward_backward(way: Callable, inputs: list[Tensor]):
+    out = way(*inputs)
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+
+def bench_kernels(s: Settings, folder: Path) -> list[dict]:
+    """Attention and log-probs of one pack, in the sizes of the model."""
+    device, dtype = device_and_dtype(s.device, "auto")
+    config = config_of(s.size).text
+    tree = Tree("", [5] * 640, [[5] * 128, [5] * 128])
+    pack = make_pack([tree] * s.pairs).to(device)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    T, H, D = len(pack.ids), config.num_attention_heads, config.head_dim
+    qkv = [draw(T, H, D), draw(T, H, D), draw(T, H, D)]
+    work = attention_work(pack.mask, H * D)
+    rows = compare("attention", ways_to_attend(pack.mask), qkv, s, work)
+
+    V, width = config.vocab_size, config.hidden_size
+    hidden, head = draw(T, width), draw(V, width)
+    head.data *= 2 * width**-0.5                                         # logits of spread 2
+    work = 6 * len(pack.rows) * V * width
+    rows += compare("log-probs", ways_to_score(pack), [hidden, head], s, work)
+    about = {"tokens": T, "heads": H, "head_dim": D, "scored": len(pack.rows), "vocabulary": V}
+    return [row | about for row in rows]
+
+
+def ways_to_attend(mask: Mask) -> dict[str, Callable]:
+    dense = dense_mask(mask)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))           # (T, H, D) -> (1, H, T, D)
+        return F.scaled_dot_product_attention(q, k, v, dense)
+
+    ways = {
+        "remedy": lambda q, k, v: kernels.attention(q, k, v, mask),
+        "torch SDPA with a dense mask": sdpa,
+    }
+    if torch.cuda.is_available():                                        # elsewhere it has no backward
+        def seen(batch, head, i, j):
+            return (mask.lo[i] <= j) & (j < mask.hi[i]) | (mask.own[i] <= j) & (j <= i)
+
+        blocks = create_block_mask(seen, None, None, len(dense), len(dense), dense.device)
+        compiled = torch.compile(flex_attention)
+
+        def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return compiled(q, k, v, block_mask=blocks)
+
+        ways["FlexAttention"] = flex
+    return ways
+
+
+def ways_to_score(pack: Pack) -> dict[str, Callable]:
+    rows, targets = pack.rows, pack.targets
+
+    def all_rows(hidden: Tensor, head: Tensor) -> Tensor:
+        logits = (hidden @ head.T).float()
+        return logits.log_softmax(-1)[rows].gather(1, targets[:, None])
+
+    return {
+        "remedy": lambda hidden, head: kernels.logps(hidden, head, rows, targets),
+        "all logits of the scored rows": lambda hidden, head: logps_spec(hidden, head, rows, targets),
+        "all logits of all rows": all_rows,
+    }
+
+
+# ---- the script --------------------------------------------------------------------------------------
+
+BENCHES = {"dpo": bench_dpo, "sample": bench_sample, "kernels": bench_kernels}
+UNITS = {    # of a row's figures: name, digits
+    "pairs_per_s": ("pairs/s", 2),
+    "tokens_per_s": ("tokens/s", 0),
+    "peak_mib": ("MiB", 0),
+    "of_matmul_rate": ("of the matmul rate", 2),
+}
 
 
 def table(rows: list[dict]) -> str:
-    """One line per row; the ratio is to the first row of its kind: below 1 is slower."""
-    out, first = [], {}
+    """A line per contestant: lowest to highest of its runs. `x` is its time over the first one's of its kind
+    in the same run."""
+    first, lines = {}, {}
     for row in rows:
         kind = row["bench"], row["name"].split(",")[0] if row["bench"] == "kernels" else ""
-        base = first.setdefault(kind, row)["ms"]
-        more = [f"{row[key]:,.{digits}f} {unit}" for key, digits, unit in (
-            ("pairs_per_s", 2, "pairs/s"), ("tokens_per_s", 0, "tokens/s"), ("tokens", 0, "tokens"), ("peak_mib", 0, "MiB peak"),
-            ("gb_per_s", 1, "GB/s"), ("gflop_per_s", 0, "GFLOP/s"), ("of_matmul_rate", 2, "of the matmul rate")) if key in row]
-        out.append(f"{row['bench']:8} {row['name']:42}{row['ms']:10,.1f} ms  x{row['ms'] / base:5.2f}   {'  '.join(more)}")
-    return "\n".join(out)
+        base = first.setdefault((row["run"], *kind), row)
+        row = row | {"x": row["ms"] / base["ms"]}
+        lines.setdefault((row["bench"], row["name"]), []).append(row)
+
+    text = []
+    for (bench, name), runs in lines.items():
+        line = f"{bench:8} {name:42}{span(runs, 'ms', 1):>18} ms  x {span(runs, 'x', 2):11}"
+        for key, (unit, digits) in UNITS.items():
+            if key in runs[0]:
+                line += f"  {span(runs, key, digits)} {unit}"
+        text.append(line)
+    return "\n".join(text)
 
 
-def run(s: Settings) -> None:
-    if not {*s.what.split(",")} <= {*BENCHES} or s.size not in SIZES or min(s.rounds, s.pairs, s.threads) < 1:
-        raise BadInput(f"--what: {', '.join(BENCHES)}; --size: {', '.join(SIZES)}; --rounds, --pairs and --threads at least 1")
+def span(runs: list[dict], key: str, digits: int) -> str:
+    values = [row[key] for row in runs]
+    low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
+    return low if low == high else f"{low}-{high}"
+
+
+def run(s: Settings):
+    wanted = s.what.split(",")
+    if not {*wanted} <= {*BENCHES} or s.size not in SIZES or min(s.rounds, s.pairs, s.threads) < 1:
+        raise BadInput(
+            f"--what: {', '.join(BENCHES)}; --size: {', '.join(SIZES)}; "
+            "--rounds, --pairs and --threads at least 1"
+        )
     torch.set_num_threads(s.threads)
-    about = describe_run(s, date=time.strftime("%Y-%m-%d"))
-    for what in s.what.split(","):
+    about = describe_run(s, run=time.strftime("%Y-%m-%d %H:%M:%S"))
+    kept = common.read_jsonl(s.out) if Path(s.out).exists() else []
+    for what in wanted:
         with tempfile.TemporaryDirectory() as folder:
-            rows = BENCHES[what](s, Path(folder))
-        print(table(rows))
-        kept = common.read_jsonl(s.out) if Path(s.out).exists() else []
-        rows = [row for row in kept if row["bench"] != what] + [about | row for row in rows]
-        write_jsonl(s.out, rows)
-    if {"dpo", "growth"} <= {row["bench"] for row in rows}:
-        print(f"rows: {s.out}   figure: {figures.save(figures.speed(rows), Path(s.out).parent / 'figures' / 'speed.png')}")
+            rows = [about | {"bench": what} | row for row in BENCHES[what](s, Path(folder))]
+        print(table(rows), flush=True)
+        kept += rows
+        write_jsonl(s.out, kept)
+    print(f"rows: {s.out}")
 
 
 if __name__ == "__main__":
