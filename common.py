@@ -17,11 +17,12 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Threads that spin while they wait for each other crawl as soon as anything else runs on the machine: let them sleep, but
-# not before some microseconds, in which most waits are over (LOG.md). OpenMP's runtime and tqdm read these variables
-# once, when they are loaded; so every script imports this file first.
+# Threads that spin while they wait for each other take the core from whatever else runs on the machine; threads that sleep
+# at once wake too late, thousands of times a step. So let them spin for a part of a millisecond, in which most waits are
+# over, and then sleep (LOG.md). OpenMP's runtime and tqdm read these variables once, when they are loaded; so every script
+# imports this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 if os.environ.get("RANK", "0") != "0":                   # of several processes the first alone draws progress bars
     os.environ["TQDM_DISABLE"] = "1"
 

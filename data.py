@@ -40,6 +40,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -503,8 +504,9 @@ class Pixels:
         return preprocess(load_image(path), self.size)
 
     def __call__(self, paths: list[str]) -> Tensor | None:
-        """n files -> (n, 3, S, S), or None for no files."""
-        return torch.stack([self.one(path) for path in paths]) if paths else None
+        """n files -> (n, 3, S, S), or None for no files. In numpy: torch would start threads in whatever thread this
+        runs in, and OpenMP, once it counts more of them than cores, lets none wait awake any more (common.py)."""
+        return torch.from_numpy(np.stack([self.one(path) for path in paths])) if paths else None
 
     def pack(self, trees: list[Tree]) -> Pack:
         paths = [path for tree in trees for path in tree.images]

@@ -163,7 +163,7 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
     image = square.resize((size, size), Image.BICUBIC)
     x = np.asarray(image).astype(np.float64) * (1 / 255)                             # (S, S, 3)
     x = (x.astype(np.float32) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
-    return torch.from_numpy(x).permute(2, 0, 1).contiguous()                         # (3, S, S)
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))              # (3, S, S)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -82,8 +82,8 @@ class Mask:
         mask = cls(start, start + length, start)
 
         # Nothing to find out: one call on the row as it lies.
-        rows = rows.view(count, length)
-        mask.plan = [Call(rows, rows, whole=True)], rows
+        images = Rows(rows.view(count, length), slice(0, count * length))
+        mask.plan = [Call(images, images)], None
         mask.trees = [], [(k * length, (k + 1) * length) for k in range(count)]
         return mask
 
@@ -100,12 +100,14 @@ class Mask:
         return segments(self)
 
     @cached_property
-    def plan(self) -> tuple[list["Call"], Tensor]:
-        """(calls, order): concatenate the calls' outputs, take rows `order` (T,): the pack."""
+    def plan(self) -> tuple[list["Call"], Tensor | None]:
+        """(calls, order): concatenate the calls' outputs, take rows `order` (T,): the pack. None: as
+        they come."""
         if self.source is None:
             return make_plan(self)
         calls, order = self.source.plan
-        return [call.to(self.own.device) for call in calls], order.to(self.own.device)
+        device = self.own.device
+        return [call.to(device) for call in calls], None if order is None else order.to(device)
 
 
 def segments(mask: Mask) -> tuple[list, list]:
@@ -136,20 +138,33 @@ def segments(mask: Mask) -> tuple[list, list]:
 # ---- the plan: which dense problems a row is -----------------------------------------------------
 
 @dataclass
+class Rows:
+    """Which rows of the pack S problems of one shape consist of; padding repeats a problem's last."""
+    at: Tensor                           # (S, L)
+    span: slice | None                   # the same as a range, where they lie one after another
+
+    def take(self, x: Tensor) -> Tensor:
+        """(T, heads, D) -> (S, heads, L, D). A range is a view: nothing is copied, nor scattered back."""
+        x = x.index_select(0, self.at.flatten()) if self.span is None else x[self.span]
+        return x.view(*self.at.shape, *x.shape[1:]).transpose(1, 2)
+
+
+@dataclass
 class Call:
-    """S problems of one shape, solved at once. Padding repeats a problem's last row."""
-    q_rows: Tensor                       # (S, Lq) rows of the pack
-    k_rows: Tensor                       # (S, Lk)
+    """S problems of one shape, solved at once."""
+    queries: Rows                        # (S, Lq)
+    keys: Rows                           # (S, Lk)
     causal: bool = False
     visible: Tensor | None = None        # (S, 1, Lq, Lk); None where all is seen, or causal says it
-    whole: bool = False                  # the rows are the pack as it lies: nothing is copied
 
     def to(self, device) -> "Call":
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        queries = replace(self.queries, at=self.queries.at.to(device))
+        keys = replace(self.keys, at=self.keys.at.to(device))
+        visible = None if self.visible is None else self.visible.to(device)
+        return Call(queries, keys, self.causal, visible)
 
 
-def make_plan(mask: Mask) -> tuple[list[Call], Tensor]:
+def make_plan(mask: Mask) -> tuple[list[Call], Tensor | None]:
     """Cut the row into trunks, branches and images; batch those of similar size (Mask.plan)."""
     T, device = len(mask.own), mask.own.device
     trees, images = mask.trees
@@ -166,21 +181,21 @@ def make_plan(mask: Mask) -> tuple[list[Call], Tensor]:
     kinds = ("full", full, 1.0), ("causal", trunks, PAD_WASTE), ("masked", branches, PAD_WASTE)
     for kind, problems, waste in kinds:
         for batch in by_size(problems, waste):
-            q_rows, q_real = rows([(q, end) for q, _, end in batch], device)
-            k_rows, k_real = rows([(k, end) for _, k, end in batch], device)
-            call = Call(q_rows, k_rows, causal=kind == "causal")
+            queries, q_real = rows([(q, end) for q, _, end in batch], device)
+            keys, k_real = rows([(k, end) for _, k, end in batch], device)
+            call = Call(queries, keys, causal=kind == "causal")
             if kind == "masked":
-                i, j = q_rows[:, :, None], k_rows[:, None, :]            # (S, Lq, 1), (S, 1, Lk)
+                i, j = queries.at[:, :, None], keys.at[:, None, :]       # (S, Lq, 1), (S, 1, Lk)
                 seen = sees(mask.lo[i], mask.hi[i], mask.own[i], i, j) & k_real[:, None]
                 call.visible = seen[:, None]                             # (S, 1, Lq, Lk)
-            else:
-                call.whole = torch.equal(q_rows.flatten(), torch.arange(T, device=device))
             calls.append(call)
-            computed.append(q_rows.flatten())
+            computed.append(queries.at.flatten())
             real.append(q_real.flatten())
 
     # The calls' outputs come in the order `computed`, padding among them: where is each token?
     computed, real = torch.cat(computed), torch.cat(real)
+    if torch.equal(computed, torch.arange(T, device=device)):
+        return calls, None
     order = torch.empty(T, dtype=torch.long, device=device)
     order[computed[real]] = real.nonzero()[:, 0]
     return calls, order
@@ -201,11 +216,16 @@ def by_size(problems: list[tuple], waste: float) -> list[list]:
     return batches
 
 
-def rows(spans: list[tuple[int, int]], device) -> tuple[Tensor, Tensor]:
-    """Ranges (start, end) -> (S, L) rows, padded by repeating the last, and which are real."""
+def rows(spans: list[tuple[int, int]], device) -> tuple[Rows, Tensor]:
+    """Ranges (start, end) -> their rows, padded to the longest, and which are real (S, L)."""
     start, end = torch.tensor(spans, device=device).T[:, :, None]        # (S, 1) each
     at = start + torch.arange(int((end - start).max()), device=device)   # (S, L)
-    return torch.minimum(at, end - 1), at < end
+    real = at < end
+
+    first, count = spans[0][0], at.numel()
+    together = torch.equal(at.flatten(), torch.arange(first, first + count, device=device))
+    span = slice(first, first + count) if together and real.all() else None
+    return Rows(torch.minimum(at, end - 1), span), real
 
 
 # ---- the functions -------------------------------------------------------------------------------
@@ -221,22 +241,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     out = []
     for call in calls:
-        qc = take(q, call.q_rows, call.whole)                            # (S, H, Lq, D)
-        kc = take(k, call.k_rows, call.whole)                            # (S, G, Lk, D)
-        vc = take(v, call.k_rows, call.whole)
-        o = F.scaled_dot_product_attention(qc, kc, vc, attn_mask=call.visible,
-                                           is_causal=call.causal, enable_gqa=grouped)
+        o = F.scaled_dot_product_attention(
+            call.queries.take(q), call.keys.take(k), call.keys.take(v),
+            attn_mask=call.visible, is_causal=call.causal, enable_gqa=grouped,
+        )                                                                # (S, H, Lq, D)
         out.append(o.transpose(1, 2).reshape(-1, *q.shape[1:]))          # (S * Lq, H, D)
-    if calls[0].whole:
-        return out[0]
-    return torch.cat(out).index_select(0, order)
 
-
-def take(x: Tensor, at: Tensor, whole: bool) -> Tensor:
-    """Rows `at` (S, L) of x (T, heads, D) -> (S, heads, L, D); a view where that is all of x."""
-    if not whole:
-        x = x.index_select(0, at.flatten())
-    return x.view(*at.shape, *x.shape[1:]).transpose(1, 2)
+    out = out[0] if len(out) == 1 else torch.cat(out)
+    return out if order is None else out.index_select(0, order)
 
 
 def decode(q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor],

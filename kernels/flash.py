@@ -23,9 +23,9 @@ per query:
 
     dv = p' do        ds = p * (do v' - delta)        dk = ds' q        dq = ds k
 
-One kernel owns queries and walks over keys (delta, dq), another owns keys and walks over queries
-(dk, dv). Every output is written once, by one program, in a fixed order: two runs give the same
-bits, and so does a tree whether it is alone in the row or packed among others.
+One kernel owns queries and walks over keys (dq), another owns keys and walks over queries (dk, dv).
+Every output is written once, by one program, in a fixed order: two runs give the same bits, and so
+does a tree whether it is alone in the row or packed among others.
 
 Scores, softmax, sums, lse and delta are fp32. Exponentials are base 2, a GPU's own: scores are
 multiplied by log2 e. Each call is timed against its opponents by `python speed.py --what kernels`.
@@ -53,7 +53,7 @@ BLOCKS = {
     ("gfx942", 64): ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),
     ("gfx942", 128): ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),
     ("wide", 64): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
-    ("wide", 128): ((32, 16, 4, 1), (16, 16, 4, 1), (32, 16, 4, 1)),
+    ("wide", 128): ((32, 16, 8, 1), (16, 16, 4, 1), (32, 16, 8, 1)),
 }
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -219,7 +219,7 @@ def steps(tile, ragged):
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
-# ---- the kernels; `ragged` is known when they are compiled, so the first walk has no mask -------
+# ---- the kernels; `ragged` is known when they are compiled, so the first walk has no mask --------
 
 @triton.jit(do_not_specialize=["T"])
 def forward(Q, K, V, O, LSE, TILES, BOUNDS, T, scale,
@@ -260,10 +260,20 @@ def forward(Q, K, V, O, LSE, TILES, BOUNDS, T, scale,
 
 
 @triton.jit(do_not_specialize=["T"])
-def queries_backward(Q, K, V, O, DO, LSE, DELTA, DQ, TILES, BOUNDS, T, scale,
+def row_sums(O, DO, DELTA, T, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
+    """delta = sum over D of do * o."""
+    head = tl.program_id(0)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o = load(O, m, T, head, H, D).to(tl.float32)
+    do = load(DO, m, T, head, H, D).to(tl.float32)
+    tl.store(DELTA + head.to(tl.int64) * T + m, tl.sum(o * do, 1), mask=m < T)
+
+
+@triton.jit(do_not_specialize=["T"])
+def queries_backward(Q, K, V, DO, LSE, DELTA, DQ, TILES, BOUNDS, T, scale,
                      H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                      BN: tl.constexpr):
-    """delta and dq of BM queries of one head: the same walk as forward."""
+    """dq of BM queries of one head: the same walk as forward."""
     head = tl.program_id(0)
     group = head // (H // G)
     tile = TILES + 11 * tl.program_id(1)
@@ -275,9 +285,7 @@ def queries_backward(Q, K, V, O, DO, LSE, DELTA, DQ, TILES, BOUNDS, T, scale,
 
     stat = head.to(tl.int64) * T + m
     lse = tl.load(LSE + stat, mask=m < end, other=0.0)
-    o = load(O, m, end, head, H, D)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + stat, delta, mask=m < end)
+    delta = tl.load(DELTA + stat, mask=m < end, other=0.0)
 
     dq = tl.zeros([BM, D], tl.float32)
     for ragged in tl.static_range(2):
@@ -364,11 +372,12 @@ class FlashAttention(torch.autograd.Function):
         do, mask, scale = do.contiguous(), ctx.mask, ctx.scale
         (T, H, D), G = q.shape, k.shape[1]
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-        _, for_keys, for_queries = BLOCKS[chip(q), D]
+        row_sums[H, triton.cdiv(T, 64)](o, do, delta, T, H, D, 64)
 
+        _, for_keys, for_queries = BLOCKS[chip(q), D]
         BM, BN, warps, stages = for_queries
         queries, _ = tiles(mask, BM, BN)
-        queries_backward[H, len(queries)](q, k, v, o, do, lse, delta, dq, queries, bounds(mask), T, scale,
+        queries_backward[H, len(queries)](q, k, v, do, lse, delta, dq, queries, bounds(mask), T, scale,
                                           H, G, D, BM, BN, num_warps=warps, num_stages=stages)
 
         BM, BN, warps, stages = for_keys

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "aot.jsonl"
 CHIPS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}        # KiB per program; sm_80's table serves 89 and 120 too
-SPILL = 64                                                               # bytes stored and loaded, outside of loops that multiply
+SPILL = 256                                                              # bytes stored and loaded, outside of loops that multiply
 HEADS = {64: [(16, 16)], 128: [(32, 32), (32, 8)]}                       # head dimension -> (heads, key heads)
 PRODUCTS = {"bfloat16": r"\b(?:HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)\b", "float32": r"\bFFMA\b"}      # fp32 takes no tensor cores
 ATOMIC = r"\b(?:REDG?|ATOMG?|(?:global|flat|buffer)_atomic\w*)\b"       # on global memory; ATOMS allots tensor memory
@@ -112,11 +112,11 @@ def spilled(listing: str) -> int:
 
 def wrong(row: dict) -> list[str]:
     """What a binary must not be."""
-    half = row["dtype"] == "bfloat16"
+    half, product = row["dtype"] == "bfloat16", row["kernel"] != "row_sums"
     faults = {"atomics": row["atomics"], "shared memory": row["smem"] > SHARED[row["chip"]] * 1024,
               "spills": row["spill_bytes"] > SPILL, "spills in a loop": row["loop_spill_bytes"],
-              "no tensor cores": half and not row["products"], "no loop found": not row["loops"],
-              "no load ahead": half and row["chip"] != "gfx942" and not row["ahead"]}
+              "no tensor cores": half and product and not row["products"], "no loop found": product and not row["loops"],
+              "no load ahead": half and product and row["chip"] != "gfx942" and not row["ahead"]}
     return [name for name, fault in faults.items() if fault]
 
 
@@ -143,7 +143,7 @@ def rows_of():
 @pytest.mark.parametrize("job", ALL)
 def test_what_production_launches_compiles_well_and_as_recorded(job, rows_of):
     rows = rows_of(job)
-    assert {row["kernel"] for row in rows} == {"forward", "keys_backward", "queries_backward", "partial", "partial_sums", "gradients"}
+    assert {row["kernel"] for row in rows} == {"forward", "row_sums", "keys_backward", "queries_backward", "partial", "partial_sums", "gradients"}
     for row in rows:
         print(row)
         assert not wrong(row), f"{row}: {', '.join(wrong(row))}"

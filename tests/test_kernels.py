@@ -135,8 +135,8 @@ def test_gradcheck_of_attention():
 def test_every_token_is_computed_exactly_once(segments):
     mask = pack(segments)
     calls, order = mask.plan
-    rows = torch.cat([call.q_rows.flatten() for call in calls])
-    assert torch.equal(rows[order], torch.arange(len(mask.own)))
+    rows = torch.cat([call.queries.at.flatten() for call in calls])
+    assert torch.equal(rows if order is None else rows[order], torch.arange(len(mask.own)))
 
 
 @pytest.mark.parametrize("segments", [PACKS["mixed"], PACKS["1 to 4 answers, ragged"]])
@@ -183,13 +183,17 @@ def test_short_trees_share_calls_and_padding_is_bounded():
     mask = pack([(r.randint(20, 60), [r.randint(3, 9)]) for _ in range(200)])
     calls, _ = mask.plan
     assert len(calls) <= 8
-    assert sum(call.q_rows.numel() for call in calls) <= 1.25 * len(mask.own)
+    assert sum(call.queries.at.numel() for call in calls) <= 1.25 * len(mask.own)
 
 
 def test_a_pack_of_equal_images_or_one_prompt_is_read_in_place():
     for segments in ([6, 6, 6], [(7, [2])], [(5, [2])] * 3):
-        assert [call.whole for call in pack(segments).plan[0]] == [True]
-    assert not any(call.whole for call in pack([(5, [2]), (3, [1])]).plan[0])
+        (call,), order = pack(segments).plan
+        assert call.queries.span == call.keys.span == slice(0, len(pack(segments).own)) and order is None
+    (trunk, branch), order = pack([(5, [2, 3])]).plan                    # one tree: nothing is copied
+    assert order is None and (trunk.keys.span, branch.queries.span, branch.keys.span) == (slice(0, 7), slice(7, 10), slice(0, 10))
+    padded = pack([(5, [2]), (4, [2])]).plan[0][0]
+    assert padded.queries.span is None
 
 
 def test_full_lays_out_equal_images():
@@ -275,7 +279,7 @@ def test_a_mask_elsewhere_is_cut_here_and_only_when_asked(monkeypatch):
     moved = mask.to("meta")
     assert moved.trees == mask.trees and moved.own.is_meta and not made
     calls, order = moved.plan
-    assert made == [mask] and order.is_meta and all(call.q_rows.is_meta for call in calls) and len(calls) == len(mask.plan[0])
+    assert made == [mask] and order.is_meta and all(call.queries.at.is_meta for call in calls) and len(calls) == len(mask.plan[0])
 
 
 # ---- log-probs -----------------------------------------------------------------------------------------------------

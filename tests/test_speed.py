@@ -63,6 +63,27 @@ def test_an_opponent_imports_nothing_of_ours():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="asks Linux how many threads there are")
+def test_preparing_a_pack_starts_no_team_of_threads(tmp_path):
+    """train.prefetched does it in a thread of its own. A second team there would be more threads than cores, and OpenMP would
+    let nobody wait awake any more: a step then sleeps thousands of times (LOG.md, 2026-11-26)."""
+    speed.write_records(tmp_path, 1)
+    code = f"""import os, torch
+from concurrent.futures import ThreadPoolExecutor
+from data import Pixels, Tree
+from speed import config_of
+torch.set_num_threads(2)
+torch.ones(1 << 20).sum()
+tree = Tree("", [4] + [5] * 20, [[5] * 9, [5] * 9], [{str(tmp_path / "images/0.jpg")!r}], image=4, patches=576)
+with ThreadPoolExecutor(1) as pool:
+    pool.submit(int).result()
+    before = len(os.listdir("/proc/self/task"))
+    pool.submit(Pixels(config_of("small")).pack, [tree]).result()
+    print(len(os.listdir("/proc/self/task")) - before)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stdout + done.stderr
+
+
 FAKE = """import json, os, sys
 job = json.loads(sys.argv[1])
 word = lambda **said: print(json.dumps(said), flush=True)
