@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import Mask
 from vision import ViT, VisionConfig
 
 
