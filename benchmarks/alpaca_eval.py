@@ -86,11 +86,8 @@ def prompt(template: str, item: Item, model: str) -> Prompt:
         outputs.reverse()
     for name, value in zip(("instruction", "output_1", "output_2"), (instruction, *outputs)):
         template = template.replace("{" + name + "}", value, 1)
-    messages = {}
-    for part in template.split("<|im_start|>")[1:]:
-        role, body = part.split("\n", 1)
-        messages[role.strip()] = body.split("<|im_end|>")[0].strip()
-    return Prompt(item.id, messages["user"], messages["system"], row)
+    messages = dict(re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", template, re.S))
+    return Prompt(item.id, messages["user"].strip(), messages["system"].strip(), row)
 
 
 def official(text: str) -> int:

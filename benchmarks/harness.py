@@ -40,6 +40,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -205,15 +206,16 @@ def hash_of_picture(path: str, size: int) -> str:
 
 def conversation(item: Item, forget: bool = False) -> dict:
     """The record that is asked next, after the model's own answers so far."""
-    messages = []
-    for question, text in zip(item.questions, item.texts):
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": text})
     turn = len(item.texts)
-    messages.append({"role": "user", "content": item.questions[turn]})
-    if forget and turn:                    # the authors': "USER: q1 ASSISTANT:USER: q2 ASSISTANT:"
-        text = " ASSISTANT:USER: ".join(item.questions[:turn + 1])
-        messages = [{"role": "user", "content": text}]
+    said = []
+    for question, text in zip(item.questions, item.texts):
+        said += [question, text]
+    said.append(item.questions[turn])
+    if forget:                             # the authors': "USER: q1 ASSISTANT:USER: q2 ASSISTANT:"
+        said = [" ASSISTANT:USER: ".join(item.questions[:turn + 1])]
+
+    roles = cycle(("user", "assistant"))
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said)]
     name = f"{item.id} turn {turn + 1}" if turn else str(item.id)
     return {"id": name, "messages": messages, "images": item.images, "root": item.root}
 
