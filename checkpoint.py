@@ -31,9 +31,7 @@ from pathlib import Path
 from typing import Iterator
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
 import parallel
 from common import HERE, BadInput, sha, write_whole
@@ -71,7 +69,7 @@ BUFFERS = r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$"     # computed a
 NOT_TOWER = r"^(text_model|text_projection|visual_projection|logit_scale)|" + BUFFERS    # of CLIP
 
 
-def canonical(key: str) -> str:
+def canonical(key):
     """A checkpoint's name -> ours: model.norm.weight -> language_model.norm.weight"""
     for pattern, to in RENAME.items():
         key = re.sub(pattern, to, key)
@@ -89,7 +87,7 @@ def hub_name(name, text_only):
 
 # ---- config.json ---------------------------------------------------------------------------------
 
-def read_json(path: Path) -> dict:
+def read_json(path):
     """A JSON object from a file of a checkpoint's folder. Raises BadInput naming it."""
     try:
         found = json.loads(path.read_text(encoding="utf8"))
@@ -139,8 +137,7 @@ def vision_config(raw, layer, where):
     if layer not in range(-n - 1, n + 1):
         raise BadInput(f"{where}: vision_feature_layer {layer} is not one of {n} layers")
     if config.hidden_act not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise BadInput(f"{where}: vision hidden_act {config.hidden_act!r}; known: {known}")
+        raise BadInput(f"{where}: vision hidden_act {config.hidden_act!r} is not known")
     return config
 
 
@@ -198,7 +195,7 @@ def resolve(ckpt: str) -> Path:
     raise BadInput(f"--ckpt {ckpt}: no such folder")
 
 
-def beside(folder: Path, what: str, name) -> Path:
+def beside(folder, what, name):
     """The folder of another model that this one cannot do without. Raises BadInput."""
     name = Path(str(name))
     places = [folder / what, name, folder / name, folder.parent / name.name]
@@ -216,7 +213,7 @@ def base_folder(folder: Path) -> Path | None:
         return beside(folder, "base_model", read_json(config).get("base_model_name_or_path"))
 
 
-def tokenizer_folder(folder: Path) -> Path:
+def tokenizer_folder(folder):
     """Where its tokenizer lies: an adapter's may be its base model's, for PEFT does not copy it."""
     return folder if (folder / "tokenizer.json").is_file() else base_folder(folder) or folder
 
@@ -247,24 +244,23 @@ def stamp(folder: Path) -> str:
 
 # ---- in ------------------------------------------------------------------------------------------
 
-def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of everything in a folder's weight files."""
+def tensors(folder):
+    """(name, tensor) of everything in a folder's weight files. They stay on the disk until they are
+    looked at: both libraries map the file into memory."""
     for path in weight_files(folder):
         try:
             if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():
-                        yield key, file.get_tensor(key)
+                found = load_file(path)
             else:
                 found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-                yield from found.items()
         except Exception as error:                       # a torn or foreign file raises many types
             raise BadInput(
                 f"{path}: cannot be read ({error!r:.200}); download it again, best as safetensors"
             ) from None
+        yield from found.items()
 
 
-def weights(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+def weights(folder):
     """(a checkpoint's name, ours, tensor) of every weight, tower included, adapter added."""
     base = base_folder(folder)
     if base:
@@ -361,8 +357,8 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     if tied and not flaws and not torch.equal(found[HEAD], found[EMBEDDING]):
         flaws.append(f"{HEAD}: not {EMBEDDING}, but config.json says tie_word_embeddings")
     if flaws:
-        first = "\n  ".join([f"flaws found: {len(flaws)}", *flaws[:20]])
-        raise BadInput(f"{folder}: the weights do not fit config.json; {first}")
+        listed = "\n  ".join(flaws[:20])
+        raise BadInput(f"{folder}: weights do not fit config.json, flaws: {len(flaws)}\n  {listed}")
 
     model.load_state_dict(found, assign=True)
     if tied:
@@ -384,7 +380,7 @@ def digest(model: Llava) -> str:
 
 # ---- out -----------------------------------------------------------------------------------------
 
-def config_json(config: Config, dtype: torch.dtype) -> dict:
+def config_json(config, dtype):
     """Our Config -> config.json, as transformers 4 wrote it and 5 reads it."""
     text = asdict(config.text) | {"model_type": "llama", "hidden_act": "silu"}
     rope = text.pop("rope")
@@ -410,7 +406,7 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
     }
 
 
-def processor_json(config: Config) -> dict[str, dict]:
+def processor_json(config):
     """The files that make transformers' processor see what we saw: pad to a square, then resize."""
     if config.vision is None:
         return {}
@@ -448,7 +444,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_folder(folder: Path, file: str, tensors: dict, documents: dict, source: Path) -> None:
+def write_folder(folder, file, tensors, documents, source):
     """Weights, JSON documents by name and copies of a tokenizer's files, whole or not at all."""
     source = tokenizer_folder(source)
     with whole_folder(folder) as aside:

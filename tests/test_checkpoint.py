@@ -290,7 +290,7 @@ def test_all_flaws_are_listed_in_one_message_each_once(tmp_path, tiny):
     with pytest.raises(BadInput) as problem:
         load(hub_folder(tmp_path, tiny, edit))
     first, *lines = [line.strip() for line in str(problem.value).splitlines()]
-    assert str(tmp_path / "x") in first and "do not fit config.json; flaws found: 5" in first
+    assert str(tmp_path / "x") in first and "do not fit config.json, flaws: 5" in first
     assert sorted(lines) == sorted([
         "language_model.layers.1.mlp.down_proj.weight: missing",
         "language_model.model.layers.7.mlp.up_proj.weight: extra",
@@ -307,7 +307,7 @@ def test_any_single_missing_tensor_is_an_error(tmp_path, tiny):
 
 
 def test_a_long_list_is_cut(tmp_path, tiny):
-    with pytest.raises(BadInput, match=r"config.json; flaws found: \d\d") as problem:
+    with pytest.raises(BadInput, match=r"config.json, flaws: \d\d") as problem:
         load(hub_folder(tmp_path, tiny, lambda w: [w.pop(k) for k in list(w) if "layers" in k]))
     assert len(str(problem.value).splitlines()) == 21
 
@@ -470,6 +470,25 @@ def test_no_file_is_more_open_than_the_umask_says(tmp_path, tiny):
         os.umask(before)
     for folder, mode in ((closed, 0o600), (open_to_read, 0o644)):
         assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {mode}
+
+
+def test_a_kill_while_folders_change_places_loses_neither(tmp_path, tiny, monkeypatch):
+    folder = save(tiny, tmp_path / "x", tmp_path)
+    real = os.replace
+
+    def power_cut(source, target):
+        if str(source).endswith(".part") and os.path.isdir(source):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        save(tiny_model(VOCAB, IMG, seed=3), folder, tmp_path)
+    old, new = load(tmp_path / "x.old"), load(tmp_path / "x.part")
+    assert same(weights_of(old), weights_of(tiny)) and same(weights_of(new), weights_of(tiny_model(VOCAB, IMG, seed=3)))
+    monkeypatch.undo()
+    save(tiny, folder, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_loaded_model_is_ready_to_train_with_its_tower_frozen(tmp_path):

@@ -176,6 +176,7 @@ def test_a_merged_model_is_base_and_adapter_together(run, ckpt, data, tmp_path, 
     for (name, p), (_, q) in zip(merged.named_parameters(), added.named_parameters()):
         assert torch.equal(p, q), name
     torch.testing.assert_close(logps(merged, out, data), logps(run[1], ckpt, data), atol=2e-4, rtol=0)
+    assert (out / "template.json").read_bytes() == (run[0] / "adapter" / "template.json").read_bytes()
     assert not lora.adapters(merged) and (out / "tokenizer.json").read_bytes() == (ckpt / "tokenizer.json").read_bytes()
     for folder, where, why in ((ckpt, tmp_path / "new", "is no adapter"), (run[0] / "adapter", out, "is there already")):
         with pytest.raises(BadInput, match=why):
@@ -249,6 +250,9 @@ def test_what_llava_s_own_training_leaves_is_read_whole(run, ckpt, tmp_path):
     torch.save(tensors, folder / "adapter_model.bin")
     torch.save(projector, folder / "non_lora_trainables.bin")
     assert len(projector) == 4 and checkpoint.digest(checkpoint.load(folder)) == checkpoint.digest(checkpoint.load(run[0] / "adapter"))
+    change(folder / "adapter_config.json", base_model_name_or_path="")
+    with pytest.raises(BadInput, match="its base_model . was looked for in"):    # and it is not its own
+        checkpoint.load(folder)
 
 
 def test_an_adapter_finds_its_base_model_beside_it(run, ckpt, tmp_path):
