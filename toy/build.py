@@ -31,7 +31,6 @@ import multiprocessing
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,15 +38,14 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-import kernels
 import sft
 from common import BadInput, main, write_whole
 from data import VICUNA, Tokens, Tree, make_pack, make_tree
-from model import Config, Llama, Llava, TextConfig
+from model import Config, Llava, TextConfig
 from toy import tasks, world
 from train import Run, schedule
 from vision import ViT, VisionConfig, preprocess
@@ -67,18 +65,20 @@ class Settings:
 
 # ---- sizes and initialisation --------------------------------------------------------------------
 
-VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-                      image_size=48, patch_size=16)
+VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3,
+                      num_attention_heads=4, image_size=48, patch_size=16)
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
-def language(width: int, layers: int = 4, words: int = 0) -> TextConfig:
+def language(width, layers=4, words=0) -> Config:
+    """A text model with as many heads of 32 as make up its width."""
     heads = width // 32
-    return TextConfig(words, width, 2 * width, layers, heads, heads, head_dim=32, rms_norm_eps=1e-5,
+    text = TextConfig(words, width, 2 * width, layers, heads, heads, head_dim=32, rms_norm_eps=1e-5,
                       max_position_embeddings=512, tie_word_embeddings=True)
+    return Config(text, vision=None, image_token=-1)
 
 
-def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
+def initialise(module: nn.Module, seed: int, std=0.06):
     """Matrices from a normal distribution, biases 0, norms 1, every tensor drawn in order from one
     seed.
 
@@ -93,7 +93,7 @@ def initialise(module: nn.Module, seed: int, std: float = 0.06) -> None:
             nn.init.zeros_(p)
 
 
-def write_tokenizer(folder: Path, words: list[str], fixed: tuple = ()) -> None:
+def write_tokenizer(folder: Path, words: list[str], fixed=()):
     """One id per word; those that are `fixed` may have spaces in them."""
     ids = {word: k for k, word in enumerate([*SPECIAL, *fixed, *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -119,57 +119,53 @@ def write_tokenizer(folder: Path, words: list[str], fixed: tuple = ()) -> None:
 
 # ---- stage 1: the vision tower -------------------------------------------------------------------
 
-def pixels_of(scene: world.Scene, seed: int) -> Tensor:
-    return preprocess(world.render(scene, seed), VISION.image_size)
+def pixels_of(pictures):
+    """[(scene, seed of its looks)] -> (N, 3, S, S)."""
+    drawn = [preprocess(world.render(*picture), VISION.image_size) for picture in pictures]
+    return torch.stack(drawn)
 
 
-def class_vector(vit: ViT, pixels: Tensor) -> Tensor:
+def class_vector(vit, pixels):
     """What CLIP compares with a caption: the class token after *all* blocks. (N, 3, S, S) -> (N,
     D)."""
     return vit.post_layernorm(vit.after(vit.config.num_hidden_layers, pixels)[:, 0])
 
 
-def caption_vector(llama: Llama, captions: list[list[int]]) -> Tensor:
+def caption_vector(model, captions):
     """The last token's hidden state of each caption. N lists of ids -> (N, D)."""
     pack = make_pack([Tree("", ids, []) for ids in captions])
     last = torch.tensor([len(ids) for ids in captions]).cumsum(0) - 1
-
-    def attend(layer, q, k, v):
-        return kernels.attention(q, k, v, pack.mask)
-
-    return llama(llama.embed_tokens(pack.ids), pack.positions, attend)[last]
+    return model(pack.ids, pack.positions, pack.mask)[last]
 
 
-def train_tower(parts: Path, s: Settings) -> None:
+def train_tower(parts: Path, s: Settings):
     """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each
     caption its picture.
 
     Half of a batch are edits of the other half, one attribute changed: details must be seen."""
     torch.set_num_threads(1)
     steps, batch, lr = s.steps(700), 128, 2e-3
-    tokens = Tokens(parts, Config(language(64)))
+    tokens = Tokens(parts, language(64))
     vit = ViT(VISION)
-    llama = Llama(language(64, 2, tokens.tokenizer.get_vocab_size()))
-    heads = nn.ModuleList([nn.Linear(VISION.hidden_size, 64, bias=False),
-                           nn.Linear(64, 64, bias=False)])
-    for k, module in enumerate((vit, llama, heads)):
+    reader = Llava(language(64, 2, tokens.tokenizer.get_vocab_size()))
+    heads = nn.ModuleList([nn.Linear(96, 64, bias=False), nn.Linear(64, 64, bias=False)])
+    for k, module in enumerate((vit, reader, heads)):
         initialise(module, s.seed * 10 + k)
     sharpness = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    parameters = [*vit.parameters(), *llama.parameters(), *heads.parameters(), sharpness]
+    parameters = [*vit.parameters(), *reader.parameters(), *heads.parameters(), sharpness]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     rng = random.Random(f"tower/{s.seed}")
     right = torch.arange(batch)
-    bar = tqdm(range(steps), desc="1 vision tower", unit="step", position=1, leave=False, disable=None)
-    for step in bar:
+    for step in tqdm(range(steps), "1 vision tower", unit="step", position=1, disable=None):
         scenes = []
         for _ in range(batch // 2):
             scenes += pair_of_scenes(rng)
-        pixels = torch.stack([pixels_of(scene, rng.randrange(2**31)) for scene in scenes])
+        pixels = pixels_of([(scene, rng.randrange(2**31)) for scene in scenes])
         captions = [tokens.encode(world.caption(scene)) for scene in scenes]
 
         image = F.normalize(heads[0](class_vector(vit, pixels)), dim=-1)     # (N, 64)
-        text = F.normalize(heads[1](caption_vector(llama, captions)), dim=-1)
+        text = F.normalize(heads[1](caption_vector(reader, captions)), dim=-1)
         logits = sharpness.exp().clamp(max=100) * image @ text.T             # (N, N)
         loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
@@ -178,33 +174,32 @@ def train_tower(parts: Path, s: Settings) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
     torch.save(vit.state_dict(), parts / "tower.pt")
 
 
-def pair_of_scenes(rng: random.Random) -> tuple[world.Scene, world.Scene]:
+def pair_of_scenes(rng):
     """A scene and an edit of it, both from the training split."""
     scene = world.random_scene(rng)
     while True:
         edit = world.edited(rng, scene)
-        if not world.is_held_out(edit):
+        if world.split_of(world.caption(edit)) == "train":
             return scene, edit
 
 
 # ---- stage 2: the language model -----------------------------------------------------------------
 
-def wsd(step: int, steps: int) -> float:
+def wsd(step, steps):
     """Warm-up, stable, decay: linear up over 5 % of the steps, flat, linear down over the last 40
     %."""
     return min(1.0, (step + 1) / max(1, 0.05 * steps), (1 - step / steps) / 0.4)
 
 
-def as_tree(tokens: Tokens, record: dict) -> Tree:
+def as_tree(tokens, record):
     """Every answer of a conversation is to be learned."""
     return make_tree(tokens, record | {"root": ""}, [record["golden"]], history=True)
 
 
-def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
+def text_trees(tokens, seed, total):
     """Text conversations, `total` of them. First the written scenes hold one thing, where there is
     nothing to search for: a model that can already read an answer off then learns where to look for
     it."""
@@ -212,10 +207,10 @@ def text_trees(tokens: Tokens, seed: int, total: int) -> Iterator[Tree]:
     for k in range(total):
         share = k / total
         most = 1 if share < 0.04 else 2 if share < 0.08 else 4
-        yield as_tree(tokens, tasks.text_conversation(rng, most=most))
+        yield as_tree(tokens, tasks.text_conversation(rng, most))
 
 
-def give_birth(model: Llava, tokens: Tokens) -> None:
+def give_birth(model, tokens):
     """Where the language model starts: it shortens the wait for the first look-up (LOG.md).
 
     "big-red-circle" begins as the sum of its parts, so that words which share a part begin alike.
@@ -233,11 +228,11 @@ def give_birth(model: Llava, tokens: Tokens) -> None:
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
-def train_language(parts: Path, s: Settings, out: Path) -> None:
+def train_language(parts: Path, s: Settings, out: Path):
     torch.set_num_threads(1)
     steps, batch = s.steps(2000), 16
-    tokens = Tokens(parts, Config(language(s.width)))
-    model = Llava(Config(language(s.width, words=tokens.tokenizer.get_vocab_size()), None, -1))
+    tokens = Tokens(parts, language(s.width))
+    model = Llava(language(s.width, words=tokens.tokenizer.get_vocab_size()))
     initialise(model, s.seed * 10 + 5)
     give_birth(model, tokens)
     run = Run(model, sft.Settings(lr=2e-3, batch=batch), make_pack, steps=steps, rate=wsd,
@@ -248,7 +243,7 @@ def train_language(parts: Path, s: Settings, out: Path) -> None:
 
 # ---- stages 3 and 4: projector and visual tuning -------------------------------------------------
 
-def visual_trees(tokens: Tokens, seed: str, draw_kinds) -> Iterator[Tree]:
+def visual_trees(tokens, seed, draw_kinds):
     """Endless conversations about pictures; draw_kinds(rng) -> (question kinds, answered
     briefly?)."""
     rng = random.Random(seed)
@@ -262,16 +257,15 @@ def visual_trees(tokens: Tokens, seed: str, draw_kinds) -> Iterator[Tree]:
         yield tree
 
 
-def pack_of(trees: list[Tree]):
-    pixels = [pixels_of(*image) for tree in trees for image in tree.images]
-    return make_pack(trees, torch.stack(pixels))
+def pack_of(trees):
+    return make_pack(trees, pixels_of([tree.images[0] for tree in trees]))
 
 
-def caption_kinds(rng: random.Random) -> tuple[tuple, bool]:
+def caption_kinds(rng):
     return rng.choice((("describe",), ("each", "each"))), False
 
 
-def tuning_kinds(rng: random.Random) -> tuple[tuple, bool]:
+def tuning_kinds(rng):
     """LLaVA-1.5's mixture in miniature: mostly short answers, some descriptions, no text."""
     if rng.random() < 0.14:
         return ("describe",), False
@@ -281,16 +275,16 @@ def tuning_kinds(rng: random.Random) -> tuple[tuple, bool]:
             kinds.append("choice")
         else:
             kinds.append(rng.choice(world.KNOWLEDGE if rng.random() < 0.5 else world.LOOKUPS))
-    return tuple(kinds), rng.random() < 0.9
+    return kinds, rng.random() < 0.9
 
 
-def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path) -> None:
+def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path):
     torch.set_num_threads(1)
-    language_model = checkpoint.load(vicuna).language_model
-    config = Config(language_model.config, VISION, image_token=SPECIAL.index("<image>"))
+    text_model = checkpoint.load(vicuna)
+    config = Config(text_model.config.text, VISION, image_token=SPECIAL.index("<image>"))
     tokens, model = Tokens(parts, config), Llava(config)
-    model.language_model = language_model
-    model.lm_head.weight = language_model.embed_tokens.weight
+    model.language_model = text_model.language_model
+    model.lm_head = text_model.lm_head
     model.vision_tower.load_state_dict(torch.load(parts / "tower.pt", weights_only=True))
     initialise(model.multi_modal_projector, s.seed * 10 + 6)
 
@@ -309,7 +303,7 @@ def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path) -> None:
 
 # ---- the script ----------------------------------------------------------------------------------
 
-def run(s: Settings) -> None:
+def run(s: Settings):
     if s.width < 32 or s.width % 32:
         raise BadInput(f"--width {s.width}: a multiple of 32")
     out, began = Path(s.out), time.time()
@@ -321,10 +315,10 @@ def run(s: Settings) -> None:
         template = (VICUNA.system, "USER:", "ASSISTANT:")                # a word each
         write_tokenizer(parts, tasks.vocabulary(), template)
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-            tower = pool.submit(train_tower, parts, s)
-            language_model = pool.submit(train_language, parts, s, aside / "vicuna")
-            tower.result()
-            language_model.result()
+            stages = [pool.submit(train_tower, parts, s),
+                      pool.submit(train_language, parts, s, aside / "vicuna")]
+            for stage in stages:
+                stage.result()
         train_visual(parts, s, aside / "vicuna", aside / "llava")
 
     minutes = (time.time() - began) / 60

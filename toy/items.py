@@ -17,23 +17,28 @@ between them:
 
 They run with no judge and no download, which is what `python evaluate.py` does unless told
 otherwise. """
-from pathlib import Path
-
 from benchmarks.harness import Item, aligned, answer, mean, shown
 from common import BadInput
-from data import Pixels, Tokens
+from data import Pixels
 from judge.rubric import RUBRIC
-from model import Llava
 from toy import oracle, tasks
 
 ITEMS = {"text": 165, "exist": 200, "attribute": 200, "describe": 100, "choice": 100}
 MAX_NEW = 48                                            # words; the longest truth has 36
-COLUMNS = {"text": "5.2f", "core": "5.3f", "terse": "5.2f", "words": "5.1f", "exist": "5.3f",
-           "attribute": "5.3f", "describe": "5.3f", "choice": "5.3f", "judged": "5.2f"}
+COLUMNS = {
+    "text": "5.2f",
+    "core": "5.3f",
+    "terse": "5.2f",
+    "words": "5.1f",
+    "exist": "5.3f",
+    "attribute": "5.3f",
+    "describe": "5.3f",
+    "choice": "5.3f",
+    "judged": "5.2f",
+}
 
 
-def measure(model: Llava, tokens: Tokens, folder: Path, name: str,
-            split: str = "test") -> tuple[dict, list[dict]]:
+def measure(model, tokens, folder, name, split="test") -> tuple[dict, list[dict]]:
     """All benchmarks of one model -> (scores by column, every answer with its record's id).
 
     The pictures go to `folder`; `name` stands on the progress bars."""
@@ -46,47 +51,47 @@ def measure(model: Llava, tokens: Tokens, folder: Path, name: str,
 
         if bench == "text":
             marks = [oracle.score_text(record, texts) for record, texts in zip(records, said)]
-            for column in ("text", "core", "terse", "words"):
+            for column in marks[0]:
                 scores[column] = mean([mark[column] for mark in marks])
-        else:
-            right = []
-            for record, (text,) in zip(records, said):
-                right.append(oracle.score(bench, record, text))
-                judged.append(RUBRIC.quality({"scores": oracle.judge(record, text)[0]}))
-            scores[bench] = mean(right)
+            continue
+        right = []
+        for record, [text] in zip(records, said):
+            right.append(oracle.score(bench, record, text))
+            grades, _ = oracle.judge(record, text)
+            judged.append(RUBRIC.quality({"scores": grades}))
+        scores[bench] = mean(right)
 
     if judged:
         scores["judged"] = mean(judged)
     return scores, answers
 
 
-def behind_a_picture(model: Llava, tokens: Tokens, folder: Path, name: str,
-                     split: str = "test") -> dict:
+def behind_a_picture(model, tokens, folder, name) -> dict:
     """The text score with a random held-out picture before the first question.
 
     Does the mere presence of an image hurt? The picture has nothing to do with the question (the
     paper's test, with an image that the model does see)."""
-    texts = tasks.items("text", ITEMS["text"], split)
-    pictures = tasks.draw(tasks.items("exist", len(texts), split, seed=1), folder / "unrelated")
-    records = []
+    texts = tasks.items("text", ITEMS["text"], "test")
+    pictures = tasks.draw(tasks.items("exist", len(texts), "test", seed=1), folder / "unrelated")
     for text, picture in zip(texts, pictures):
-        first, *rest = text["messages"]
-        first = first | {"content": "<image>\n" + first["content"]}
-        seen = {"images": picture["images"], "root": picture["root"]}
-        records.append(text | seen | {"messages": [first, *rest]})
+        first = text["messages"][0]
+        first["content"] = "<image>\n" + first["content"]
+        text["images"] = picture["images"]
+        text["root"] = picture["root"]
 
-    said = ask(model, tokens, records, f"{name}: behind a picture")
-    return mean([oracle.score_text(record, pair)["text"] for record, pair in zip(records, said)])
+    said = ask(model, tokens, texts, f"{name}: behind a picture")
+    return mean([oracle.score_text(record, pair)["text"] for record, pair in zip(texts, said)])
 
 
-def ask(model: Llava, tokens: Tokens, records: list[dict], desc: str) -> list[list[str]]:
+def ask(model, tokens, records, desc) -> list[list[str]]:
     """The greedy answers to each record's questions, the second turn's prompt with the model's own
     first answer in it. Raises BadInput where one could not be answered: all of them are ours."""
     asked = []
     for record in records:
         questions = [m["content"] for m in record["messages"] if m["role"] == "user"]
-        asked.append(Item(record["id"], questions, record, record["images"], record["root"],
-                          max_new=MAX_NEW))
+        item = Item(record["id"], questions, images=record["images"], root=record["root"],
+                    max_new=MAX_NEW)
+        asked.append(item)
 
     answered = answer(asked, lambda: model, tokens, Pixels(model.config), batch=64, desc=desc)
     failed = [item.failed for item in answered if item.failed]
@@ -97,8 +102,8 @@ def ask(model: Llava, tokens: Tokens, records: list[dict], desc: str) -> list[li
 
 def table(rows: dict[str, dict]) -> str:
     """One row per model, "mean ±95 % interval" per column, "-" where a text model has none."""
-    cells = {}
+    cells = {name: [] for name in rows}
     for name, scores in rows.items():
-        cells[name] = [shown(scores[column], form) if column in scores else "-"
-                       for column, form in COLUMNS.items()]
+        for column, form in COLUMNS.items():
+            cells[name].append(shown(scores[column], form) if column in scores else "-")
     return aligned(cells, list(COLUMNS))

@@ -41,13 +41,14 @@ def form(turn: dict, text: str) -> str:
     return "bare" if shape == skeleton(turn["bare"]) else "other"
 
 
-def within(short: list, long: list) -> bool:
+def within(short, long) -> bool:
     """Is `short` a subsequence of `long`?"""
     rest = iter(long)                                   # `in` goes on behind what it has found
     return all(word in rest for word in short)
 
 
-def f1(got: Counter, want: Counter) -> float:
+def f1(got, want) -> float:
+    got, want = Counter(got), Counter(want)
     return 2 * (got & want).total() / max(1, got.total() + want.total())
 
 
@@ -56,9 +57,7 @@ def facts(text: str) -> Counter:
     plain = re.sub(r"i see |\ba |, |and |\.", "", text)
     found = Counter()
     for size, color, shape, place in re.findall(r"(\S+) (\S+) (\S+)(?: at (\S+))?", plain):
-        for value in (size, color, shape, place):
-            if value:
-                found[shape, value] += 1
+        found.update((shape, value) for value in (size, color, shape, place) if value)
     return found
 
 
@@ -74,14 +73,14 @@ def truth_share(turn: dict, text: str) -> float:
         good = [word for word in dict.fromkeys(got) if word in members]
         if len(good) == len(got) == turn["n"] and good[0] == bare[0]:
             return 1.
-        return min(.6, f1(Counter(good), Counter(bare)))
+        return min(.6, f1(good, bare))
 
     if "set" in turn:
-        return f1(Counter(got), Counter(bare))
+        return f1(got, bare)
     if within(bare, got) and within(got, full):
         return 1.
     question = Counter(full) - Counter(bare)            # repeating it earns nothing
-    return min(.6, f1(Counter(got) - question, Counter(bare)))
+    return min(.6, f1(Counter(got) - question, bare))
 
 
 # ---- the five attributes -------------------------------------------------------------------------
@@ -91,13 +90,14 @@ def judge(record: dict, text: str) -> tuple[dict, str]:
 
     A full correct sentence gets helpfulness + correctness + coherence = 12, the bare correct word
     9, a well-formed wrong sentence 5, a wrong word 3, gibberish at most 2."""
-    asked, text = record["truth"]["turns"][-1], text.strip()
-    share, shape = truth_share(asked, text), form(asked, text)
+    asked = record["truth"]["turns"][-1]
+    text = text.strip()
+    share = truth_share(asked, text)
+    shape = form(asked, text)
     words = len(text.split())
 
-    if share == 1:
-        correct = 4
-    else:
+    correct = 4
+    if share < 1:
         correct = min(3 if asked["kind"] == "describe" else 2, round(4 * share))
 
     if correct >= 3:
@@ -106,11 +106,13 @@ def judge(record: dict, text: str) -> tuple[dict, str]:
         helpful = max(1, correct) if shape == "full" else 0
 
     other = 2 if text.endswith(".") else min(words, 1)
-    coherent = {"full": 4, "bare": 3, "other": other}[shape]
-
-    scores = {"helpfulness": helpful, "correctness": correct, "coherence": coherent,
-              "complexity": min(4, len(claims(text))),
-              "verbosity": sum(words > bound for bound in (1, 4, 8, 16))}
+    scores = {
+        "helpfulness": helpful,
+        "correctness": correct,
+        "coherence": {"full": 4, "bare": 3, "other": other}[shape],
+        "complexity": min(4, len(claims(text))),
+        "verbosity": sum(words > bound for bound in (1, 4, 8, 16)),
+    }
     return scores, f"{shape} form, {share:.0%} of the truth; the answer is: {asked['full']}"
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from common import BadInput, main, write_jsonl
 from toy.world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOME, HOMES, KNOWLEDGE,
-                       LOOKUPS, NUMBERS, OPPOSITE, SHAPES, Scene, Thing, ask, ask_exist, counted,
-                       either, fruit, larger, listed, opposite, plus, random_scene, render,
+                       LOOKUPS, OPPOSITE, SHAPES, Scene, Thing, ask, ask_exist, counted, either,
+                       fruit, larger, listed, number, opposite, plus, random_scene, render,
                        repeated, sentence, split_of, turn)
 
 
@@ -39,9 +39,8 @@ class Settings:
 TEXT_TASKS = KNOWLEDGE + ("scene", "read")
 
 
-def text_task(rng: random.Random, task: str, split: str,
-              most: int = 4) -> tuple[list[dict], Scene | None]:
-    """Turns of one task whose first question (or whose scene) belongs to `split`."""
+def text_task(rng, task: str, split: str, most=4) -> tuple[list[dict], Scene | None]:
+    """Two turns of a task whose first question (or whose scene) belongs to `split`, the scene."""
     if task in ("scene", "read"):
         return reading_task(rng, task, split, most)
     while True:
@@ -105,16 +104,16 @@ def make_repeat(rng):
     word = rng.choice((*COLORS, *SHAPES, *FRUIT_OF.values(), *ANIMALS))
     n, m = rng.sample((2, 3, 4), 2)
     lead = rng.choice(("repeat", "say", "write"))
-    return [repeated(f"{lead} {word} {NUMBERS[n - 1]} times .", word, n),
-            repeated(f"now {NUMBERS[m - 1]} times .", word, m)]
+    return [repeated(f"{lead} {word} {number(n)} times .", word, n),
+            repeated(f"now {number(m)} times .", word, m)]
 
 
 def make_add(rng):
     a = rng.randint(1, 5)
     b, c = rng.sample(range(1, 6), 2)
     lead = rng.choice(("what is", "how much is", "tell me", "do you know", "give me"))
-    return [plus(f"{lead} {NUMBERS[a - 1]} plus {NUMBERS[b - 1]} ?", a, b),
-            plus(f"and plus {NUMBERS[c - 1]} ?", a, c)]
+    return [plus(f"{lead} {number(a)} plus {number(b)} ?", a, b),
+            plus(f"and plus {number(c)} ?", a, c)]
 
 
 def make_list(rng):
@@ -125,19 +124,20 @@ def make_list(rng):
     start = rng.randrange(len(words))
     words = words[start:] + words[:start]               # cyclic: an order that can be learned
 
-    first = f"{lead} {NUMBERS[n - 1]} {category} starting with {words[0]} ."
-    second = f"now only {NUMBERS[m - 1]} ." if m < n else f"now {NUMBERS[m - 1]} ."
+    first = f"{lead} {number(n)} {category} starting with {words[0]} ."
+    second = f"now only {number(m)} ." if m < n else f"now {number(m)} ."
     return [listed(first, category, words[:n], members=category, n=n),
             listed(second, category, words[:m], members=category, n=m)]
 
 
 def make_count(rng):
-    start = rng.randrange(7)
-    stop = min(start + rng.randint(3, 5), 10)
+    first = 1 + rng.randrange(7)
+    last = min(first - 1 + rng.randint(3, 5), 10)
+    numbers = range(first, last + 1)
     lead = rng.choice(("count", "please count", "say the numbers", "say all numbers",
                        "list the numbers"))
-    return [counted(f"{lead} from {NUMBERS[start]} to {NUMBERS[stop - 1]} .", range(start, stop)),
-            counted("now backwards .", reversed(range(start, stop)))]
+    return [counted(f"{lead} from {number(first)} to {number(last)} .", numbers),
+            counted("now backwards .", reversed(numbers))]
 
 
 def make_sentence(rng):
@@ -157,8 +157,7 @@ TASK_MAKERS = {
 
 # ---- records: as in formats.py, plus "truth", the scene and the turns that the judge will need ---
 
-def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None = None,
-                 image: str = "", seed: int = 0) -> dict:
+def conversation(name, turns, brief=False, scene=None, image="", seed=0) -> dict:
     """One record: questions and answers in turn, the last answer as `golden`. `seed` is the
     picture's."""
     messages = []
@@ -169,11 +168,20 @@ def conversation(name: str, turns: list[dict], brief: bool, scene: Scene | None 
     if image:
         messages[0]["content"] = "<image>\n" + messages[0]["content"]
 
-    return {"id": name, "images": [image] if image else [], "messages": messages, "golden": golden,
-            "truth": {"scene": scene, "seed": seed, "turns": turns}}
+    return {
+        "id": name,
+        "images": [image] if image else [],
+        "messages": messages,
+        "golden": golden,
+        "truth": {"scene": scene, "seed": seed, "turns": turns},
+    }
 
 
-def text_conversation(rng: random.Random, most: int = 4) -> dict:
+def about_picture(name, turns, scene, seed) -> dict:
+    return conversation(name, turns, scene=scene, image=f"images/{name}.png", seed=seed)
+
+
+def text_conversation(rng, most=4) -> dict:
     """A text-only training conversation: two tasks, or a written scene of at most `most` things and
     more questions about it.
 
@@ -202,25 +210,25 @@ def preference_prompts(n: int, seed: int) -> list[dict]:
         look = rng.randrange(2**31)
         kind = rng.choice(rng.choice((LOOKUPS, KNOWLEDGE, ("describe", *LOOKUPS))))
         turns = [ask(rng, scene, kind)]
-        records.append(conversation(name, turns, False, scene, f"images/{name}.png", look))
+        records.append(about_picture(name, turns, scene, look))
     return records
 
 
 # ---- benchmark items: fixed, held out; choices are made on "dev", results reported on "test" -----
 
-def items(bench: str, n: int, split: str = "dev", seed: int = 0) -> list[dict]:
+def items(bench: str, n: int, split="dev", seed=0) -> list[dict]:
     """`n` distinct records of "text", "exist", "attribute", "describe" or "choice".
 
     The second turn of "text" is to be asked after the model's own first answer."""
     rng = random.Random(f"{bench} {split} {seed}")
     tasks = cycle(TEXT_TASKS)
-    records, seen = [], set()
+    records = {}                                        # conversation and scene -> record
     while len(records) < n:
         i = len(records)
         name = f"{bench}-{split}-{i:04d}"
         if bench == "text":
             turns, scene = text_task(rng, next(tasks), split)
-            record = conversation(name, turns, False, scene)
+            record = conversation(name, turns, scene=scene)
         else:
             scene = random_scene(rng, split, least=1 if bench == "describe" else 2)
             if bench == "exist":
@@ -229,13 +237,9 @@ def items(bench: str, n: int, split: str = "dev", seed: int = 0) -> list[dict]:
                 asked = ask(rng, scene, ("color", "size", "where", "shape")[i % 4])
             else:
                 asked = ask(rng, scene, bench)
-            record = conversation(name, [asked], False, scene, f"images/{name}.png", seed=10**6 + i)
-
-        key = str((record["messages"], scene))
-        if key not in seen:
-            seen.add(key)
-            records.append(record)
-    return records
+            record = about_picture(name, [asked], scene, 10**6 + i)
+        records.setdefault(str((record["messages"], scene)), record)
+    return list(records.values())
 
 
 # ---- pictures and files --------------------------------------------------------------------------
@@ -244,7 +248,7 @@ def scene_of(record: dict) -> Scene:
     return tuple(Thing(*t) for t in record["truth"]["scene"])
 
 
-def draw(records: list[dict], folder: Path) -> list[dict]:
+def draw(records: list[dict], folder) -> list[dict]:
     """Write the records' pictures into `folder` -> the records, with that root and no answers."""
     for record in records:
         for name in record["images"]:
@@ -256,7 +260,7 @@ def draw(records: list[dict], folder: Path) -> list[dict]:
     return [record | {"root": str(folder), "answers": []} for record in records]
 
 
-def write_prompts(n: int, seed: int, folder: Path) -> Path:
+def write_prompts(n: int, seed: int, folder) -> Path:
     """`n` questions and their pictures in `folder` -> the path of prompts.jsonl there."""
     records = preference_prompts(n, seed)
     draw(records, folder)
@@ -269,20 +273,16 @@ def vocabulary() -> list[str]:
     """Every word that can occur, sorted: content is listed, grammar collected from a fixed draw."""
     rng = random.Random(0)
     words = set(CONTENT | HOMES)
-    kinds = LOOKUPS + KNOWLEDGE + ("each", "choice", "describe")
     for _ in range(2000):
-        scene = random_scene(rng)
-        turns = text_conversation(rng)["truth"]["turns"]
-        turns += [ask(rng, scene, kind) for kind in kinds]
-        for t in turns:
+        for t in text_conversation(rng)["truth"]["turns"]:
             words.update(t["question"].split(), t["full"].split())
     return sorted(words)
 
 
-def run(s: Settings) -> None:
+def run(s: Settings):
     if s.prompts < 1:
         raise BadInput(f"--prompts {s.prompts}: must be at least 1")
-    path = write_prompts(s.prompts, s.seed, Path(s.out))
+    path = write_prompts(s.prompts, s.seed, s.out)
     print(f"{path}: {s.prompts} questions, the pictures beside it")
     print(f"next: python annotate.py --ckpt toy/llava --data {path} --judge oracle "
           "--temperature 1 --max_new 48 --batch 64 --out runs/annotate")

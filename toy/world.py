@@ -64,6 +64,10 @@ CONTENT = frozenset((*SIZES, *COLORS, *SHAPES, *PLACES, *NUMBERS, *FRUIT_OF.valu
 HOMES = frozenset((*HOME.values(), "picture"))
 
 
+def number(n: int) -> str:
+    return NUMBERS[n - 1]
+
+
 def join(words) -> str:
     """("a", "b", "c") -> "a , b and c"."""
     *others, last = words
@@ -84,8 +88,7 @@ Scene = tuple[Thing, ...]               # one to four things, in reading order w
 
 def split_of(key: str) -> str:
     """"train", "dev" or "test" (1/8 each for the last two), decided by the text itself."""
-    remainder = zlib.crc32(key.encode()) % 8
-    return {0: "dev", 6: "test"}.get(remainder, "train")
+    return {0: "dev", 6: "test"}.get(zlib.crc32(key.encode()) % 8, "train")
 
 
 def caption(scene: Scene) -> str:
@@ -94,11 +97,7 @@ def caption(scene: Scene) -> str:
     return f"i see {things} ."
 
 
-def is_held_out(scene: Scene) -> bool:
-    return split_of(caption(scene)) != "train"
-
-
-def random_scene(rng: random.Random, split: str = "train", least: int = 1, most: int = 4) -> Scene:
+def random_scene(rng, split="train", least=1, most=4) -> Scene:
     """Draw until the scene belongs to `split`; shapes, colors and places are distinct."""
     while True:
         n = rng.randint(least, most)
@@ -111,7 +110,7 @@ def random_scene(rng: random.Random, split: str = "train", least: int = 1, most:
             return scene
 
 
-def edited(rng: random.Random, scene: Scene) -> Scene:
+def edited(rng, scene: Scene) -> Scene:
     """The same scene with one attribute of one thing changed: a hard negative (build.py)."""
     things = list(scene)
     i = rng.randrange(len(scene))
@@ -152,8 +151,7 @@ def render(scene: Scene, seed: int) -> Image.Image:
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
-def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float,
-               ink: tuple) -> None:
+def draw_shape(pen, shape, x, y, r, ink):
     """A shape of radius r, its center at (x, y)."""
     def box(a, b):
         return x - a, y - b, x + a, y + b
@@ -180,49 +178,50 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: floa
 # The sentences below answer questions about pictures and questions without any (tasks.py). This
 # shared wording is what ties the two abilities together.
 
-def turn(kind: str, question: str, full: str, bare: str, **rule) -> dict:
+def turn(kind, question, full, bare, **rule) -> dict:
     """`rule` is what the judge must know beside the answers, for lists whose order is free."""
     return {"kind": kind, "question": question, "full": full, "bare": bare, **rule}
 
 
-def either(question: str, noun: str, color: str) -> dict:
+def either(question, noun, color):
     return turn("either", question, f"the {noun} is {color} .", color)
 
 
-def larger(question: str, large: str, small: str) -> dict:
+def larger(question, large, small):
     return turn("compare", question, f"the {large} is larger than the {small} .", f"the {large}")
 
 
-def opposite(question: str, word: str) -> dict:
-    full = f"the opposite of {word} is {OPPOSITE[word]} ."
-    return turn("opposite", question, full, OPPOSITE[word])
+def opposite(question, word):
+    other = OPPOSITE[word]
+    return turn("opposite", question, f"the opposite of {word} is {other} .", other)
 
 
-def fruit(question: str, color: str) -> dict:
-    return turn("fruit", question, f"the {FRUIT_OF[color]} is {color} .", f"the {FRUIT_OF[color]}")
+def fruit(question, color):
+    noun = FRUIT_OF[color]
+    return turn("fruit", question, f"the {noun} is {color} .", f"the {noun}")
 
 
-def repeated(question: str, word: str, times: int) -> dict:
+def repeated(question, word, times):
     words = " ".join([word] * times)
     return turn("repeat", question, f"here it is : {words} .", words)
 
 
-def plus(question: str, a: int, b: int) -> dict:
-    total = NUMBERS[a + b - 1]
-    return turn("add", question, f"{NUMBERS[a - 1]} plus {NUMBERS[b - 1]} is {total} .", total)
+def plus(question, a, b):
+    total = number(a + b)
+    return turn("add", question, f"{number(a)} plus {number(b)} is {total} .", total)
 
 
-def listed(question: str, category: str, words, **rule) -> dict:
+def listed(question, category, words, **rule):
     words = join(words)
     return turn("list", question, f"the {category} are {words} .", words, **rule)
 
 
-def counted(question: str, indices) -> dict:
-    words = join(NUMBERS[i] for i in indices)
+def counted(question, numbers):
+    words = join(map(number, numbers))
     return turn("count", question, f"the numbers are {words} .", words)
 
 
-def sentence(question: str, adjective: str, noun: str, home: str) -> dict:
+def sentence(question, adjective, noun, home):
     full = f"once there was a {adjective} {noun} in the {home} ."
     return turn("sentence", question, full, f"a {adjective} {noun}")
 
@@ -238,21 +237,20 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
     thing = rng.choice(scene)
     size, color, shape, place = thing
 
-    if kind == "color":
-        return turn(kind, f"what color is the {shape} ?", f"the {shape} is {color} .", color)
-    if kind == "size":
-        return turn(kind, f"what size is the {shape} ?", f"the {shape} is {size} .", size)
+    if kind in ("color", "size"):
+        value = getattr(thing, kind)
+        return turn(kind, f"what {kind} is the {shape} ?", f"the {shape} is {value} .", value)
     if kind == "where":
         return turn(kind, f"where is the {shape} ?", f"the {shape} is at {place} .", place)
     if kind == "shape":
-        full = f"the {color} one is a {shape} ."
-        return turn(kind, f"what shape is the {color} one ?", full, shape)
+        question = f"what shape is the {color} one ?"
+        return turn(kind, question, f"the {color} one is a {shape} .", shape)
     if kind == "exist":
         return ask_exist(rng, scene, rng.random() < .5)
     if kind == "number":
-        number = NUMBERS[len(scene) - 1]
+        n = number(len(scene))
         noun = "objects" if len(scene) > 1 else "object"
-        return turn(kind, "how many objects are there ?", f"i see {number} {noun} .", number)
+        return turn(kind, "how many objects are there ?", f"i see {n} {noun} .", n)
     if kind == "describe":
         bare = join(f"{t.size} {t.color} {t.shape}" for t in scene)
         return turn(kind, "describe the scene .", caption(scene), bare)
@@ -263,7 +261,7 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
     return ask_knowledge(rng, scene, kind)
 
 
-def ask_exist(rng: random.Random, scene: Scene, truth: bool) -> dict:
+def ask_exist(rng, scene: Scene, truth: bool) -> dict:
     """"is there a circle ?" or "is there a red one ?": object presence, as in POPE."""
     field = rng.choice(("shape", "color"))
     there = [getattr(t, field) for t in scene]
@@ -277,7 +275,7 @@ def ask_exist(rng: random.Random, scene: Scene, truth: bool) -> dict:
     return turn("exist", question, f"no , there is no {thing} .", "no")
 
 
-def ask_each(rng: random.Random, scene: Scene) -> dict:
+def ask_each(rng, scene):
     """"name the color of the star and circle ." -> "star blue and circle red ."; in any order.
 
     This is how the miniature learns to look things up: right after the word "star" the next word is
@@ -295,7 +293,7 @@ def ask_each(rng: random.Random, scene: Scene) -> dict:
     return turn("each", f"name the {value} of the {named} .", f"{answer} .", join(values))
 
 
-def ask_choice(rng: random.Random, thing: Thing) -> dict:
+def ask_choice(rng, thing):
     """Three colors under letters, the right one among them."""
     options = rng.sample(list(COLORS), 3)
     if thing.color not in options:
@@ -307,7 +305,7 @@ def ask_choice(rng: random.Random, thing: Thing) -> dict:
     return turn("choice", question, f"the answer is {right} .", right)
 
 
-def ask_knowledge(rng: random.Random, scene: Scene, kind: str) -> dict:
+def ask_knowledge(rng, scene, kind):
     """A text task's own wording with one argument to be looked up.
 
     Where all things are of one size, "compare" becomes "opposite"."""
@@ -334,11 +332,11 @@ def ask_knowledge(rng: random.Random, scene: Scene, kind: str) -> dict:
         return listed("list the colors .", "colors", (t.color for t in scene), set=True)
     if kind == "repeat":
         times = rng.choice((2, 3, 4))
-        question = f"repeat the color of the {shape} {NUMBERS[times - 1]} times ."
+        question = f"repeat the color of the {shape} {number(times)} times ."
         return repeated(question, color, times)
     if kind == "add":
         k = rng.randint(1, 5)
-        return plus(f"what is the number of objects plus {NUMBERS[k - 1]} ?", len(scene), k)
+        return plus(f"what is the number of objects plus {number(k)} ?", len(scene), k)
     if kind == "count":
-        return counted("count from one to the number of objects .", range(len(scene)))
+        return counted("count from one to the number of objects .", range(1, len(scene) + 1))
     return sentence(f"write a sentence about the {shape} .", size, shape, "picture")
