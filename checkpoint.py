@@ -228,8 +228,8 @@ def weight_files(folder):
             return [folder / name for name in sorted(set(weight_map.values()))]
         found = sorted(folder.glob(pattern))
         if found:
-            beside_adapters = folder.glob("non_lora_trainables.bin")     # the projector, from LLaVA
-            return [*found, *beside_adapters]
+            projector = folder.glob("non_lora_trainables.bin")           # LLaVA's, beside adapters
+            return [*found, *projector]
     raise BadInput(f"{folder}: no *.safetensors and no *model*.bin")
 
 
@@ -250,14 +250,14 @@ def tensors(folder):
     for path in weight_files(folder):
         try:
             if path.suffix == ".safetensors":
-                found = load_file(path)
+                found = load_file(path).items()
             else:
-                found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+                found = torch.load(path, weights_only=True, mmap=True, map_location="cpu").items()
         except Exception as error:                       # a torn or foreign file raises many types
             raise BadInput(
                 f"{path}: cannot be read ({error!r:.200}); download it again, best as safetensors"
             ) from None
-        yield from found.items()
+        yield from found
 
 
 def weights(folder):

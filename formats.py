@@ -41,7 +41,7 @@ SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 # ---- what shapes are made of ---------------------------------------------------------------------
 
-def as_messages(value, role: str) -> list[dict]:
+def as_messages(value, role):
     """A text, {from, value} or a list of {role, content} -> messages; `role` speaks by default."""
     if isinstance(value, str):
         value = {"content": value}
@@ -81,7 +81,7 @@ def first_of(raw, *keys):
             return raw[key]
 
 
-def asked(messages: list[dict]) -> dict:
+def asked(messages):
     """A conversation that ends with an answer has it as its golden one."""
     if not messages or messages[-1]["role"] != "assistant":
         return {"messages": messages}
@@ -279,7 +279,7 @@ def check_judge(judge, answers):
 
 # ---- reading -------------------------------------------------------------------------------------
 
-def raw_objects(path: Path) -> Iterator[tuple[str, object]]:
+def raw_objects(path):
     """(a name from its place, object or BadInput) of everything in a file of JSON lines, one after
     another, or in a JSON array, which is read into memory whole (jq -c ".[]" a.json > a.jsonl makes
     lines of a large one)."""
@@ -323,7 +323,7 @@ def distinct(name, seen):
     return name if seen[name] == 1 else distinct(f"{name}#{seen[name]}", seen)
 
 
-def checked(path: Path) -> Iterator[tuple[str, dict | BadInput]]:
+def checked(path):
     """(id, record or why it cannot be used) of everything in a file, images not looked at yet."""
     seen = Counter()
     for place, found in raw_objects(path):

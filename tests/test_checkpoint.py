@@ -375,6 +375,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, tiny):
     with pytest.raises(BadInput, match="pytorch_model.bin"):
         load(folder)
     assert not (tmp_path / "owned").exists()
+    torch.save(torch.ones(3), folder / "pytorch_model.bin")        # no dictionary at all
+    with pytest.raises(BadInput, match="pytorch_model.bin: cannot be read"):
+        load(folder)
 
 
 def test_safetensors_are_preferred_to_bin(tmp_path, tiny):
