@@ -103,20 +103,19 @@ def test_the_specification_is_softmax_over_what_is_seen():
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
-def test_attention_and_all_its_gradients_equal_the_formula(segments, heads):
-    mask = pack(segments)
-    tensors = qkv(len(mask.own), heads)
-    oracle = with_grads(attention_spec, tensors, mask)
-    assert worst(with_grads(attention, tensors, mask), oracle) < 1e-12
-    narrow = [x.detach().float().requires_grad_() for x in tensors]
-    assert worst(with_grads(attention, narrow, mask), oracle) < 3e-6
+def test_attention_and_all_its_gradients_equal_the_formula(heads):
+    for name, segments in PACKS.items():
+        mask = pack(segments)
+        tensors = qkv(len(mask.own), heads)
+        oracle = with_grads(attention_spec, tensors, mask)
+        assert worst(with_grads(attention, tensors, mask), oracle) < 1e-12, name
+        narrow = [x.detach().float().requires_grad_() for x in tensors]
+        assert worst(with_grads(attention, narrow, mask), oracle) < 3e-6, name
 
 
-@pytest.mark.parametrize("segments", [PACKS["mixed"], [(40, [17, 9, 30]), 33, (21, [5, 5])]], ids=["short", "longer"])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_bf16_attention_errs_at_most_twice_as_much_as_dense_bf16(segments, heads):
-    mask = pack(segments)
+def test_bf16_attention_errs_at_most_twice_as_much_as_dense_bf16(heads):
+    mask = pack([(40, [17, 9, 30]), 33, (21, [5, 5])])
     half = qkv(len(mask.own), heads, K=32, dtype=torch.bfloat16)
     wide = [x.detach().double().requires_grad_() for x in half]
     oracle, plain = (with_grads(attention_spec, x, mask) for x in (wide, half))
@@ -131,18 +130,18 @@ def test_gradcheck_of_attention():
     assert torch.autograd.gradcheck(lambda *x: attention(*x, mask), qkv(len(mask.own), (2, 1), K=3))
 
 
-@pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
-def test_every_token_is_computed_exactly_once(segments):
-    mask = pack(segments)
-    calls, order = mask.plan
-    rows = torch.cat([call.queries.at.flatten() for call in calls])
-    assert torch.equal(rows if order is None else rows[order], torch.arange(len(mask.own)))
+def test_every_token_is_computed_exactly_once():
+    for name, segments in PACKS.items():
+        mask = pack(segments)
+        calls, order = mask.plan
+        rows = torch.cat([call.queries.at.flatten() for call in calls])
+        rows = rows if order is None else rows[order]
+        assert torch.equal(rows, torch.arange(len(mask.own))), name
 
 
-@pytest.mark.parametrize("segments", [PACKS["mixed"], PACKS["1 to 4 answers, ragged"]])
-def test_an_invisible_token_changes_nothing(segments):
+def test_an_invisible_token_changes_nothing():
     """Perturb key and value of one token: the rows that do not see it stay as they were, the others move."""
-    mask = pack(segments)
+    mask = pack(PACKS["mixed"])
     q, k, v = (x.detach() for x in qkv(len(mask.own), dtype=torch.float32))
     before, sees = attention(q, k, v, mask), dense_mask(mask)
     for j in range(len(mask.own)):
@@ -218,8 +217,8 @@ def test_a_mask_that_is_no_tree_is_refused(lo, hi, own):
 
 # ---- decode ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("prompts, n, past", [([5], 1, 1), ([5, 1, 8], 1, 4), ([3, 7], 3, 6), ([4, 4], 2, 1)])
+@pytest.mark.parametrize("prompts, n, past, heads", [
+    ([5], 1, 1, (3, 3)), ([5, 1, 8], 1, 4, (4, 1)), ([3, 7], 3, 6, (4, 2)), ([4, 4], 2, 1, (4, 2))])
 def test_decode_is_the_last_row_of_each_answer(prompts, n, past, heads):
     """Ragged prompts with n answers of equal length: a cached step equals the formula on the whole pack.
 
@@ -294,7 +293,7 @@ def scored(T=11, D=6, V=29, N=17, dtype=torch.float64, seed=0, scale=1.0):
     return hidden, weight, rows, torch.randint(0, V, (N,), generator=g)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 5, 17, 1000])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 17])
 def test_logps_equal_the_formula_whatever_the_chunk(monkeypatch, chunk_rows):
     monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 4 * 29 * chunk_rows)
     hidden, weight, rows, targets = scored()
@@ -356,8 +355,8 @@ def test_large_logits_neither_overflow_nor_lose_the_target():
     assert torch.autograd.grad(out.sum(), hidden)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("at_once", [5, 17])
-@pytest.mark.parametrize("train_hidden, train_weight", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("at_once, train_hidden, train_weight", [
+    (17, True, True), (17, True, False), (17, False, True), (5, True, False)])
 def test_a_frozen_side_gets_no_gradient_and_no_work(monkeypatch, train_hidden, train_weight, at_once):
     hidden, weight, rows, targets = scored(dtype=torch.float32)
     monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 4 * len(weight) * at_once)
