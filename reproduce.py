@@ -28,23 +28,23 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import common  # first: it tells OpenMP how to wait
 import torch
 from tqdm import tqdm
 
-import annotate
 import checkpoint
 import dpo
 import rejection
 import sft
 import steerlm
+import story
 from benchmarks.compare import paper
 from benchmarks.harness import aligned, mean, slug
 from common import HERE, BadInput, describe_run, main, read_jsonl, write_jsonl, write_whole
 from data import Tokens, choose_pair
 from toy import build, figures, items
-from toy.tasks import write_prompts
 
 
 @dataclass
@@ -114,15 +114,6 @@ def make(folder, seed, width):
         build.run(build.Settings(out=str(folder), seed=seed, width=width))
 
 
-def sample(folder, ckpt, seed):
-    """1000 questions, four answers each, judged -> `folder`/records.jsonl."""
-    if not (folder / "records.jsonl").exists():
-        prompts = write_prompts(1000, seed, folder)
-        annotate.annotate(annotate.Settings(
-            data=str(prompts), ckpt=str(ckpt), out=str(folder), judge="oracle", seed=seed,
-            temperature=1.0, max_new=48, batch=64, device="cpu"))
-
-
 def train(folder, method, changes, ckpt, seed):
     """One of RUNS -> `folder`/model, beside what its script leaves there."""
     if (folder / "model").exists():
@@ -143,7 +134,7 @@ def train(folder, method, changes, ckpt, seed):
     return folder / "model"
 
 
-def measure(folder, name, pictures):
+def measure(folder, name):
     """Every miniature benchmark -> {name: scores}.
 
     A SteerLM model is asked for all fours, for few words, and for nothing: three rows."""
@@ -156,13 +147,14 @@ def measure(folder, name, pictures):
         asked[f"{name}, not asked for scores"] = tokens.asking(None)
 
     rows = {}
-    for each, tokens in asked.items():
-        scores, said = items.measure(model, tokens, pictures, each)
-        if model.config.vision:
-            texts = [row["answers"][0] for row in said if not row["id"].startswith("text")]
-            scores["image words"] = mean([len(text.split()) for text in texts])
-            scores["behind a picture"] = items.behind_a_picture(model, tokens, pictures, each)
-        rows[each] = scores
+    with TemporaryDirectory() as pictures:
+        for each, tokens in asked.items():
+            scores, said = items.measure(model, tokens, pictures, each)
+            rows[each] = scores
+            if model.config.vision:
+                texts = [row["answers"][0] for row in said if not row["id"].startswith("text")]
+                scores["image words"] = mean([len(text.split()) for text in texts])
+                scores["behind a picture"] = items.behind_a_picture(model, tokens, pictures, each)
     return rows
 
 
@@ -181,7 +173,7 @@ def outcome(job):
                 model = train(folder, *how, ckpt, seed)
                 config = json.loads((folder / "config.json").read_text())
                 steps, lr = config["steps"], config["settings"]["lr"]
-            scores = measure(model, name, folder.parent / "data")
+            scores = measure(model, name)
         except Exception as problem:
             raise BadInput(f"{name}: {problem}; see {folder}.log") from problem
 
@@ -206,15 +198,13 @@ def table(rows, names):
         mine = [row for row in rows if row["name"] == name]
         if mine:
             steps = max(row["steps"] for row in mine)
-            cells[name] = [str(steps or "-")]
-            for column in COLUMNS:
-                scores = [row["scores"][column] for row in mine if column in row["scores"]]
-                cells[name].append(cell([score["mean"] for score in scores]))
-    titles = ["pictured" if column == "behind a picture" else column for column in COLUMNS]
+            cells[name] = [str(steps or "-")] + [cell(mine, column) for column in COLUMNS]
+    titles = [column.replace("behind a picture", "pictured") for column in COLUMNS]
     return aligned(cells, ["steps", *titles])
 
 
-def cell(values):
+def cell(rows, column):
+    values = [row["scores"][column]["mean"] for row in rows if column in row["scores"]]
     if not values:
         return "-"
     spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else " " * 6
@@ -249,7 +239,8 @@ def run(s: Settings):
         if s.from_scratch:
             toy = folder / "toy"
             make(toy, seed, 128)
-        sample(folder / "data", toy / "llava", seed)
+        if not (folder / "data" / "records.jsonl").exists():
+            story.sample(toy / "llava", folder / "data", 1000, seed, "cpu")
 
         runs = [("Vicuna-mini", None, toy / "vicuna"), ("LLaVA-mini", None, toy / "llava")]
         runs += [(name, how, toy / "llava") for name, how in RUNS.items()]

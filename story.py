@@ -31,7 +31,15 @@ class Settings(dpo.Settings):
     prompts: int = 1000          # image questions to sample answers for
 
 
-def run(s: Settings) -> None:
+def sample(ckpt, out, prompts: int, seed: int, device="auto", dtype="auto"):
+    """Questions about pictures, four answers to each, judged -> `out`/records.jsonl."""
+    asked = write_prompts(prompts, seed, out)
+    annotate.annotate(annotate.Settings(
+        ckpt=str(ckpt), data=str(asked), out=str(out), judge="oracle", seed=seed,
+        temperature=1.0, max_new=48, batch=64, device=device, dtype=dtype))
+
+
+def run(s: Settings):
     if s.ckpt != "toy/llava" or s.data or s.dry_run:
         raise BadInput("the story is the miniature's; your own model and data are for dpo.py")
     out, began = Path(s.out), time.perf_counter()
@@ -51,10 +59,7 @@ def run(s: Settings) -> None:
 
     print(f"\n2. LLaVA-mini answers {s.prompts} image questions 4 times each; "
           "the exact judge scores them")
-    prompts = write_prompts(s.prompts, s.seed, out)
-    annotate.annotate(annotate.Settings(
-        data=str(prompts), ckpt=s.ckpt, out=s.out, judge="oracle", seed=s.seed,
-        temperature=1.0, max_new=48, batch=64, device=s.device, dtype=s.dtype))
+    sample(s.ckpt, s.out, s.prompts, s.seed, s.device, s.dtype)
 
     print("\n3. direct preference optimization")
     aligned = dpo.align(replace(s, data=f"{out}/records.jsonl"))

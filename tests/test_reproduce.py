@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import reproduce
+import story
 import train
 from common import BadInput, read_jsonl
 from conftest import ROOT
@@ -47,7 +48,7 @@ def experiment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(items, "ITEMS", {"text": 4, "exist": 4, "attribute": 3, "describe": 2, "choice": 2})
         patch.setattr(items, "MAX_NEW", 10)
-        patch.setattr(reproduce, "write_prompts", lambda n, seed, folder: tasks.write_prompts(32, seed, folder))
+        patch.setattr(story, "write_prompts", lambda n, seed, folder: tasks.write_prompts(32, seed, folder))
         patch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
         patch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda rows, out: None))
         patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
@@ -80,8 +81,8 @@ def test_sampling_training_and_measuring_are_in_one_precision_also_beside_a_gpu(
 def test_what_is_done_is_not_done_again(experiment, inline, monkeypatch):
     before = (experiment / "rows.jsonl").read_bytes()
     monkeypatch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
-    for name in ("train", "measure", "write_prompts"):
-        monkeypatch.setattr(reproduce, name, lambda *args: pytest.fail("this was done before"))
+    for room, name in ((reproduce, "train"), (reproduce, "measure"), (story, "sample")):
+        monkeypatch.setattr(room, name, lambda *args: pytest.fail("this was done before"))
     monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
     reproduce.run(reproduce.Settings(out=str(experiment)))
     assert (experiment / "rows.jsonl").read_bytes() == before
@@ -105,7 +106,7 @@ def test_the_figures_are_drawn_from_the_rows(tmp_path):
 def test_from_scratch_every_seed_starts_from_its_own_models_and_the_first_has_a_second_size(tmp_path, inline, monkeypatch):
     built, starts = [], {}
     monkeypatch.setattr(reproduce, "make", lambda folder, seed, width: built.append((folder.name, seed, width)))
-    monkeypatch.setattr(reproduce, "sample", lambda *args: None)
+    monkeypatch.setattr(story, "sample", lambda *args: None)
     monkeypatch.setattr(reproduce, "report", lambda rows: "")
     monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
 
@@ -139,7 +140,6 @@ def test_changes_of_the_records():
 
 
 def test_a_table_by_hand():
-    assert reproduce.cell([5.0]).strip() == "5.00" and reproduce.cell([]) == "-"
     rows = [{"name": "x", "seed": k, "steps": 7, "scores": {"text": {"mean": v}}} for k, v in enumerate((1.0, 3.0))]
     head, line = reproduce.table(rows, ["x", "nobody"]).splitlines()
     assert line.split() == ["x", "7", "2.00", "±1.41"] + ["-"] * 9 and head.split()[:4] == ["steps", "text", "core", "pictured"]

@@ -50,7 +50,7 @@ class Settings:
     out: str = "results/figures"             # folder of the figures
 
 
-def values(rows: list[dict], name: str, column: str) -> np.ndarray:
+def values(rows, name, column) -> np.ndarray:
     """One number per seed."""
     return np.array([row["scores"][column]["mean"] for row in rows if row["name"] == name])
 
@@ -91,52 +91,22 @@ def curves(rows: list[dict]):
                 dots = values(rows, name, column)
                 axis.scatter([share] * len(dots), dots, s=10, color=color, alpha=0.35, linewidths=0)
                 means.append(dots.mean())
-            axis.plot(names.keys(), means, color=color, marker="o", label=column)
+            axis.plot(list(names), means, color=color, marker="o", label=column)
         axis.set(xlabel=what, xticks=list(names))
     axes[0].legend(frameon=False)
     return figure
 
 
-def speed(rows: list[dict]):
-    """A step's time and memory against the opponent's, and how a step's time grows (rows of
-    speed.py)."""
-    figure, (time, memory, growth) = plt.subplots(1, 3, figsize=(11, 3.4))
-    steps = [row for row in rows if row["bench"] == "dpo"]
-    names = [row["name"].replace(", ", ",\n") for row in steps]
-    colors = [RED if "remedy" in name else GREY for name in names]
-    for axis, key, unit in ((time, "pairs_per_s", "pairs a second"),
-                            (memory, "peak_mib", "peak memory, MiB")):
-        heights = [row[key] for row in steps]
-        bars = axis.bar(names, heights, color=colors, width=0.6)
-        axis.bar_label(bars, [f"{x:.3g}" if x < 100 else f"{x:,.0f}" for x in heights])
-        axis.set(title=f"DPO step: {unit}")
-        axis.tick_params(axis="x", labelsize=8)
-
-    grown = [row for row in rows if row["bench"] == "growth"]
-    times = [row["ms"] / grown[0]["ms"] for row in grown]
-    growth.barh([row["name"] for row in grown], times, color=BLUE)
-    growth.invert_yaxis()
-    growth.set(title="one record's step, first = 1")
-    for axis in (time, memory, growth):
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def save(figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
-def draw(rows: list[dict], out: Path) -> None:
-    save(forgetting(rows), out / "forgetting.png")
-    save(curves(rows), out / "curves.png")
+def draw(rows: list[dict], out: Path):
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in (("forgetting", forgetting(rows)), ("curves", curves(rows))):
+        figure.tight_layout()
+        figure.savefig(out / f"{name}.png", dpi=150)
+        plt.close(figure)
     print(f"figures: {out}")
 
 
-def run(s: Settings) -> None:
+def run(s: Settings):
     draw(read_jsonl(s.rows), Path(s.out))
 
 

@@ -72,7 +72,7 @@ def behind_a_picture(model, tokens, folder, name) -> dict:
     Does the mere presence of an image hurt? The picture has nothing to do with the question (the
     paper's test, with an image that the model does see)."""
     texts = tasks.items("text", ITEMS["text"], "test")
-    pictures = tasks.draw(tasks.items("exist", len(texts), "test", seed=1), folder / "unrelated")
+    pictures = tasks.draw(tasks.items("exist", len(texts), "test", seed=1), f"{folder}/unrelated")
     for text, picture in zip(texts, pictures):
         first = text["messages"][0]
         first["content"] = "<image>\n" + first["content"]

@@ -21,19 +21,19 @@ from toy.world import CATEGORY, CONTENT, HOMES
 
 # ---- truth and form ------------------------------------------------------------------------------
 
-def claims(text: str) -> list[str]:
+def claims(text):
     """The words that can be true or false, in order: "the circle is red ." -> [circle, red]."""
     return [word for word in text.split() if word in CONTENT]
 
 
-def skeleton(text: str) -> str:
+def skeleton(text):
     """`text` with its claims masked and its lists folded: what is left is form."""
     words = ["_" if w in CONTENT else "~" if w in HOMES else w for w in text.split()]
     text = re.sub(r"_( (, |and )?_)+", "_", " ".join(words))
     return re.sub(r"a _ at _( (,|and) a _ at _)+", "a _ at _", text)
 
 
-def form(turn: dict, text: str) -> str:
+def form(turn, text):
     """"full" or "bare" as the question expects them, else "other"."""
     shape = skeleton(text)
     if shape == skeleton(turn["full"]):
@@ -41,18 +41,18 @@ def form(turn: dict, text: str) -> str:
     return "bare" if shape == skeleton(turn["bare"]) else "other"
 
 
-def within(short, long) -> bool:
+def within(short, long):
     """Is `short` a subsequence of `long`?"""
     rest = iter(long)                                   # `in` goes on behind what it has found
     return all(word in rest for word in short)
 
 
-def f1(got, want) -> float:
+def f1(got, want):
     got, want = Counter(got), Counter(want)
     return 2 * (got & want).total() / max(1, got.total() + want.total())
 
 
-def facts(text: str) -> Counter:
+def facts(text) -> Counter:
     """What a description says: one fact per attribute, tied to the shape that carries it."""
     plain = re.sub(r"i see |\ba |, |and |\.", "", text)
     found = Counter()
@@ -61,7 +61,7 @@ def facts(text: str) -> Counter:
     return found
 
 
-def truth_share(turn: dict, text: str) -> float:
+def truth_share(turn, text) -> float:
     """How much of the truth is told, 0 to 1; 1 only if nothing is missing and nothing invented."""
     got, full, bare = claims(text), claims(turn["full"]), claims(turn["bare"])
     if turn["kind"] == "describe":
@@ -138,7 +138,7 @@ def exact_reply(record: dict, order: list[int], golden: bool) -> str:
 
 # ---- benchmarks ----------------------------------------------------------------------------------
 
-def content(turn: dict, text: str) -> float:
+def content(turn, text):
     """Right or wrong, blind to length and style; a description is right by degrees."""
     share = truth_share(turn, text)
     return share if turn["kind"] == "describe" else float(share == 1)

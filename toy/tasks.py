@@ -13,7 +13,6 @@ results reported on test.
 
     python -m toy.tasks --out runs/prompts       # questions to be answered, judged, learned from
 """
-import os
 import random
 from dataclasses import dataclass
 from itertools import cycle
@@ -39,7 +38,7 @@ class Settings:
 TEXT_TASKS = KNOWLEDGE + ("scene", "read")
 
 
-def text_task(rng, task: str, split: str, most=4) -> tuple[list[dict], Scene | None]:
+def text_task(rng, task, split, most=4) -> tuple[list[dict], Scene | None]:
     """Two turns of a task whose first question (or whose scene) belongs to `split`, the scene."""
     if task in ("scene", "read"):
         return reading_task(rng, task, split, most)
@@ -60,7 +59,7 @@ def reading_task(rng, task, split, most):
     return turns, scene
 
 
-def written(scene: Scene) -> str:
+def written(scene):
     """The scene in words: "scene : top big-red-circle , left small-blue-star ."."""
     things = " , ".join(f"{t.place} {t.size}-{t.color}-{t.shape}" for t in scene)
     return f"scene : {things} ."
@@ -157,7 +156,7 @@ TASK_MAKERS = {
 
 # ---- records: as in formats.py, plus "truth", the scene and the turns that the judge will need ---
 
-def conversation(name, turns, brief=False, scene=None, image="", seed=0) -> dict:
+def conversation(name, turns, brief=False, scene=None, image="", seed=0):
     """One record: questions and answers in turn, the last answer as `golden`. `seed` is the
     picture's."""
     messages = []
@@ -177,11 +176,11 @@ def conversation(name, turns, brief=False, scene=None, image="", seed=0) -> dict
     }
 
 
-def about_picture(name, turns, scene, seed) -> dict:
+def about_picture(name, turns, scene, seed):
     return conversation(name, turns, scene=scene, image=f"images/{name}.png", seed=seed)
 
 
-def text_conversation(rng, most=4) -> dict:
+def text_conversation(rng, most=4):
     """A text-only training conversation: two tasks, or a written scene of at most `most` things and
     more questions about it.
 
@@ -252,11 +251,9 @@ def draw(records: list[dict], folder) -> list[dict]:
     """Write the records' pictures into `folder` -> the records, with that root and no answers."""
     for record in records:
         for name in record["images"]:
-            path = Path(folder) / name
+            path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{os.getpid()}.part")    # several processes may draw it
-            render(scene_of(record), record["truth"]["seed"]).save(aside, format="PNG")
-            os.replace(aside, path)
+            render(scene_of(record), record["truth"]["seed"]).save(path)
     return [record | {"root": str(folder), "answers": []} for record in records]
 
 
@@ -264,7 +261,7 @@ def write_prompts(n: int, seed: int, folder) -> Path:
     """`n` questions and their pictures in `folder` -> the path of prompts.jsonl there."""
     records = preference_prompts(n, seed)
     draw(records, folder)
-    path = Path(folder) / "prompts.jsonl"
+    path = Path(folder, "prompts.jsonl")
     write_jsonl(path, records)
     return path
 

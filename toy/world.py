@@ -64,11 +64,11 @@ CONTENT = frozenset((*SIZES, *COLORS, *SHAPES, *PLACES, *NUMBERS, *FRUIT_OF.valu
 HOMES = frozenset((*HOME.values(), "picture"))
 
 
-def number(n: int) -> str:
+def number(n):
     return NUMBERS[n - 1]
 
 
-def join(words) -> str:
+def join(words):
     """("a", "b", "c") -> "a , b and c"."""
     *others, last = words
     return " , ".join(others) + " and " + last if others else last
@@ -86,12 +86,12 @@ class Thing(NamedTuple):
 Scene = tuple[Thing, ...]               # one to four things, in reading order where it is drawn
 
 
-def split_of(key: str) -> str:
+def split_of(key: str):
     """"train", "dev" or "test" (1/8 each for the last two), decided by the text itself."""
     return {0: "dev", 6: "test"}.get(zlib.crc32(key.encode()) % 8, "train")
 
 
-def caption(scene: Scene) -> str:
+def caption(scene):
     """Everything there is to say: size, color, shape and place of each thing, in order."""
     things = join(f"a {t.size} {t.color} {t.shape} at {t.place}" for t in scene)
     return f"i see {things} ."
@@ -110,7 +110,7 @@ def random_scene(rng, split="train", least=1, most=4) -> Scene:
             return scene
 
 
-def edited(rng, scene: Scene) -> Scene:
+def edited(rng, scene):
     """The same scene with one attribute of one thing changed: a hard negative (build.py)."""
     things = list(scene)
     i = rng.randrange(len(scene))
@@ -178,7 +178,7 @@ def draw_shape(pen, shape, x, y, r, ink):
 # The sentences below answer questions about pictures and questions without any (tasks.py). This
 # shared wording is what ties the two abilities together.
 
-def turn(kind, question, full, bare, **rule) -> dict:
+def turn(kind, question, full, bare, **rule):
     """`rule` is what the judge must know beside the answers, for lists whose order is free."""
     return {"kind": kind, "question": question, "full": full, "bare": bare, **rule}
 
@@ -261,7 +261,7 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
     return ask_knowledge(rng, scene, kind)
 
 
-def ask_exist(rng, scene: Scene, truth: bool) -> dict:
+def ask_exist(rng, scene, truth):
     """"is there a circle ?" or "is there a red one ?": object presence, as in POPE."""
     field = rng.choice(("shape", "color"))
     there = [getattr(t, field) for t in scene]
