@@ -24,7 +24,7 @@ from generate import generate
 VOCAB, IMG = 64, 4
 
 
-# ---- layouts, by hand ----------------------------------------------------------------------------------------------
+# ---- layouts, by hand ----------------------------------------------------------------------------
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -105,7 +105,7 @@ def split_tower(weights: dict) -> tuple[dict, dict]:
             {k.removeprefix("vision_tower."): v for k, v in weights.items() if k.startswith("vision_tower.")})
 
 
-# ---- every layout -----------------------------------------------------------------------------------------------------
+# ---- every layout --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("names", [HUB, NEW, NEWER], ids=["hub", "4.52", "5"])
 def test_llava_hf_is_read_under_all_its_names(tmp_path, tiny, names):
@@ -204,7 +204,7 @@ def run(model, ids, pixels=None):
     return model(ids, torch.arange(len(ids)), Mask(z, z, z), pixels) @ model.head.T
 
 
-# ---- configs ------------------------------------------------------------------------------------------------------------
+# ---- configs -------------------------------------------------------------------------------------
 
 def test_defaults_are_those_of_the_hub():
     """llava-1.5-7b-hf's text_config says almost nothing: it is a Llama 7B."""
@@ -269,7 +269,7 @@ def test_neither_llava_nor_llama_is_refused(tmp_path):
         load(write(tmp_path / "x", {"model_type": "gpt2", "architectures": None}, {"w": torch.ones(1)}))
 
 
-# ---- flaws ----------------------------------------------------------------------------------------------------------------
+# ---- flaws ---------------------------------------------------------------------------------------
 
 def hub_folder(tmp_path, tiny, edit):
     weights = rename(weights_of(tiny), *HUB)
@@ -402,7 +402,7 @@ def test_a_missing_tokenizer_says_where_to_take_it_from(tmp_path, tiny):
         Tokens(folder, load(folder).config)
 
 
-# ---- out --------------------------------------------------------------------------------------------------------------------
+# ---- out -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sizes", [{}, {"tie": True}, {"kv_heads": 4, "head_dim": 16}, {"text_only": True}], ids=str)
 def test_what_is_saved_is_what_was_there_bit_by_bit(tmp_path, sizes):
@@ -501,7 +501,7 @@ def test_a_loaded_model_is_ready_to_train_with_its_tower_frozen(tmp_path):
         "language_model": True, "vision_tower": False, "multi_modal_projector": True, "lm_head": True}
 
 
-# ---- transformers reads and writes the same ----------------------------------------------------------------------------------
+# ---- transformers reads and writes the same ------------------------------------------------------
 
 SIZES = [{}, {"tie": True}, {"kv_heads": 1, "head_dim": 64},
          {"rope": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
@@ -547,7 +547,8 @@ def test_what_is_saved_loads_in_transformers_whole(tmp_path, sizes):
 def test_a_text_only_llama_goes_through_transformers_and_back(tmp_path, tie):
     transformers = pytest.importorskip("transformers")
     ours = tiny_model(VOCAB, text_only=True, tie=tie)
-    model, info = transformers.LlamaForCausalLM.from_pretrained(save(ours, tmp_path / "x", tmp_path), output_loading_info=True)
+    folder = save(ours, tmp_path / "x", tmp_path)
+    model, info = transformers.LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model.save_pretrained(tmp_path / "y")
     again, ids = load(tmp_path / "y"), torch.arange(5, 40)

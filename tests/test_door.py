@@ -89,7 +89,7 @@ def door(monkeypatch, capsys, ckpt, tmp_path):
     return knock
 
 
-# ---- data ------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 def test_good_records_are_used_and_every_bad_one_is_reported(door, folder, tmp_path):
     rows = [pair("good-1"), *(record for record, _ in BAD.values()), '{"id": "half', pair("good-2", chosen="Red, I think.")]
@@ -146,7 +146,8 @@ def test_data_that_is_not_there_or_not_readable_is_named(door, folder, script):
     (folder / "latin.json").write_bytes(b'[{"id": "\xe9"}]')
     (folder / "broken.json").write_text('[{"id": 1}, {]')
     (folder / "empty.jsonl").write_text("\n\n")
-    for name, why in (("absent.jsonl", "No such file"), ("", "Is a directory"), ("latin.json", "malformed JSON array"), ("broken.json", "malformed JSON array"), ("empty.jsonl", "no usable record")):
+    for name, why in (("absent.jsonl", "No such file"), ("", "Is a directory"), ("latin.json", "malformed JSON array"),
+                      ("broken.json", "malformed JSON array"), ("empty.jsonl", "no usable record")):
         code, said = door(script, data=folder / name)
         assert code == 1 and str(folder / name) in said and why in said, said
 
@@ -168,7 +169,7 @@ def test_records_with_images_need_a_checkpoint_with_eyes(door, folder, tmp_path)
     assert code == 0 and "1 records usable, 1 rejected" in said and "seen: has images, but this checkpoint is text-only" in said
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag, why", [
     (["--bta", "0.1"], "unrecognized arguments: --bta"), (["--dat", "x"], "unrecognized arguments: --dat"),
@@ -191,7 +192,8 @@ def test_a_value_that_makes_no_sense_is_an_error(door, folder, flag, value, why)
         assert code == 1 and why in said
 
 
-@pytest.mark.parametrize("settings", (dpo.Settings, story.Settings, sft.Settings, evaluate.Settings), ids=lambda s: f"{s.__module__}.{s.__name__}")
+@pytest.mark.parametrize("settings", (dpo.Settings, story.Settings, sft.Settings, evaluate.Settings),
+                         ids=lambda s: s.__module__)
 def test_help_says_of_every_flag_what_it_means_and_its_default(settings, capsys):
     with pytest.raises(SystemExit) as stop:
         common.flags(settings, ["--help"])
@@ -218,7 +220,7 @@ def test_flags_fill_the_settings():
     assert common.flags(dpo.Settings, []) == dpo.Settings()
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 def change(folder, edit):
     path = folder / "model.safetensors"
@@ -255,12 +257,17 @@ BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read ([Errno 2] No such file"),
     "a broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "a config that is a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json cannot be read (it is no JSON object)"),
-    "a config without a tower": (lambda f: config(f, '"vision_config"', '"vision"'), "config.json cannot be used (KeyError('vision_config'))"),
+    "a config without a tower": (lambda f: config(f, '"vision_config"', '"vision"'),
+                                 "config.json cannot be used (KeyError('vision_config'))"),
     "a config with words": (lambda f: config(f, '"hidden_size": 64', '"hidden_size": [64]'), "config.json cannot be used (TypeError("),
-    "half a rope": (lambda f: config(f, '"rope_scaling": null', '"rope_scaling": {"rope_type": "linear"}'), "config.json cannot be used (KeyError('factor')); is it whole?"),
-    "no such layer": (lambda f: config(f, '"vision_feature_layer": -2', '"vision_feature_layer": -9'), "vision_feature_layer -9 is not one of 3 layers"),
-    "a list as weight_map": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'), "it has no weight_map"),
-    "a steer.json of nothing": (lambda f: (f / "steer.json").write_text("{}"), "steer.json is damaged: it lacks text, grades or target"),
+    "half a rope": (lambda f: config(f, '"rope_scaling": null', '"rope_scaling": {"rope_type": "linear"}'),
+                    "config.json cannot be used (KeyError('factor')); is it whole?"),
+    "no such layer": (lambda f: config(f, '"vision_feature_layer": -2', '"vision_feature_layer": -9'),
+                      "vision_feature_layer -9 is not one of 3 layers"),
+    "a list as weight_map": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+                             "it has no weight_map"),
+    "a steer.json of nothing": (lambda f: (f / "steer.json").write_text("{}"),
+                                "steer.json is damaged: it lacks text, grades or target"),
     "a list as index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json cannot be read (it is no JSON"),
     "another model": (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "is neither LLaVA nor Llama"),
     "another image id": (lambda f: config(f, '"image_token_index": 4', '"image_token_index": 5'), "config.json says 5"),
@@ -283,7 +290,7 @@ def test_a_ckpt_that_is_no_folder_is_refused(door, folder):
         assert code == 1 and f"--ckpt {ckpt}: no such folder" in said
 
 
-# ---- files and machines ----------------------------------------------------------------------------------------
+# ---- files and machines --------------------------------------------------------------------------
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "rows.jsonl"
@@ -324,14 +331,15 @@ def test_hashes_tell_where_one_part_ends():
     assert common.sha("ab", "c") != common.sha("a", "bc") != common.sha("abc") and common.sha("a", b"b") == common.sha("a", "b")
 
 
-# ---- the real thing --------------------------------------------------------------------------------------------
+# ---- the real thing ------------------------------------------------------------------------------
 
 def test_the_command_line_from_another_folder(ckpt, folder, tmp_path):
     """One run that goes well and one that cannot: exit codes 0 and 1, and never a traceback."""
     data = write(folder / "prefs.jsonl", [pair("good-1"), pair("missing-image", "absent.jpg")])
     commands = ([ROOT / "dpo.py", "--ckpt", ckpt, "--data", "data/prefs.jsonl", "--steps", "1", "--device", "cpu"],
                 [ROOT / "sft.py", "--ckpt", "nowhere", "--data", data])
-    started = [subprocess.Popen([sys.executable, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for argv in commands]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([sys.executable, *argv], cwd=tmp_path, **pipes) for argv in commands]
     (said, problem), (nothing, why) = (process.communicate() for process in started)
     good, bad = (process.returncode for process in started)
     assert good == 0 and "Traceback" not in problem, problem
@@ -340,7 +348,7 @@ def test_the_command_line_from_another_folder(ckpt, folder, tmp_path):
     assert bad == 1 and nothing == "" and why == "sft.py: --ckpt nowhere: no such folder\n"
 
 
-# ---- what a mutation showed untested --------------------------------------------------------------------------
+# ---- what a mutation showed untested -------------------------------------------------------------
 
 def test_a_switch_is_on_off_or_an_error(capsys):
     on = [common.flags(annotate.Settings, argv).pairs for argv in ([], ["--pairs"], ["--pairs", "1"], ["--pairs", "0"])]

@@ -49,7 +49,7 @@ def turns(*contents):
     return [{"role": ("user", "assistant")[k % 2], "content": c} for k, c in enumerate(contents)]
 
 
-# ---- every accepted shape ---------------------------------------------------------------------------------------
+# ---- every accepted shape ------------------------------------------------------------------------
 
 def said(text):
     return [{"role": "assistant", "content": text}]
@@ -183,7 +183,7 @@ def test_text_in_any_script_arrives_unchanged(folder):
     assert len(formats.read(folder / "bom.json")[0]) == 1
 
 
-# ---- every reason -----------------------------------------------------------------------------------------------
+# ---- every reason --------------------------------------------------------------------------------
 
 def but(**changes):
     return {k: v for k, v in (RECORD | changes).items() if v is not ...}
@@ -306,7 +306,7 @@ def test_a_file_that_cannot_be_read_at_all_is_an_error_that_names_it(folder, nam
     assert str(folder / name) in str(error.value)
 
 
-# ---- images -----------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 def test_a_path_that_leads_out_of_the_root_is_refused(folder, tmp_path):
     picture(8, 8).save(tmp_path / "secret.png")
@@ -391,7 +391,7 @@ def test_the_images_hash_changes_with_a_byte_of_a_picture(folder):
     assert read(folder, RECORD)[0][0]["images_sha"] != first
 
 
-# ---- the count --------------------------------------------------------------------------------------------------
+# ---- the count -----------------------------------------------------------------------------------
 
 def test_kept_and_rejected_add_up_to_what_the_file_holds(folder, capsys):
     raws = [RECORD | {"id": f"good-{k}"} for k in range(3)]
@@ -436,13 +436,16 @@ def test_an_empty_field_does_not_hide_the_full_one():
         assert record["images"] == ["a.png"] and record["messages"][0]["content"] == "<image>\nHi?"
 
 
-# ---- questions without answers ---------------------------------------------------------------------------------
+# ---- questions without answers -------------------------------------------------------------------
 
 @pytest.mark.parametrize("raw, question, golden, images", [
     ({"question_id": 7, "image": "a.jpg", "text": "What is it?", "category": "conv"}, "<image>\nWhat is it?", None, ["a.jpg"]),
-    ({"image_id": "2412112", "question": "Is there a dog?", "answer": "No.", "task": "negative"}, "<image>\nIs there a dog?", "No.", ["2412112.jpg"]),
-    ({"id": "s1", "image_file": "f.png", "caption": "c", "q_a_pairs": [["What is shown?", "A curve."], ["Why?", "Because."]]}, "Why?", "Because.", ["f.png"]),
-    ({"id": "s2", "image_file": "f.png", "q_a_pairs": [["x", "y"]], "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]},
+    ({"image_id": "2412112", "question": "Is there a dog?", "answer": "No.", "task": "negative"},
+     "<image>\nIs there a dog?", "No.", ["2412112.jpg"]),
+    ({"id": "s1", "image_file": "f.png", "caption": "c", "q_a_pairs": [["What is shown?", "A curve."], ["Why?", "Because."]]},
+     "Why?", "Because.", ["f.png"]),
+    ({"id": "s2", "image_file": "f.png", "q_a_pairs": [["x", "y"]],
+      "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]},
      "<image>\nWhat?", "A.", ["f.png"])])
 def test_question_files_are_recognised(raw, question, golden, images):
     record = formats.convert(raw, "here")
@@ -452,7 +455,7 @@ def test_question_files_are_recognised(raw, question, golden, images):
     assert all(record[key] == raw[key] for key in ("category", "task", "caption") if key in raw), "unknown fields travel along"
 
 
-# ---- what a mutation showed untested --------------------------------------------------------------------------
+# ---- what a mutation showed untested -------------------------------------------------------------
 
 def test_pairs_of_questions_that_are_none_are_refused():
     for pairs in (["What?"], [["a", "b", "c"]], "What?", [3]):

@@ -1,6 +1,6 @@
 """Adapters: where they stand, what they change, what they leave alone, and that PEFT agrees.
 
-    python -m pytest tests/test_lora.py -q             with peft and transformers installed also in both directions between them
+    python -m pytest tests/test_lora.py -q    with peft and transformers installed also between them
 """
 import json
 import math
@@ -54,7 +54,7 @@ def logps(model, folder, data):
         return torch.cat([answer_logps(model, pixels.pack([tree])) for tree in trees_of(folder, model.config, data)])
 
 
-# ---- where they stand ---------------------------------------------------------------------------------------------
+# ---- where they stand ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text_only", [False, True])
 def test_adapters_stand_at_every_linear_layer_of_the_language_model_and_nowhere_else(text_only):
@@ -95,7 +95,7 @@ def test_in_16_bits_adapters_are_fp32_and_multiplied_in_16():
     assert layer.weight.grad is None and layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
 
 
-# ---- what a run changes -----------------------------------------------------------------------------------------------
+# ---- what a run changes --------------------------------------------------------------------------
 
 def test_only_adapters_and_projector_move_and_the_run_learns(ckpt, run):
     before, after = dict(checkpoint.load(ckpt).named_parameters()), dict(run[1].named_parameters())
@@ -152,7 +152,7 @@ def test_an_adapter_on_an_adapter_and_alpha_without_rank_are_refused(run, ckpt, 
                 script.run(script.Settings(**flags(folder, data, tmp_path / "out", **changes)))
 
 
-# ---- in and out ---------------------------------------------------------------------------------------------------------
+# ---- in and out ----------------------------------------------------------------------------------
 
 def test_an_adapter_is_a_checkpoint_like_any_other(run, ckpt, data):
     out, model = run
@@ -205,17 +205,22 @@ def test_further_training_starts_from_both_together_and_takes_the_base_models_to
 
 
 UP = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"
+OURS_A = "language_model.layers.0.mlp.up_proj.lora_A.weight"
+OURS_B = OURS_A.replace("lora_A", "lora_B")
+FITS_NONE = "these fit no weight of the base model, with r = 4: "
 
 
 @pytest.mark.parametrize("spoil, why", [
-    (lambda t, c: t.pop(UP.replace("lora_A", "lora_B")), "fit no weight of the base model, with r = 4: language_model.layers.0.mlp.up_proj.lora_A.weight"),
-    (lambda t, c: t.pop(UP), "base model, with r = 4: language_model.layers.0.mlp.up_proj.lora_B.weight"),
-    (lambda t, c: t.update({"base_model.model.model.nothing.lora_A.weight": torch.zeros(4, 4)}), "base model, with r = 4: model.nothing.lora_A"),
-    (lambda t, c: t.update({UP: t[UP][:, :-1].contiguous()}), "0.mlp.up_proj.lora_A.weight, language_model.layers.0.mlp.up_proj.lora_B.weight"),
-    (lambda t, c: t.update({UP: t[UP][:-1]}), "0.mlp.up_proj.lora_A.weight, language_model.layers.0.mlp.up_proj.lora_B.weight"),
+    (lambda t, c: t.pop(UP.replace("lora_A", "lora_B")), FITS_NONE + OURS_A),
+    (lambda t, c: t.pop(UP), FITS_NONE + OURS_B),
+    (lambda t, c: t.update({"base_model.model.model.nothing.lora_A.weight": torch.zeros(4, 4)}),
+     FITS_NONE + "model.nothing.lora_A"),
+    (lambda t, c: t.update({UP: t[UP][:, :-1].contiguous()}), f"{FITS_NONE}{OURS_A}, {OURS_B}"),
+    (lambda t, c: t.update({UP: t[UP][:-1]}), f"{FITS_NONE}{OURS_A}, {OURS_B}"),
     (lambda t, c: t.update({UP: t[UP] * torch.nan}), "layers.0.mlp.up_proj.weight: not finite"),
     (lambda t, c: t.update({UP.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(1)}), "lora_magnitude_vector"),
-    (lambda t, c: t.update({"base_model.model.model.multi_modal_projector.linear_1.bias": torch.ones(3)}), "linear_1.bias: misshapen: (3,)"),
+    (lambda t, c: t.update({"base_model.model.model.multi_modal_projector.linear_1.bias": torch.ones(3)}),
+     "linear_1.bias: misshapen: (3,)"),
     (lambda t, c: t.clear(), "the adapter is empty"),
     (lambda t, c: c.update(use_dora=True), "use_dora is True, only False is known; merge it with PEFT first"),
     (lambda t, c: c.update(bias="all"), "bias is 'all'"),
@@ -226,7 +231,8 @@ UP = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"
     (lambda t, c: c.update(base_model_name_or_path="somebody/gone"), "its base_model somebody/gone was looked for in")])
 def test_an_adapter_that_does_not_fit_is_refused_and_named(run, tmp_path, spoil, why):
     folder = shutil.copytree(run[0] / "adapter", tmp_path / "adapter")
-    tensors, config = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
     spoil(tensors, config)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -245,11 +251,12 @@ def test_what_llava_s_own_training_leaves_is_read_whole(run, ckpt, tmp_path):
     tensors = load_file(run[0] / "adapter" / "adapter_model.safetensors")
     projector = {}
     for key in [key for key in tensors if "projector" in key]:
-        old = key.replace("multi_modal_projector.linear_1", "mm_projector.0").replace("multi_modal_projector.linear_2", "mm_projector.2")
-        projector[old] = tensors.pop(key)
+        old = key.replace("multi_modal_projector.linear_1", "mm_projector.0")
+        projector[old.replace("multi_modal_projector.linear_2", "mm_projector.2")] = tensors.pop(key)
     torch.save(tensors, folder / "adapter_model.bin")
     torch.save(projector, folder / "non_lora_trainables.bin")
-    assert len(projector) == 4 and checkpoint.digest(checkpoint.load(folder)) == checkpoint.digest(checkpoint.load(run[0] / "adapter"))
+    theirs, ours = checkpoint.load(folder), checkpoint.load(run[0] / "adapter")
+    assert len(projector) == 4 and checkpoint.digest(theirs) == checkpoint.digest(ours)
     change(folder / "adapter_config.json", base_model_name_or_path="")
     with pytest.raises(BadInput, match="its base_model . was looked for in"):    # and it is not its own
         checkpoint.load(folder)
@@ -266,7 +273,7 @@ def test_an_adapter_finds_its_base_model_beside_it(run, ckpt, tmp_path):
     assert checkpoint.stamp(folder) != before, "another base is another model"
 
 
-# ---- PEFT -----------------------------------------------------------------------------------------------------------------
+# ---- PEFT ----------------------------------------------------------------------------------------
 
 def theirs_logits(model, tree, pixels):
     ids = torch.tensor([tree.ids() + list(tree.answers[0][:-1])])
