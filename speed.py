@@ -457,7 +457,7 @@ def table(rows: list[dict]) -> str:
 
     text = []
     for (bench, name), runs in lines.items():
-        line = f"{bench:8} {name:42}{span(runs, 'ms', 1):>18} ms  x {span(runs, 'x', 2):11}"
+        line = f"{bench:8} {name:42}{span(runs, 'ms', 2):>18} ms  x {span(runs, 'x', 2):11}"
         for key, (unit, digits) in UNITS.items():
             if key in runs[0]:
                 line += f"  {span(runs, key, digits)} {unit}"
