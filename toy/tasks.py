@@ -79,8 +79,7 @@ def make_compare(rng):
     one, two = rng.sample([small, large], 2)
     lead = rng.choice(("which", "what", "tell me which"))
     return [larger(f"{lead} is larger , the {one} or the {two} ?", large, small),
-            turn("compare", "and which is smaller ?",
-                 f"the {small} is smaller than the {large} .", f"the {small}")]
+            turn("compare", "and which is smaller ?", f"[the {small}] is smaller than the {large} .")]
 
 
 def make_opposite(rng):

@@ -16,6 +16,7 @@ Everybody draws from `random.Random` in a fixed order: the same seed, the same w
 train, dev and test is a checksum of the scene or of the question. """
 import math
 import random
+import re
 import zlib
 from typing import NamedTuple
 
@@ -40,19 +41,33 @@ PLACES = ("top-left", "top", "top-right",
 VALUES = {"size": SIZES, "color": tuple(COLORS), "shape": SHAPES, "place": PLACES}
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-FRUIT_OF = {"red": "cherry", "orange": "mango", "yellow": "banana",
-            "green": "lime", "blue": "blueberry", "purple": "plum"}
-HOME = {"ant": "garden", "mouse": "house", "cat": "house", "dog": "park",
-        "sheep": "park", "horse": "garden", "elephant": "forest", "whale": "sea"}
+FRUIT_OF = {
+    "red": "cherry", "orange": "mango", "yellow": "banana",
+    "green": "lime", "blue": "blueberry", "purple": "plum",
+}
+HOME = {
+    "ant": "garden", "mouse": "house", "cat": "house", "dog": "park",
+    "sheep": "park", "horse": "garden", "elephant": "forest", "whale": "sea",
+}
 ANIMALS = tuple(HOME)                                   # the smallest first
 LETTERS = ("(a)", "(b)", "(c)")
-CATEGORY = {"colors": tuple(COLORS), "shapes": SHAPES,
-            "fruits": tuple(FRUIT_OF.values()), "animals": ANIMALS}
+CATEGORY = {
+    "colors": tuple(COLORS),
+    "shapes": SHAPES,
+    "fruits": tuple(FRUIT_OF.values()),
+    "animals": ANIMALS,
+}
 
-OPPOSITE = {"big": "small", "small": "big", "hot": "cold", "cold": "hot",
-            "fast": "slow", "slow": "fast", "old": "new", "new": "old",
-            "wet": "dry", "dry": "wet", "happy": "sad", "sad": "happy",
-            "light": "dark", "dark": "light", "loud": "quiet", "quiet": "loud"}
+OPPOSITE = {
+    "big": "small", "small": "big",
+    "hot": "cold", "cold": "hot",
+    "fast": "slow", "slow": "fast",
+    "old": "new", "new": "old",
+    "wet": "dry", "dry": "wet",
+    "happy": "sad", "sad": "happy",
+    "light": "dark", "dark": "light",
+    "loud": "quiet", "quiet": "loud",
+}
 
 # A written thing is one word that carries all but its place, as in a picture it is one patch.
 COMPOUNDS = tuple(f"{size}-{color}-{shape}"
@@ -178,52 +193,50 @@ def draw_shape(pen, shape, x, y, r, ink):
 # The sentences below answer questions about pictures and questions without any (tasks.py). This
 # shared wording is what ties the two abilities together.
 
-def turn(kind, question, full, bare, **rule):
-    """`rule` is what the judge must know beside the answers, for lists whose order is free."""
+def turn(kind, question, answer, **rule):
+    """`answer` is the full one, the bare one in brackets: "the circle is [red] .".
+
+    `rule` is what the judge must know beside the answers, for lists whose order is free."""
+    before, bare, after = re.split(r"[][]", answer)
+    full = before + bare + after
     return {"kind": kind, "question": question, "full": full, "bare": bare, **rule}
 
 
 def either(question, noun, color):
-    return turn("either", question, f"the {noun} is {color} .", color)
+    return turn("either", question, f"the {noun} is [{color}] .")
 
 
 def larger(question, large, small):
-    return turn("compare", question, f"the {large} is larger than the {small} .", f"the {large}")
+    return turn("compare", question, f"[the {large}] is larger than the {small} .")
 
 
 def opposite(question, word):
-    other = OPPOSITE[word]
-    return turn("opposite", question, f"the opposite of {word} is {other} .", other)
+    return turn("opposite", question, f"the opposite of {word} is [{OPPOSITE[word]}] .")
 
 
 def fruit(question, color):
-    noun = FRUIT_OF[color]
-    return turn("fruit", question, f"the {noun} is {color} .", f"the {noun}")
+    return turn("fruit", question, f"[the {FRUIT_OF[color]}] is {color} .")
 
 
 def repeated(question, word, times):
     words = " ".join([word] * times)
-    return turn("repeat", question, f"here it is : {words} .", words)
+    return turn("repeat", question, f"here it is : [{words}] .")
 
 
 def plus(question, a, b):
-    total = number(a + b)
-    return turn("add", question, f"{number(a)} plus {number(b)} is {total} .", total)
+    return turn("add", question, f"{number(a)} plus {number(b)} is [{number(a + b)}] .")
 
 
 def listed(question, category, words, **rule):
-    words = join(words)
-    return turn("list", question, f"the {category} are {words} .", words, **rule)
+    return turn("list", question, f"the {category} are [{join(words)}] .", **rule)
 
 
 def counted(question, numbers):
-    words = join(map(number, numbers))
-    return turn("count", question, f"the numbers are {words} .", words)
+    return turn("count", question, f"the numbers are [{join(map(number, numbers))}] .")
 
 
 def sentence(question, adjective, noun, home):
-    full = f"once there was a {adjective} {noun} in the {home} ."
-    return turn("sentence", question, full, f"a {adjective} {noun}")
+    return turn("sentence", question, f"once there was [a {adjective} {noun}] in the {home} .")
 
 
 # ---- questions about a scene, seen or written ----------------------------------------------------
@@ -239,21 +252,19 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
 
     if kind in ("color", "size"):
         value = getattr(thing, kind)
-        return turn(kind, f"what {kind} is the {shape} ?", f"the {shape} is {value} .", value)
+        return turn(kind, f"what {kind} is the {shape} ?", f"the {shape} is [{value}] .")
     if kind == "where":
-        return turn(kind, f"where is the {shape} ?", f"the {shape} is at {place} .", place)
+        return turn(kind, f"where is the {shape} ?", f"the {shape} is at [{place}] .")
     if kind == "shape":
-        question = f"what shape is the {color} one ?"
-        return turn(kind, question, f"the {color} one is a {shape} .", shape)
+        return turn(kind, f"what shape is the {color} one ?", f"the {color} one is a [{shape}] .")
     if kind == "exist":
         return ask_exist(rng, scene, rng.random() < .5)
     if kind == "number":
-        n = number(len(scene))
         noun = "objects" if len(scene) > 1 else "object"
-        return turn(kind, "how many objects are there ?", f"i see {n} {noun} .", n)
+        return turn(kind, "how many objects are there ?", f"i see [{number(len(scene))}] {noun} .")
     if kind == "describe":
         bare = join(f"{t.size} {t.color} {t.shape}" for t in scene)
-        return turn(kind, "describe the scene .", caption(scene), bare)
+        return turn(kind, "describe the scene .", f"[{caption(scene)}]") | {"bare": bare}
     if kind == "each":
         return ask_each(rng, scene)
     if kind == "choice":
@@ -271,8 +282,8 @@ def ask_exist(rng, scene, truth):
 
     question = f"is there a {thing} ?"
     if truth:
-        return turn("exist", question, f"yes , there is a {thing} .", "yes")
-    return turn("exist", question, f"no , there is no {thing} .", "no")
+        return turn("exist", question, f"[yes] , there is a {thing} .")
+    return turn("exist", question, f"[no] , there is no {thing} .")
 
 
 def ask_each(rng, scene):
@@ -290,7 +301,8 @@ def ask_each(rng, scene):
     values = [getattr(t, value) for t in things]
     named = join(keys) + (" one" if key == "color" else "")
     answer = join(f"{k} {v}" for k, v in zip(keys, values))
-    return turn("each", f"name the {value} of the {named} .", f"{answer} .", join(values))
+    bare = {"bare": join(values)}
+    return turn("each", f"name the {value} of the {named} .", f"[{answer}] .") | bare
 
 
 def ask_choice(rng, thing):
@@ -302,7 +314,7 @@ def ask_choice(rng, thing):
 
     offer = " ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options))
     question = f"what color is the {thing.shape} ? {offer} . answer with the letter ."
-    return turn("choice", question, f"the answer is {right} .", right)
+    return turn("choice", question, f"the answer is [{right}] .")
 
 
 def ask_knowledge(rng, scene, kind):
