@@ -99,7 +99,7 @@ def test_half_the_data_and_flipped_labels_reach_the_training(experiment):
 
 
 def test_the_figures_are_drawn_from_the_rows(tmp_path):
-    figures.run(figures.Settings(rows=str(ROOT / "results" / "reproduce.jsonl"), out=str(tmp_path)))
+    figures.draw(read_jsonl(ROOT / "results" / "reproduce.jsonl"), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"forgetting.png", "curves.png"}
 
 

@@ -29,7 +29,6 @@ import json
 import math
 import multiprocessing
 import random
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,16 +64,27 @@ class Settings:
 
 # ---- sizes and initialisation --------------------------------------------------------------------
 
-VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3,
-                      num_attention_heads=4, image_size=48, patch_size=16)
+VISION = VisionConfig(
+    hidden_size=96,
+    intermediate_size=384,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=48,
+    patch_size=16,
+)
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
 def language(width, layers=4, words=0) -> Config:
     """A text model with as many heads of 32 as make up its width."""
     heads = width // 32
-    text = TextConfig(words, width, 2 * width, layers, heads, heads, head_dim=32, rms_norm_eps=1e-5,
-                      max_position_embeddings=512, tie_word_embeddings=True)
+    text = TextConfig(
+        words, width, 2 * width, layers, heads, heads,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
     return Config(text, vision=None, image_token=-1)
 
 
@@ -144,7 +154,8 @@ def train_tower(parts: Path, s: Settings):
 
     Half of a batch are edits of the other half, one attribute changed: details must be seen."""
     torch.set_num_threads(1)
-    steps, batch, lr = s.steps(700), 128, 2e-3
+    steps = s.steps(700)
+    batch, lr = 128, 2e-3
     tokens = Tokens(parts, language(64))
     vit = ViT(VISION)
     reader = Llava(language(64, 2, tokens.tokenizer.get_vocab_size()))
@@ -230,13 +241,16 @@ def give_birth(model, tokens):
 
 def train_language(parts: Path, s: Settings, out: Path):
     torch.set_num_threads(1)
-    steps, batch = s.steps(2000), 16
+    steps = s.steps(2000)
+    batch = 16
     tokens = Tokens(parts, language(s.width))
     model = Llava(language(s.width, words=tokens.tokenizer.get_vocab_size()))
     initialise(model, s.seed * 10 + 5)
     give_birth(model, tokens)
-    run = Run(model, sft.Settings(lr=2e-3, batch=batch), make_pack, steps=steps, rate=wsd,
-              betas=(0.9, 0.98), weight_decay=0.1)
+    run = Run(
+        model, sft.Settings(lr=2e-3, batch=batch), make_pack,
+        steps=steps, rate=wsd, betas=(0.9, 0.98), weight_decay=0.1,
+    )
     sft.train(run, text_trees(tokens, s.seed, steps * batch), "2 language model")
     checkpoint.save(model, out, parts)
 
@@ -282,7 +296,8 @@ def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path):
     torch.set_num_threads(1)
     text_model = checkpoint.load(vicuna)
     config = Config(text_model.config.text, VISION, image_token=SPECIAL.index("<image>"))
-    tokens, model = Tokens(parts, config), Llava(config)
+    tokens = Tokens(parts, config)
+    model = Llava(config)
     model.language_model = text_model.language_model
     model.lm_head = text_model.lm_head
     model.vision_tower.load_state_dict(torch.load(parts / "tower.pt", weights_only=True))
@@ -290,13 +305,13 @@ def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path):
 
     model.vision_tower.requires_grad_(False)
     model.language_model.requires_grad_(False)
-    run = Run(model, sft.Settings(lr=3e-3, batch=24), pack_of, steps=s.steps(600),
-              betas=(0.9, 0.98))
+    settings = sft.Settings(lr=3e-3, batch=24)
+    run = Run(model, settings, pack_of, steps=s.steps(600), betas=(0.9, 0.98))
     sft.train(run, visual_trees(tokens, f"projector/{s.seed}", caption_kinds), "3 projector")
 
     model.language_model.requires_grad_(True)
-    run = Run(model, sft.Settings(lr=3e-4, batch=16), pack_of, steps=s.steps(400),
-              betas=(0.9, 0.98))
+    settings = sft.Settings(lr=3e-4, batch=16)
+    run = Run(model, settings, pack_of, steps=s.steps(400), betas=(0.9, 0.98))
     sft.train(run, visual_trees(tokens, f"tuning/{s.seed}", tuning_kinds), "4 visual tuning")
     checkpoint.save(model, out, parts)
 
@@ -306,7 +321,7 @@ def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path):
 def run(s: Settings):
     if s.width < 32 or s.width % 32:
         raise BadInput(f"--width {s.width}: a multiple of 32")
-    out, began = Path(s.out), time.time()
+    out = Path(s.out)
     if out.exists():
         raise BadInput(f"{out} is already there; remove it first (rm -r {out})")
 
@@ -315,15 +330,13 @@ def run(s: Settings):
         template = (VICUNA.system, "USER:", "ASSISTANT:")                # a word each
         write_tokenizer(parts, tasks.vocabulary(), template)
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-            stages = [pool.submit(train_tower, parts, s),
-                      pool.submit(train_language, parts, s, aside / "vicuna")]
-            for stage in stages:
-                stage.result()
+            tower = pool.submit(train_tower, parts, s)
+            language_model = pool.submit(train_language, parts, s, aside / "vicuna")
+            tower.result()
+            language_model.result()
         train_visual(parts, s, aside / "vicuna", aside / "llava")
 
-    minutes = (time.time() - began) / 60
-    print(f"{out}/llava and {out}/vicuna built in {minutes:.1f} minutes; what they can do: "
-          f"python evaluate.py --ckpt {out}/vicuna,{out}/llava")
+    print(f"what they can do: python evaluate.py --ckpt {out}/vicuna,{out}/llava")
 
 
 if __name__ == "__main__":

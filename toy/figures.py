@@ -4,11 +4,10 @@
     curves.png        both against the share of the data, and of wrong labels
 
 Nothing is computed here but means; every function takes rows and returns a figure. reproduce.py
-draws its own, and what it left can be drawn again:
+draws its own; those of this repository are drawn from results/reproduce.jsonl:
 
-    python -m toy.figures        results/reproduce.jsonl -> forgetting.png, curves.png
+    python -m toy.figures
 """
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +16,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import main, read_jsonl
+from common import HERE, read_jsonl
 
 RED, BLUE, GREY = "#d62728", "#1f77b4", "#777777"
 METHODS = {
@@ -41,13 +40,6 @@ FLIPS = {
     50: "DPO, 50% of labels flipped",
     75: "DPO, 75% of labels flipped",
 }
-
-
-@dataclass
-class Settings:
-    """Draw the figures of an experiment again."""
-    rows: str = "results/reproduce.jsonl"    # what reproduce.py wrote
-    out: str = "results/figures"             # folder of the figures
 
 
 def values(rows, name, column) -> np.ndarray:
@@ -106,9 +98,5 @@ def draw(rows: list[dict], out: Path):
     print(f"figures: {out}")
 
 
-def run(s: Settings):
-    draw(read_jsonl(s.rows), Path(s.out))
-
-
 if __name__ == "__main__":
-    main(Settings, run)
+    draw(read_jsonl(HERE / "results/reproduce.jsonl"), HERE / "results/figures")

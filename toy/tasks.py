@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from common import BadInput, main, write_jsonl
+from common import main, write_jsonl
 from toy.world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOME, HOMES, KNOWLEDGE,
                        LOOKUPS, OPPOSITE, SHAPES, Scene, Thing, ask, ask_exist, counted, either,
                        fruit, larger, listed, number, opposite, plus, random_scene, render,
-                       repeated, sentence, split_of, turn)
+                       repeated, sentence, split_of, turn, two_colors)
 
 
 @dataclass
@@ -68,8 +68,7 @@ def written(scene):
 def make_either(rng):
     (color, noun), (next_color, next_noun) = rng.sample(list(FRUIT_OF.items()), 2)
     lead = rng.choice(("is", "tell me , is", "would you say , is"))
-    wrong = rng.choice([c for c in COLORS if c != color])
-    one, two = rng.sample([color, wrong], 2)
+    one, two = two_colors(rng, color)
     return [either(f"{lead} the {noun} {one} or {two} ?", noun, color),
             either(f"and the {next_noun} ?", next_noun, next_color)]
 
@@ -276,8 +275,6 @@ def vocabulary() -> list[str]:
 
 
 def run(s: Settings):
-    if s.prompts < 1:
-        raise BadInput(f"--prompts {s.prompts}: must be at least 1")
     path = write_prompts(s.prompts, s.seed, s.out)
     print(f"{path}: {s.prompts} questions, the pictures beside it")
     print(f"next: python annotate.py --ckpt toy/llava --data {path} --judge oracle "

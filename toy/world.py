@@ -202,6 +202,12 @@ def turn(kind, question, answer, **rule):
     return {"kind": kind, "question": question, "full": full, "bare": bare, **rule}
 
 
+def two_colors(rng, right):
+    """The right color and a wrong one, in any order."""
+    wrong = rng.choice([color for color in COLORS if color != right])
+    return rng.sample([right, wrong], 2)
+
+
 def either(question, noun, color):
     return turn("either", question, f"the {noun} is [{color}] .")
 
@@ -333,8 +339,7 @@ def ask_knowledge(rng, scene, kind):
         kind = "opposite"
 
     if kind == "either":
-        wrong = rng.choice([c for c in COLORS if c != color])
-        one, two = rng.sample([color, wrong], 2)
+        one, two = two_colors(rng, color)
         return either(f"is the {shape} {one} or {two} ?", shape, color)
     if kind == "opposite":
         return opposite(f"what is the opposite of the size of the {shape} ?", size)
