@@ -50,7 +50,7 @@ def experiment(tmp_path_factory):
         patch.setattr(items, "MAX_NEW", 10)
         patch.setattr(story, "write_prompts", lambda n, seed, folder: tasks.write_prompts(32, seed, folder))
         patch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
-        patch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda rows, out: None))
+        patch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda rows, out: out.mkdir()))
         patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
         patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
         patch.setattr(train, "draw_metrics", lambda run: (run / "metrics.png").touch())     # a second each
@@ -70,7 +70,7 @@ def test_every_run_leaves_a_row_and_the_table_shows_it(experiment):
     assert "judged" not in vicuna["scores"] and vicuna["steps"] == 0
     page = (experiment / "tables.txt").read_text()
     assert f"{vicuna['scores']['text']['mean']:.2f}" in page
-    assert "±0.00" not in page and "6.73" in page and "not sizes" in page
+    assert (experiment / "figures").is_dir() and "±0.00" not in page and "6.73" in page and "not sizes" in page
 
 
 def test_sampling_training_and_measuring_are_in_one_precision_also_beside_a_gpu(experiment):

@@ -148,7 +148,7 @@ def caption_vector(model, captions):
     return model(pack.ids, pack.positions, pack.mask)[last]
 
 
-def train_tower(parts: Path, s: Settings):
+def train_tower(parts, s):
     """InfoNCE (arXiv:2103.00020): each picture must find its caption among the batch's, each
     caption its picture.
 
@@ -239,7 +239,7 @@ def give_birth(model, tokens):
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
-def train_language(parts: Path, s: Settings, out: Path):
+def train_language(parts, s, out):
     torch.set_num_threads(1)
     steps = s.steps(2000)
     batch = 16
@@ -292,7 +292,7 @@ def tuning_kinds(rng):
     return kinds, rng.random() < 0.9
 
 
-def train_visual(parts: Path, s: Settings, vicuna: Path, out: Path):
+def train_visual(parts, s, vicuna, out):
     torch.set_num_threads(1)
     text_model = checkpoint.load(vicuna)
     config = Config(text_model.config.text, VISION, image_token=SPECIAL.index("<image>"))

@@ -8,8 +8,6 @@ draws its own; those of this repository are drawn from results/reproduce.jsonl:
 
     python -m toy.figures
 """
-from pathlib import Path
-
 import matplotlib
 import numpy as np
 
@@ -42,12 +40,12 @@ FLIPS = {
 }
 
 
-def values(rows, name, column) -> np.ndarray:
+def values(rows, name, column):
     """One number per seed."""
     return np.array([row["scores"][column]["mean"] for row in rows if row["name"] == name])
 
 
-def forgetting(rows: list[dict]):
+def forgetting(rows):
     """Text (1 to 10) up, the judge's opinion of image answers (0 to 12) to the right."""
     figure, axis = plt.subplots(figsize=(8.5, 4.5))
     start = [values(rows, "LLaVA-mini", column).mean() for column in ("judged", "text")]
@@ -55,11 +53,10 @@ def forgetting(rows: list[dict]):
         x = values(rows, name, "judged")
         y = values(rows, name, "text")
         end = x.mean(), y.mean()
-        axis.scatter(x, y, s=14, color=color, alpha=0.35, linewidths=0)
-        axis.scatter(*end, s=60, color=color, label=name, zorder=3)
+        axis.scatter(x, y, s=14, color=color, alpha=0.35)
+        axis.scatter(*end, s=60, color=color, label=name)
         if name != "LLaVA-mini":
-            arrow = {"arrowstyle": "->", "color": color, "alpha": 0.6, "shrinkB": 4}
-            axis.annotate("", end, start, arrowprops=arrow)
+            axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color})
 
     # The text model sees nothing: a level, not a point.
     level = values(rows, "Vicuna-mini", "text").mean()
@@ -74,14 +71,14 @@ def forgetting(rows: list[dict]):
     return figure
 
 
-def curves(rows: list[dict]):
+def curves(rows):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, names, what in zip(axes, (DATA, FLIPS), ("% of the data", "% of labels flipped")):
         for column, color in (("text", RED), ("judged", BLUE)):
             means = []
             for share, name in names.items():
                 dots = values(rows, name, column)
-                axis.scatter([share] * len(dots), dots, s=10, color=color, alpha=0.35, linewidths=0)
+                axis.scatter([share] * len(dots), dots, s=10, color=color, alpha=0.35)
                 means.append(dots.mean())
             axis.plot(list(names), means, color=color, marker="o", label=column)
         axis.set(xlabel=what, xticks=list(names))
@@ -89,7 +86,7 @@ def curves(rows: list[dict]):
     return figure
 
 
-def draw(rows: list[dict], out: Path):
+def draw(rows, out):
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in (("forgetting", forgetting(rows)), ("curves", curves(rows))):
         figure.tight_layout()

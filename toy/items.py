@@ -66,7 +66,7 @@ def measure(model, tokens, folder, name, split="test") -> tuple[dict, list[dict]
     return scores, answers
 
 
-def behind_a_picture(model, tokens, folder, name) -> dict:
+def behind_a_picture(model, tokens, folder, name):
     """The text score with a random held-out picture before the first question.
 
     Does the mere presence of an image hurt? The picture has nothing to do with the question (the
@@ -83,7 +83,7 @@ def behind_a_picture(model, tokens, folder, name) -> dict:
     return mean([oracle.score_text(record, pair)["text"] for record, pair in zip(texts, said)])
 
 
-def ask(model, tokens, records, desc) -> list[list[str]]:
+def ask(model, tokens, records, desc):
     """The greedy answers to each record's questions, the second turn's prompt with the model's own
     first answer in it. Raises BadInput where one could not be answered: all of them are ours."""
     asked = []
@@ -100,8 +100,9 @@ def ask(model, tokens, records, desc) -> list[list[str]]:
     return [item.texts for item in answered]
 
 
-def table(rows: dict[str, dict]) -> str:
-    """One row per model, "mean ±95 % interval" per column, "-" where a text model has none."""
+def table(rows):
+    """{model: scores} -> one row per model, "mean ±95 % interval" per column, "-" where a text
+    model has none."""
     cells = {name: [] for name in rows}
     for name, scores in rows.items():
         for column, form in COLUMNS.items():

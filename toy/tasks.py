@@ -38,8 +38,8 @@ class Settings:
 TEXT_TASKS = KNOWLEDGE + ("scene", "read")
 
 
-def text_task(rng, task, split, most=4) -> tuple[list[dict], Scene | None]:
-    """Two turns of a task whose first question (or whose scene) belongs to `split`, the scene."""
+def text_task(rng, task, split, most=4):
+    """A task's two turns, and its scene or None; the first question, or the scene, is of `split`."""
     if task in ("scene", "read"):
         return reading_task(rng, task, split, most)
     while True:

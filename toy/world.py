@@ -251,7 +251,7 @@ LOOKUPS = ("color", "size", "where", "shape", "exist", "number")
 KNOWLEDGE = ("either", "compare", "opposite", "fruit", "repeat", "add", "list", "count", "sentence")
 
 
-def ask(rng: random.Random, scene: Scene, kind: str) -> dict:
+def ask(rng: random.Random, scene: Scene, kind: str):
     """One question of LOOKUPS, of KNOWLEDGE, or "describe", "each" or "choice"."""
     thing = rng.choice(scene)
     size, color, shape, place = thing
