@@ -1,7 +1,8 @@
 """The boring lines, named so: flags, devices, files that appear whole or not at all, one way to say no.
 
-Nothing here is about preferences or images. A script's settings are one dataclass: `flags` turns its fields into --flags and
-their trailing comments into --help, so that default, type and help have one source.
+Nothing here is about preferences or images. A script's settings are one dataclass: `flags` turns
+its fields into --flags and their trailing comments into --help, so that default, type and help have
+one source.
 """
 import argparse
 import dataclasses
@@ -17,13 +18,13 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Threads that spin while they wait for each other take the core from whatever else runs on the machine; threads that sleep
-# at once wake too late, thousands of times a step. So let them spin for a part of a millisecond, in which most waits are
-# over, and then sleep (LOG.md). OpenMP's runtime and tqdm read these variables once, when they are loaded; so every script
-# imports this file first.
+# Threads that spin while they wait for each other take the core from whatever else runs on the
+# machine; threads that sleep at once wake too late, thousands of times a step. So let them spin for
+# a part of a millisecond, in which most waits are over, and then sleep (LOG.md). OpenMP's runtime
+# and tqdm read these variables once, when they are loaded; so every script imports this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-if os.environ.get("RANK", "0") != "0":                   # of several processes the first alone draws progress bars
+if os.environ.get("RANK", "0") != "0":    # of several processes the first alone draws progress bars
     os.environ["TQDM_DISABLE"] = "1"
 
 import torch
@@ -33,13 +34,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. The message names the file, the record's id and the remedy."""
+    """Something the user gave cannot be used. The message names the file, the record's id and the
+    remedy."""
 
 
-# ---- a script: settings from flags, trouble as one message ---------------------------------------------------
+# ---- a script: settings from flags, trouble as one message ---------------------------------------
 
 def main(settings: type, run):
-    """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with 1."""
+    """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with
+    1."""
     # A letter that the terminal cannot show is spelled out; it is no reason for a traceback.
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
@@ -50,19 +53,21 @@ def main(settings: type, run):
         return run(flags(settings))
     except BadInput as problem:
         message = str(problem)
-    except OSError as problem:                           # a full disk, a folder that may not be written, --out a file
+    except OSError as problem:    # a full disk, a folder that may not be written, --out a file
         message = f"{problem.filename or ''}: {problem.strerror or problem}; nothing that was finished is lost"
     except KeyboardInterrupt:
         message = "interrupted; finished files are whole, the rest can be run again"
 
-    # Of several processes the first speaks, and torchrun ends the others, unless the trouble is theirs alone.
+    # Of several processes the first speaks, and torchrun ends the others, unless the trouble is
+    # theirs alone.
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 def flags(settings: type, argv: list[str] | None = None):
-    """Build the dataclass `settings` from --name value flags; an unknown flag or a wrong type is an error."""
+    """Build the dataclass `settings` from --name value flags; an unknown flag or a wrong type is an
+    error."""
     parser = argparse.ArgumentParser(
         description=inspect.getdoc(settings), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,9 +84,10 @@ def flags(settings: type, argv: list[str] | None = None):
 
 
 def trailing_comments(settings: type) -> dict[str, str]:
-    """{field: comment} of `name: type = value   # comment` in the source of a dataclass and of what it inherits from."""
+    """{field: comment} of `name: type = value   # comment` in the source of a dataclass and of what
+    it inherits from."""
     found = {}
-    for kind in reversed(settings.__mro__[:-1]):         # a base's first, for its heirs to speak over
+    for kind in reversed(settings.__mro__[:-1]):    # a base's first, for its heirs to speak over
         for line in inspect.getsource(kind).splitlines():
             match = re.match(r"    (\w+):[^#]*#\s*(.*)", line)
             if match:
@@ -94,10 +100,11 @@ def on_or_off(text: str) -> bool:
     return bool(("0", "1").index(text))
 
 
-# ---- where and how to compute --------------------------------------------------------------------------------
+# ---- where and how to compute --------------------------------------------------------------------
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What --device and --dtype name. "auto" is the GPU if there is one, fp32 on the CPU, bf16 elsewhere."""
+    """What --device and --dtype name. "auto" is the GPU if there is one, fp32 on the CPU, bf16
+    elsewhere."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -132,7 +139,8 @@ def hardware() -> str:
 
 
 def describe_run(settings, **more) -> dict:
-    """What a run's config.json holds: command, settings, commit, hardware, versions, and what else tells runs apart."""
+    """What a run's config.json holds: command, settings, commit, hardware, versions, and what else
+    tells runs apart."""
     try:
         git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
         commit = git.stdout.strip() or "unknown"
@@ -150,10 +158,11 @@ def describe_run(settings, **more) -> dict:
     }
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 def write_whole(path: Path, text: str | Iterable[str]):
-    """The file appears complete or not at all: written aside, flushed to disk, renamed. Text, or pieces of it."""
+    """The file appears complete or not at all: written aside, flushed to disk, renamed. Text, or
+    pieces of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")

@@ -8,19 +8,20 @@ A record is a prompt and its n answers, one JSON object a line. Every stage read
      "answers": [{"text": "...", "finish": "stop", "scores": {"helpfulness": 4, ...}, "comment": "..."}, ...],
      "golden": "...", "pair": [0, 1]}                answers[0] was preferred to answers[1], where the data says so
 
-The problem. A log-prob is only as right as the tokens it is taken over. Most published bugs in preference training are
-off-by-ones here: a slice at position 575, a lost first token, a missing </s>, a prompt tokenised differently in training
-and in generation.
+The problem. A log-prob is only as right as the tokens it is taken over. Most published bugs in
+preference training are off-by-ones here: a slice at position 575, a lost first token, a missing
+</s>, a prompt tokenised differently in training and in generation.
 
-The trick. There is one way to turn a conversation into ids, and training, reference scores, sampling and evaluation all
-use it. A record becomes a *tree*: one prompt, n answers.
+The trick. There is one way to turn a conversation into ids, and training, reference scores,
+sampling and evaluation all use it. A record becomes a *tree*: one prompt, n answers.
 
     text     A chat ... questions. USER: <image>\\nWhat color? ASSISTANT: red</s>
     prompt   <s> A chat ... USER: [img] x 576 What color? ASSISTANT:           ids(prompt)
     answer   red </s>                                                          ids(prompt + " red</s>") minus ids(prompt)
 
-That the second line begins with the first is checked for every answer, so the tokens trained on are those that generation
-sees. A tree waits with one id per picture, and is written out with one per patch when it is packed: labels never shift.
+That the second line begins with the first is checked for every answer, so the tokens trained on are
+those that generation sees. A tree waits with one id per picture, and is written out with one per
+patch when it is packed: labels never shift.
 
 A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at row 0:
 
@@ -55,10 +56,11 @@ GAP = 2          # smallest difference in S between chosen and rejected (the pap
 MARKER = "<image>"
 
 
-# ---- which answers count, and which two make a pair ------------------------------------------------------------
+# ---- which answers count, and which two make a pair ----------------------------------------------
 
 def usable(answer: dict) -> bool:
-    """Where the token budget cut an answer off, its end is not the model's, and must not be taught as one."""
+    """Where the token budget cut an answer off, its end is not the model's, and must not be taught
+    as one."""
     return answer.get("finish") != "length"
 
 
@@ -74,9 +76,10 @@ def scored_answers(record: dict) -> list[tuple[int, int]]:
 def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] | None:
     """(chosen, rejected) as indices into the record's answers, or None where there is no pair.
 
-    The paper's rule (arXiv:2402.10884): chosen is the best answer, rejected a random one among those whose S is at
-    least `gap` lower. A pair given in the data stands. Ties for the best go to the first; the rejected one is drawn with
-    a seed of its own per record, so that neither order nor other records matter. Equal texts are never paired.
+    The paper's rule (arXiv:2402.10884): chosen is the best answer, rejected a random one among
+    those whose S is at least `gap` lower. A pair given in the data stands. Ties for the best go to
+    the first; the rejected one is drawn with a seed of its own per record, so that neither order
+    nor other records matter. Equal texts are never paired.
     """
     if record.get("pair"):
         chosen, rejected = record["pair"]
@@ -93,11 +96,12 @@ def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] 
     return best, random.Random(f"{seed}/{record['id']}").choice(worse)
 
 
-# ---- template: how a checkpoint wants its prompts ----------------------------------------------------------------
+# ---- template: how a checkpoint wants its prompts ------------------------------------------------
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is spelled for a model. Nothing else in this repository knows a role's spelling or an end token."""
+    """How a conversation is spelled for a model. Nothing else in this repository knows a role's
+    spelling or an end token."""
     name: str
     user: str                            # a user's turn, up to where the assistant speaks
     answer: str                          # what the assistant adds, its end token included
@@ -128,7 +132,8 @@ class Template:
         return text
 
     def reply(self, text: str) -> str:
-        """What an answer adds to the prompt's text. (What is put in is not searched again, whatever it says.)"""
+        """What an answer adds to the prompt's text. (What is put in is not searched again, whatever
+        it says.)"""
         return self.answer.replace("{content}", text)
 
     def asked(self, messages: list[dict]) -> list[dict]:
@@ -165,17 +170,21 @@ LLAMA_3 = Template(
     ends=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
     system_form="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
 )
-MISTRAL = Template(       # as tokenizers with an [INST] of their own read it; the system's sentence goes to the first question
+# as tokenizers with an [INST] of their own read it; the system's sentence goes to the first
+# question
+MISTRAL = Template(
     "mistral",
     user="[INST] {content}[/INST]",
     answer=" {content}</s>",
 )
 TEMPLATES = {template.name: template for template in (VICUNA, CHATML, LLAMA_3, MISTRAL)}
-SIGNS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3", "[INST]": "mistral"}    # a token tells its template
+# a token tells its template
+SIGNS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3", "[INST]": "mistral"}
 
 
 def find_template(name, path, tokenizer) -> Template:
-    """--template, or what the model's folder says in template.json, or what its tokenizer's own tokens tell."""
+    """--template, or what the model's folder says in template.json, or what its tokenizer's own
+    tokens tell."""
     if name:
         if name not in TEMPLATES:
             raise BadInput(f"--template {name}: choose one of {', '.join(TEMPLATES)}")
@@ -191,7 +200,8 @@ def find_template(name, path, tokenizer) -> Template:
 
 
 def read_template(path) -> Template:
-    """template.json: fields of a Template; those it leaves out are those of the known one that it names."""
+    """template.json: fields of a Template; those it leaves out are those of the known one that it
+    names."""
     fields = read_json(path)
     known = TEMPLATES.get(str(fields.get("name")))
     try:
@@ -226,13 +236,13 @@ def target_scores(text: str) -> dict[str, int]:
     return scores
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 class Tokens:
     """A checkpoint's tokenizer.json, its template, and the few ids that this code needs.
 
-    encode(text) is what transformers' tokenizer gives for the same file (with <s> in front where only
-    tokenizer_config.json asks for it, as transformers 4 did).
+    encode(text) is what transformers' tokenizer gives for the same file (with <s> in front where
+    only tokenizer_config.json asks for it, as transformers 4 did).
     """
 
     def __init__(self, folder: Path, config, template: str = ""):
@@ -279,7 +289,8 @@ class Tokens:
                 "take tokenizer.json from the llava-hf folder of the same model"
             )
 
-        # Control tokens: their text must not stand in anybody's words. <s> may be asked for outside tokenizer.json.
+        # Control tokens: their text must not stand in anybody's words. <s> may be asked for outside
+        # tokenizer.json.
         added = self.tokenizer.get_added_tokens_decoder().values()
         self.special = frozenset(token.content for token in added if token.special)
         about = path.with_name("tokenizer_config.json")
@@ -303,7 +314,8 @@ class Tokens:
         return other
 
     def asking(self, scores: dict[str, int] | None) -> "Tokens":
-        """The same, with every question asking for these scores (None: for none). Raises BadInput without a form."""
+        """The same, with every question asking for these scores (None: for none). Raises BadInput
+        without a form."""
         if not self.steer:
             raise BadInput(f"{self.source.parent} was not trained to be asked for scores; steerlm.py does that")
         other = copy(self)
@@ -311,17 +323,19 @@ class Tokens:
         return other
 
     def check(self, text: str, what: str, marker: bool = False):
-        """Raises BadInput for text that the tokenizer would read as a control token. `marker`: <image> may stand in it."""
+        """Raises BadInput for text that the tokenizer would read as a control token. `marker`:
+        <image> may stand in it."""
         for token in sorted(self.special):
             if token in text and not (marker and token == MARKER):
                 raise BadInput(f"{what} contains {token}, which the tokenizer reads as a control token; remove it")
 
 
-# ---- trees -----------------------------------------------------------------------------------------------------
+# ---- trees ---------------------------------------------------------------------------------------
 
 @dataclass(slots=True)
 class Tree:
-    """One prompt and its n answers as ids. It waits in memory with one id per picture: some hundred bytes."""
+    """One prompt and its n answers as ids. It waits in memory with one id per picture: some hundred
+    bytes."""
     id: str
     prompt: array                                        # of "i"
     answers: list[array]                                 # each ends with the template's end token
@@ -352,10 +366,13 @@ class Tree:
 
 
 def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = False, max_length: int = 0) -> Tree:
-    """A record and some answers' texts -> a tree. Raises BadInput with the reason it cannot be used.
+    """A record and some answers' texts -> a tree. Raises BadInput with the reason it cannot be
+    used.
 
-    history      also mark the earlier assistant turns, so that instruction tuning can score them; else they are context
-    max_length   longest prompt + answer in tokens; what is longer is refused, never cut (0: no limit)
+    history      also mark the earlier assistant turns, so that instruction tuning can score them;
+                 else they are context
+    max_length   longest prompt + answer in tokens; what is longer is refused, never cut (0: no
+                 limit)
     """
     if record["images"] and not tokens.patches:
         raise BadInput("has images, but this checkpoint is text-only")
@@ -391,7 +408,8 @@ def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = 
 
 
 def added(tokens, prompt, text, more) -> list[int]:
-    """The ids that `more` adds to the prompt; the prompt's own must not change, or generation would see others."""
+    """The ids that `more` adds to the prompt; the prompt's own must not change, or generation would
+    see others."""
     whole = tokens.encode(text + more)
     if whole[:len(prompt)] != prompt:
         raise BadInput(
@@ -404,12 +422,12 @@ def added(tokens, prompt, text, more) -> list[int]:
     return ids
 
 
-# ---- packs -----------------------------------------------------------------------------------------------------
+# ---- packs ---------------------------------------------------------------------------------------
 
 @dataclass
 class Pack:
-    """Several trees in one row of T tokens. N tokens of A answers are scored, M tokens predict them; the file's head has a
-    worked example."""
+    """Several trees in one row of T tokens. N tokens of A answers are scored, M tokens predict
+    them; the file's head has a worked example."""
     ids: Tensor          # (T,)
     positions: Tensor    # (T,)
     mask: Mask           # three (T,) vectors
@@ -422,7 +440,8 @@ class Pack:
 
     @property
     def rows(self) -> Tensor:
-        """(N,) the token that predicts targets[i]; the prompt's last comes once for every answer."""
+        """(N,) the token that predicts targets[i]; the prompt's last comes once for every
+        answer."""
         return self.read[self.place]
 
     def to(self, device) -> "Pack":
@@ -437,7 +456,8 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     answers = 0
 
     def lay(tokens, position, sees) -> int:
-        """Append a segment whose first token stands at `position` and which sees a prompt's range -> where it begins."""
+        """Append a segment whose first token stands at `position` and which sees a prompt's range
+        -> where it begins."""
         begin = len(ids)
         ids.extend(tokens)
         positions.extend(range(position, position + len(tokens)))
@@ -488,7 +508,8 @@ def split(trees: Iterable[Tree], budget: int) -> Iterator[list[Tree]]:
 
 
 def pack_size(wanted: int, device: torch.device) -> int:
-    """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches and a laptop's memory like."""
+    """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches and a laptop's
+    memory like."""
     if wanted:
         return wanted
     return 1024 if device.type == "cpu" else 8192
@@ -504,8 +525,9 @@ class Pixels:
         return preprocess(load_image(path), self.size)
 
     def __call__(self, paths: list[str]) -> Tensor | None:
-        """n files -> (n, 3, S, S), or None for no files. In numpy: torch would start threads in whatever thread this
-        runs in, and OpenMP, once it counts more of them than cores, lets none wait awake any more (common.py)."""
+        """n files -> (n, 3, S, S), or None for no files. In numpy: torch would start threads in
+        whatever thread this runs in, and OpenMP, once it counts more of them than cores, lets none
+        wait awake any more (common.py)."""
         return torch.from_numpy(np.stack([self.one(path) for path in paths])) if paths else None
 
     def pack(self, trees: list[Tree]) -> Pack:

@@ -1,8 +1,9 @@
 """The remedy: raise the log-probability of the better answer over the worse one, measured from where you started.
 
-The problem. For a question x a judge preferred answer y_w to y_l. Reinforcement learning would fit a reward to such pairs and
-then climb it, tied to the starting policy by a KL term. DPO (arXiv:2305.18290) observes that the best policy under a reward r
-is known in closed form, so r can be written by the policy itself,
+The problem. For a question x a judge preferred answer y_w to y_l. Reinforcement learning would fit
+a reward to such pairs and then climb it, tied to the starting policy by a KL term. DPO
+(arXiv:2305.18290) observes that the best policy under a reward r is known in closed form, so r can
+be written by the policy itself,
 
     r(x, y) = beta * (log p(y|x) - log p_ref(y|x)),
 
@@ -10,18 +11,21 @@ and the likelihood of the judge's choice becomes a loss on the policy alone (Eq.
 
     loss = -log sigmoid( r(x, y_w) - r(x, y_l) ).
 
-The difference is the *margin*. Log-probs are sums over an answer's tokens and its </s> (not means), beta is 0.1, p_ref is the
-policy as it was before the first step: the paper's choices (arXiv:2402.10884).
+The difference is the *margin*. Log-probs are sums over an answer's tokens and its </s> (not means),
+beta is 0.1, p_ref is the policy as it was before the first step: the paper's choices
+(arXiv:2402.10884).
 
-The trick. The reference is one number per answer, so it is computed once, by the very code that trains, and no second model is
-kept. It is stored in reference.jsonl with a fingerprint of weights, data, template, image processing and dtype; a stale file
-is refused. The contract, checked at the first step of every run: at step 0 policy and reference agree, so every margin is 0
-(and DPO's loss ln 2 = 0.693147). A run that starts anywhere else is not computing what it says. And both answers hang off one
-prompt in one packed row (data.py), so that image and question are computed once per pair.
+The trick. The reference is one number per answer, so it is computed once, by the very code that
+trains, and no second model is kept. It is stored in reference.jsonl with a fingerprint of weights,
+data, template, image processing and dtype; a stale file is refused. The contract, checked at the
+first step of every run: at step 0 policy and reference agree, so every margin is 0 (and DPO's loss
+ln 2 = 0.693147). A run that starts anywhere else is not computing what it says. And both answers
+hang off one prompt in one packed row (data.py), so that image and question are computed once per
+pair.
 
-Reading the curves. `margin` should rise and `loss` fall. Both logp_chosen and logp_rejected may fall: the loss sees only their
-difference. accuracy is the share of pairs with positive margin. Watch length_chosen against length_rejected: a judge that
-likes long answers teaches length.
+Reading the curves. `margin` should rise and `loss` fall. Both logp_chosen and logp_rejected may
+fall: the loss sees only their difference. accuracy is the share of pairs with positive margin.
+Watch length_chosen against length_rejected: a judge that likes long answers teaches length.
 
     python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo
 """
@@ -60,8 +64,9 @@ class Settings(training.Settings):
     reference: str = ""          # reference log-probs file; empty: <out>/reference.jsonl
 
 
-# ---- the losses -------------------------------------------------------------------------------------------------
-# (B, 2) log-probs of chosen and rejected in nats, now and under the reference -> (B,) losses, (B,) margins.
+# ---- the losses ----------------------------------------------------------------------------------
+# (B, 2) log-probs of chosen and rejected in nats, now and under the reference -> (B,) losses, (B,)
+# margins.
 
 def margins(logps, reference, beta):
     """By how much the policy's reward prefers the chosen answer, (B,)."""
@@ -76,14 +81,15 @@ def sigmoid(logps, reference, s):
 
 
 def ipo(logps, reference, s):
-    """arXiv:2310.12036, Eq. 17: the log-ratio is drawn to 1 / (2 beta), and pulled back beyond it: no pair runs away.
-    On sums, as the paper has it; per token (TRL's way) with --average."""
+    """arXiv:2310.12036, Eq. 17: the log-ratio is drawn to 1 / (2 beta), and pulled back beyond it:
+    no pair runs away. On sums, as the paper has it; per token (TRL's way) with --average."""
     margin = margins(logps, reference, s.beta)
     return (margin / s.beta - 1 / (2 * s.beta)).square(), margin
 
 
 def hinge(logps, reference, s):
-    """arXiv:2305.10425 (SLiC), arXiv:2309.06657: a pair whose margin has reached 1 teaches nothing any more."""
+    """arXiv:2305.10425 (SLiC), arXiv:2309.06657: a pair whose margin has reached 1 teaches nothing
+    any more."""
     margin = margins(logps, reference, s.beta)
     return F.relu(1 - margin), margin
 
@@ -99,7 +105,7 @@ def robust(logps, reference, s):
 LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
 
 
-# ---- the loop -----------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
 UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
 
@@ -108,10 +114,11 @@ def train(run, pairs, s):
     """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
-            logps, reference, lengths = pair_logps(run.model, part, s)       # (B, 2) each: chosen, rejected
+            # (B, 2) each: chosen, rejected
+            logps, reference, lengths = pair_logps(run.model, part, s)
             loss, margin = LOSSES[s.loss](logps, reference, s)
-            run.backward(loss.sum() / len(batch))        # the mean over the batch, however it is packed
-            rewards = s.beta * (logps - reference)       # whose difference the margin is; for metrics
+            run.backward(loss.sum() / len(batch))    # the mean over the batch, however it is packed
+            rewards = s.beta * (logps - reference)    # whose difference the margin is; for metrics
             run.record(
                 loss=loss, margin=margin, accuracy=margin > UNDECIDED,
                 reward_chosen=rewards[:, 0], reward_rejected=rewards[:, 1],
@@ -126,7 +133,8 @@ def train(run, pairs, s):
 
 
 def pair_logps(model, part, s):
-    """Log-probs of chosen and rejected now, under the reference, and the answers' lengths in tokens, (B, 2) each."""
+    """Log-probs of chosen and rejected now, under the reference, and the answers' lengths in
+    tokens, (B, 2) each."""
     logps = answer_logps(model, part.pack).view(-1, 2)   # (2 B,) -> (B, 2)
     reference = logps.new_tensor([pair.reference for pair in part.items])
     lengths = logps.new_tensor([[len(answer) for answer in pair.answers] for pair in part.items])
@@ -151,15 +159,16 @@ def line(row: dict) -> str:
 def check_contract(columns, s, dtype):
     """At step 0 the policy is the reference, so every margin is 0. Raises BadInput where it is not.
 
-    Packs differ in shape from the reference pass, so sums of log-probs may differ in their last digits: by less than
-    0.01 nats in fp32. Where the model rounds to 16 bits some hundredths of a nat a token are rounding, by chance up or
-    down: the worst pair of a batch is allowed 4 nats, their mean 1. beta scales both.
+    Packs differ in shape from the reference pass, so sums of log-probs may differ in their last
+    digits: by less than 0.01 nats in fp32. Where the model rounds to 16 bits some hundredths of a
+    nat a token are rounding, by chance up or down: the worst pair of a batch is allowed 4 nats,
+    their mean 1. beta scales both.
     """
     most, mean = (1e-2, 1e-2) if dtype == torch.float32 else (4.0, 1.0)
     margin = columns["margin"]
     worst = margin.abs().max().item()
     nothing = torch.zeros(1, 2)
-    start = LOSSES[s.loss](nothing, nothing, s)[0].item()                    # ln 2; another loss starts elsewhere
+    start = LOSSES[s.loss](nothing, nothing, s)[0].item()    # ln 2; another loss starts elsewhere
     verdict = (
         f"loss {columns['loss'].mean().item():.6f} ({start:.6f} for no margin), "
         f"largest |margin| {worst:.1e} (allowed {s.beta * most:g})"
@@ -171,7 +180,8 @@ def check_contract(columns, s, dtype):
 
 @torch.no_grad()
 def preference(model, pairs, pixels, s) -> dict:
-    """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0) counts one half."""
+    """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0)
+    counts one half."""
     mine = []
     for part in training.packs(pairs, s.pack, pixels.pack, model.device):
         logps, reference, _ = pair_logps(model, part, s)
@@ -183,7 +193,7 @@ def preference(model, pairs, pixels, s) -> dict:
     return {"pairs": len(pairs), "margin": round(found.mean().item(), 6) + 0.0, "accuracy": right.mean().item()}
 
 
-# ---- the reference --------------------------------------------------------------------------------------------------
+# ---- the reference -------------------------------------------------------------------------------
 
 @torch.no_grad()
 def reference_logps(model, trees, pixels, budget) -> list[list[float]]:
@@ -207,7 +217,8 @@ def reference_logps(model, trees, pixels, budget) -> list[list[float]]:
 
 
 def fingerprint(model, found) -> dict[str, str]:
-    """What the reference log-probs depend on, one hash each, so that a refusal can say what changed."""
+    """What the reference log-probs depend on, one hash each, so that a refusal can say what
+    changed."""
     tokens, pixels = found.tokens, found.pixels
     return {
         "weights": checkpoint.digest(model),
@@ -219,7 +230,8 @@ def fingerprint(model, found) -> dict[str, str]:
 
 
 def cached_reference(model, found, path, budget, depends) -> list[list[float]]:
-    """reference.jsonl: computed and written where there is none, refused where its fingerprint is not `depends`."""
+    """reference.jsonl: computed and written where there is none, refused where its fingerprint is
+    not `depends`."""
     note = path.with_suffix(".fingerprint.json")
     if parallel.from_first(path.exists):
         logps = stored_reference(path, note, found.trees, depends)
@@ -232,7 +244,8 @@ def cached_reference(model, found, path, budget, depends) -> list[list[float]]:
         rows = []
         for tree, numbers in zip(found.trees, logps):
             rows.append({"id": tree.id, "logps": numbers, "tokens": [len(answer) for answer in tree.answers]})
-        write_whole(note, json.dumps(depends, indent=1) + "\n")                  # first: a file without it is refused
+        # first: a file without it is refused
+        write_whole(note, json.dumps(depends, indent=1) + "\n")
         write_jsonl(path, rows)
     answers = sum(len(numbers) for numbers in logps)
     print(f"reference: {len(logps)} records, {answers} answers, {time.perf_counter() - began:.1f} s -> {path}")
@@ -261,15 +274,17 @@ def stored_reference(path, note, trees, now) -> list[list[float]]:
     return logps
 
 
-# ---- the script -------------------------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 def is_held_out(record_id: str, share: float) -> bool:
-    """By a checksum of the record's id, so that it does not depend on order, seed or the other records."""
+    """By a checksum of the record's id, so that it does not depend on order, seed or the other
+    records."""
     return zlib.crc32(record_id.encode()) % 1000 < 1000 * share
 
 
 def make_pairs(trees, choices, reference) -> list[Tree]:
-    """The trees that have a pair (choices: two indices, or None), with what the reference says of it."""
+    """The trees that have a pair (choices: two indices, or None), with what the reference says of
+    it."""
     pairs = []
     for tree, choice, logps in zip(trees, choices, reference):
         if choice:
@@ -295,8 +310,8 @@ def align(s: Settings) -> Llava:
     s, device, dtype = training.door(s, full_lr=5e-7, adapter_lr=5e-5)
     out = Path(s.out)
 
-    # Of every usable record a tree with all its answers, and which two of them make a pair. The data comes first:
-    # reading weights takes longer.
+    # Of every usable record a tree with all its answers, and which two of them make a pair. The
+    # data comes first: reading weights takes longer.
     choices = []
 
     def all_answers(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
@@ -322,7 +337,7 @@ def align(s: Settings) -> Llava:
     pairs, held_out = [], []
     for pair in make_pairs(found.trees, choices, logps):
         (held_out if is_held_out(pair.id, s.holdout) else pairs).append(pair)
-    found.trees.clear()                                  # what is no part of a pair is not needed any more
+    found.trees.clear()    # what is no part of a pair is not needed any more
 
     steps = training.count_steps(s, pairs)
     training.describe(s, steps=steps, pairs=len(pairs))

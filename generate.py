@@ -1,17 +1,19 @@
 """From a prompt to n answers: KV cache, decoding, sampling.
 
-The problem. Preference data wants several answers to each prompt, and for LLaVA-1.5 the prompt is 576 image tokens and
-a question: most of the work, and the same for all of its answers.
+The problem. Preference data wants several answers to each prompt, and for LLaVA-1.5 the prompt is
+576 image tokens and a question: most of the work, and the same for all of its answers.
 
-The trick. The prompt's keys and values are computed and stored once per record, not once per answer. Prompts of many
-records go through the model as one packed row without padding (`prefill`); then every step decodes one token per answer
-against its record's prompt and its own past (`Cache.decode`, kernels.decode).
+The trick. The prompt's keys and values are computed and stored once per record, not once per
+answer. Prompts of many records go through the model as one packed row without padding (`prefill`);
+then every step decodes one token per answer against its record's prompt and its own past
+(`Cache.decode`, kernels.decode).
 
-An answer depends on its prompt and its own seed, not on what else is in the batch: a row's draw is the inverse of its
-cumulative distribution at the row's own random number. So a run that was stopped goes on with the same answers.
+An answer depends on its prompt and its own seed, not on what else is in the batch: a row's draw is
+the inverse of its cumulative distribution at the row's own random number. So a run that was stopped
+goes on with the same answers.
 
-Legend: R records, n answers per record, T tokens in a row, D model width, H query heads, G key/value heads, K head width,
-V vocabulary.
+Legend: R records, n answers per record, T tokens in a row, D model width, H query heads, G
+key/value heads, K head width, V vocabulary.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,14 +27,14 @@ from kernels import Mask
 from model import Llava, product
 
 
-# ---- one token --------------------------------------------------------------------------------------------------
+# ---- one token -----------------------------------------------------------------------------------
 
 def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
     """One token per row of logits (B, V). `u` (B,) are the rows' own uniform numbers in [0, 1).
 
-    temperature 0 takes the best token; otherwise the inverse of the cumulative distribution at u, so that a
-    row's draw depends on nothing but its logits and its own random numbers. top_p keeps the smallest set of
-    most likely tokens whose mass reaches it (arXiv:1904.09751).
+    temperature 0 takes the best token; otherwise the inverse of the cumulative distribution at u,
+    so that a row's draw depends on nothing but its logits and its own random numbers. top_p keeps
+    the smallest set of most likely tokens whose mass reaches it (arXiv:1904.09751).
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -40,14 +42,14 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) ->
     if top_p < 1:
         top, order = probs.sort(dim=-1, descending=True, stable=True)
         before = top.cumsum(-1) - top
-        top = top.masked_fill(before >= top_p, 0)                            # what stands before it suffices already
+        top = top.masked_fill(before >= top_p, 0)    # what stands before it suffices already
         probs = torch.zeros_like(probs).scatter(-1, order, top)
     cdf = probs.cumsum(-1)
     token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
 
-# ---- decoding ------------------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def stream(
@@ -62,10 +64,12 @@ def stream(
     seeds: list[list[int]] | None = None,
     ends: tuple[int, ...] = (2,),
 ) -> Iterator[Tensor]:
-    """n answers to each of R prompts, one token (R*n,) of each per step; ends[0] from an answer's end on.
+    """n answers to each of R prompts, one token (R*n,) of each per step; ends[0] from an answer's
+    end on.
 
     prompts   R lists of ids, placeholders expanded    pixels   R times (images, 3, S, S) or None
-    seeds     (R, n) ints, an answer's own; the text of an answer depends on its prompt and its seed, not on what
+    seeds     (R, n) ints, an answer's own; the text of an answer depends on its prompt and its
+              seed, not on what
               else is in the batch (up to floating-point rounding of batched matrix products)
     ends      the tokens that end an answer
     The prompt is computed once for its n answers.
@@ -81,8 +85,8 @@ def stream(
     ending = torch.tensor(ends, device=model.device)
 
     cache, hidden = prefill(model, prompts, pixels, n)
-    hidden = hidden.repeat_interleave(n, 0)                                  # (R*n, D): the last prompt token's
-    length = cache.prompt_len.repeat_interleave(n)                           # (R*n,) the next token's position
+    hidden = hidden.repeat_interleave(n, 0)    # (R*n, D): the last prompt token's
+    length = cache.prompt_len.repeat_interleave(n)    # (R*n,) the next token's position
     active = torch.ones(R * n, dtype=torch.bool, device=model.device)
     for step in range(max_new):
         logits = product(hidden, model.head).float()                         # (R*n, V)
@@ -127,7 +131,7 @@ def until(ids, ends) -> Answer:
     return Answer(ids, "length")
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 class Cache:
     """Keys and values of R ragged prompts, stored once each, and of their R x n growing answers."""
@@ -136,22 +140,25 @@ class Cache:
         self.R = len(prompt_len)
         self.n = n
         self.prompt_len = torch.tensor(prompt_len, device=device)            # (R,)
-        self.prompt = [None] * layers                                        # (keys, values) of each layer
+        self.prompt = [None] * layers    # (keys, values) of each layer
         self.own = [None] * layers
         self.filled = [0] * layers
         at = torch.arange(max(prompt_len), device=device)
         starts = self.prompt_len.cumsum(0) - self.prompt_len
-        self.rows = starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1)             # (R, P) into the pack
+        # (R, P) into the pack
+        self.rows = starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1)
 
     def keep_prompt(self, layer, k, v):
-        keys = k[self.rows].transpose(1, 2).contiguous()                     # (T, G, K) -> (R, G, P, K)
+        keys = k[self.rows].transpose(1, 2).contiguous()    # (T, G, K) -> (R, G, P, K)
         values = v[self.rows].transpose(1, 2).contiguous()
         self.prompt[layer] = keys, values
 
     def decode(self, layer, q, k, v):
-        """The `attend` of one new token per answer: file its k and v away, then look at everything it may see."""
+        """The `attend` of one new token per answer: file its k and v away, then look at everything
+        it may see."""
         used = self.filled[layer]
-        new = [x.view(self.R, self.n, 1, *x.shape[1:]).permute(0, 3, 1, 2, 4) for x in (k, v)]   # (R, G, n, 1, K)
+        # (R, G, n, 1, K)
+        new = [x.view(self.R, self.n, 1, *x.shape[1:]).permute(0, 3, 1, 2, 4) for x in (k, v)]
         if self.own[layer] is None:
             self.own[layer] = [x.new_zeros(*x.shape[:3], 32, x.shape[-1]) for x in new]
         elif used == self.own[layer][0].shape[3]:                            # full: double the room
@@ -166,8 +173,9 @@ class Cache:
 
 
 def prefill(model, prompts, pixels, n) -> tuple[Cache, Tensor]:
-    """One packed pass over all prompts -> their cache and the hidden state (R, D) of each one's last token."""
-    for prompt, images in zip(prompts, pixels, strict=True):                 # embed only sees their sum
+    """One packed pass over all prompts -> their cache and the hidden state (R, D) of each one's
+    last token."""
+    for prompt, images in zip(prompts, pixels, strict=True):    # embed only sees their sum
         need = prompt.count(model.config.image_token)
         have = 0 if images is None else len(images) * model.config.vision.patches
         if need != have:
@@ -177,7 +185,7 @@ def prefill(model, prompts, pixels, n) -> tuple[Cache, Tensor]:
     lengths = [len(prompt) for prompt in prompts]
     size = torch.tensor(lengths)
     last = (size.cumsum(0) - 1).to(device)                                   # (R,)
-    own = (size.cumsum(0) - size).repeat_interleave(size)                    # (T,) where my prompt starts
+    own = (size.cumsum(0) - size).repeat_interleave(size)    # (T,) where my prompt starts
     positions = (torch.arange(len(own)) - own).to(device)
     mask = Mask(torch.zeros_like(own), torch.zeros_like(own), own).to(device)
     ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
@@ -192,7 +200,7 @@ def prefill(model, prompts, pixels, n) -> tuple[Cache, Tensor]:
     return cache, model.language_model(x, positions, attend, last)           # (R, D)
 
 
-# ---- sampling: n answers to each record ----------------------------------------------------------------------------
+# ---- sampling: n answers to each record ----------------------------------------------------------
 
 def answer_seed(seed: int, record_id: str, k: int) -> int:
     """The k-th answer's own seed: the same whatever stands before or beside it in the file."""
@@ -211,8 +219,9 @@ def sample_answers(
     max_new: int = 1024,
     seed: int = 0,
 ) -> list[list[dict]]:
-    """n answers {"text", "finish"} to the prompt of each data.Tree; finish is "stop", or "length" where max_new cut it off.
-    `tokens` and `pixels` are the data.Tokens and data.Pixels of this model."""
+    """n answers {"text", "finish"} to the prompt of each data.Tree; finish is "stop", or "length"
+    where max_new cut it off. `tokens` and `pixels` are the data.Tokens and data.Pixels of this
+    model."""
     seeds = [[answer_seed(seed, tree.id, k) for k in range(n)] for tree in trees]
     prompts = [tree.ids() for tree in trees]
     pictures = [pixels(tree.images) for tree in trees]
@@ -227,7 +236,8 @@ def sample_answers(
 
 
 def check_room(longest: int, room: int):
-    """Raises BadInput where prompt and answer may take more positions than a model was built for."""
+    """Raises BadInput where prompt and answer may take more positions than a model was built
+    for."""
     if longest > room:
         raise BadInput(
             f"prompt and answer may take {longest} tokens, more than the model was built for ({room}); shorten it or "

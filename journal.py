@@ -1,10 +1,11 @@
 """A file that survives kill -9: what was paid for once, in hours or in money, is never paid for again.
 
-The problem. Sampling and judging take hours, and every reply of a judge costs money. A program that writes its results at the
-end loses them all at the first power cut.
+The problem. Sampling and judging take hours, and every reply of a judge costs money. A program that
+writes its results at the end loses them all at the first power cut.
 
-The trick. One line of JSON per result, on the disk before the next is asked for, named by a key: a hash of everything that it
-depends on. A program that is started again looks for the key first. A last line that a kill has torn is cut off.
+The trick. One line of JSON per result, on the disk before the next is asked for, named by a key: a
+hash of everything that it depends on. A program that is started again looks for the key first. A
+last line that a kill has torn is cut off.
 """
 import errno
 import fcntl
@@ -18,7 +19,8 @@ from common import BadInput
 
 
 def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(where it ends, row) of every row in a journal; a last line that a kill has torn is left out. Raises BadInput."""
+    """(where it ends, row) of every row in a journal; a last line that a kill has torn is left out.
+    Raises BadInput."""
     end = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -34,11 +36,12 @@ def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 class Journal:
-    """A file of JSON lines that survives kill -9: a row is on the disk before `append` returns, a torn last line is cut off
-    when the file is opened again, one process writes at a time. Any thread may append.
+    """A file of JSON lines that survives kill -9: a row is on the disk before `append` returns, a
+    torn last line is cut off when the file is opened again, one process writes at a time. Any
+    thread may append.
 
-    Rows have a "key"; `journal[key]` is the last row of that key. It is read back from the disk: memory holds only
-    where each row begins.
+    Rows have a "key"; `journal[key]` is the last row of that key. It is read back from the disk:
+    memory holds only where each row begins.
     """
 
     def __init__(self, path: Path):
@@ -74,10 +77,10 @@ class Journal:
                 if os.write(self.fd, line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             except OSError:
-                os.ftruncate(self.fd, self.size)         # no half line for the next one to grow onto
+                os.ftruncate(self.fd, self.size)    # no half line for the next one to grow onto
                 raise
             self.note(row, self.size + len(line))
-        os.fsync(self.fd)                                # outside the lock: file systems join what waits for the disk
+        os.fsync(self.fd)    # outside the lock: file systems join what waits for the disk
 
     def __contains__(self, key: str) -> bool:
         return key in self.begins

@@ -1,29 +1,32 @@
 """A Llama that reads pictures: blocks, projector, splice, and the log-probs that every loss stands on.
 
 The problem. Let a language model answer questions about an image. LLaVA's answer (arXiv:2304.08485,
-2310.03744) is the simplest that works: map the vision tower's patch vectors into the language model's
-embedding space with a two-layer MLP and put them where the text says <image>:
+2310.03744) is the simplest that works: map the vision tower's patch vectors into the language
+model's embedding space with a two-layer MLP and put them where the text says <image>:
 
     x = embed(ids);   x[ids == image_token] = projector(vit(pixels));   hidden = llama(x)
 
-The data side (data.py) has already written one placeholder id per patch, so the splice is one line, positions
-and labels need no correction, and any number of images may stand anywhere.
+The data side (data.py) has already written one placeholder id per patch, so the splice is one line,
+positions and labels need no correction, and any number of images may stand anywhere.
 
-The language model is Llama's (arXiv:2302.13971): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+The language model is Llama's (arXiv:2302.13971): RMSNorm, rotary positions, grouped-query
+attention, SwiGLU.
 
     x = x + attention(norm(x));   x = x + W_down(silu(W_gate norm(x)) * W_up norm(x))
 
-The trick. All tokens live in one packed row (T, D): prompts and answers of many records, no padding. A block
-never learns what kind of attention it runs: it calls `attend(layer, q, k, v)`. In training that is
-kernels.attention under the pack's mask; in generation (generate.py) it also files keys and values away.
+The trick. All tokens live in one packed row (T, D): prompts and answers of many records, no
+padding. A block never learns what kind of attention it runs: it calls `attend(layer, q, k, v)`. In
+training that is kernels.attention under the pack's mask; in generation (generate.py) it also files
+keys and values away.
 
-Weights and precision. `model.dtype` is what the model computes in. A weight that trains is kept in fp32, for in 16 bits the
-next number after 1 is 0.004 away, and a step of 5e-7 would be lost; it is cast where it is multiplied. Where weight and
-dtype agree, as always in fp32, the cast is nothing.
+Weights and precision. `model.dtype` is what the model computes in. A weight that trains is kept in
+fp32, for in 16 bits the next number after 1 is 0.004 away, and a step of 5e-7 would be lost; it is
+cast where it is multiplied. Where weight and dtype agree, as always in fp32, the cast is nothing.
 
 The model takes tensors only: tokenizer, template and image files live in data.py.
 
-Legend: T tokens in a pack, D model width, H query heads, G key/value heads, K head width, V vocabulary.
+Legend: T tokens in a pack, D model width, H query heads, G key/value heads, K head width, V
+vocabulary.
 """
 import math
 from dataclasses import dataclass, field
@@ -39,7 +42,8 @@ from vision import ViT, VisionConfig
 
 @dataclass
 class TextConfig:
-    """Llama sizes; the defaults are transformers' LlamaConfig (a config.json states only what differs)."""
+    """Llama sizes; the defaults are transformers' LlamaConfig (a config.json states only what
+    differs)."""
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -62,13 +66,14 @@ class Config:
     image_token: int = 32000               # the placeholder's id; it may lie outside the vocabulary
 
 
-# ---- rotary positions --------------------------------------------------------------------------------------
+# ---- rotary positions ----------------------------------------------------------------------------
 
 def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
-    """(K/2,) fp32 angular frequencies; plain RoPE (arXiv:2104.09864), position interpolation, or Llama 3's.
+    """(K/2,) fp32 angular frequencies; plain RoPE (arXiv:2104.09864), position interpolation, or
+    Llama 3's.
 
-    Llama 3: wavelengths longer than the old context are stretched by `factor`, short ones kept, and the band
-    between is interpolated (source: transformers `_compute_llama3_parameters`).
+    Llama 3: wavelengths longer than the old context are stretched by `factor`, short ones kept, and
+    the band between is interpolated (source: transformers `_compute_llama3_parameters`).
     """
     freq = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     kind = rope.get("rope_type", "default")
@@ -78,31 +83,34 @@ def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
         return freq / rope["factor"]
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)      # over the old context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)                            # 1 = short wave, untouched
+        # over the old context
+        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)    # 1 = short wave, untouched
         return freq * (keep + (1 - keep) / rope["factor"])
     raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) by its token's angle, in fp32. x (T, heads, K), cos and sin (T, 1, K) from `turns`."""
+    """Turn each pair (x[i], x[i + K/2]) by its token's angle, in fp32. x (T, heads, K), cos and sin
+    (T, 1, K) from `turns`."""
     exact = x.float()
     other_half = exact.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(exact * cos, other_half, sin).to(x.dtype)
 
 
 def turns(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
-    """(T,) positions -> (T, 1, K) cosines and signed sines for `rotate`, one for all heads, fp32 whatever the model is."""
+    """(T,) positions -> (T, 1, K) cosines and signed sines for `rotate`, one for all heads, fp32
+    whatever the model is."""
     angle = positions[:, None, None].float() * freq                          # (T, 1, K/2)
     cos = angle.cos()
     sin = angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-# ---- the blocks; module names are the checkpoints' names ----------------------------------------------------
+# ---- the blocks; module names are the checkpoints' names -----------------------------------------
 
-# x (T, D) tokens; cos and sin (T, 1, K) from `turns`; attend(layer, q, k, v) -> what each token gathered (T, H, K);
-# read (M,) the tokens whose states are wanted, or None for all.
+# x (T, D) tokens; cos and sin (T, 1, K) from `turns`; attend(layer, q, k, v) -> what each token
+# gathered (T, H, K); read (M,) the tokens whose states are wanted, or None for all.
 
 
 class RMSNorm(nn.Module):
@@ -112,7 +120,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        exact = x.float()                                                    # the mean of squares wants fp32
+        exact = x.float()    # the mean of squares wants fp32
         squares = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square()
         normed = exact * (squares / x.shape[-1] + self.eps).rsqrt()
         return self.weight.to(x.dtype) * normed.to(x.dtype)
@@ -122,8 +130,9 @@ FEW = 64    # rows
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in x's precision. In generation x is one token per answer, a few rows, and a CPU's library shares the
-    rows of the *first* matrix among its threads: so there the weight comes first."""
+    """x @ weight.T in x's precision. In generation x is one token per answer, a few rows, and a
+    CPU's library shares the rows of the *first* matrix among its threads: so there the weight comes
+    first."""
     weight = weight.to(x.dtype)
     if torch.is_grad_enabled() or len(x) > FEW:
         return F.linear(x, weight)
@@ -197,13 +206,15 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.checkpointing = False         # keep only each block's input for backward, and compute the block again
+        # keep only each block's input for backward, and compute the block again
+        self.checkpointing = False
 
     def forward(self, x, positions, attend, read=None):
-        """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the head.
+        """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the
+        head.
 
-        `read` (M,) names the tokens whose states are wanted, each once: of all others the last block computes keys
-        and values only -> (M, D).
+        `read` (M,) names the tokens whose states are wanted, each once: of all others the last
+        block computes keys and values only -> (M, D).
         """
         freq = rope_frequencies(self.config.rope, self.config.head_dim, x.device)
         cos, sin = turns(positions, freq)
@@ -253,7 +264,8 @@ class Llava(nn.Module):
         return self.language_model.embed_tokens(ids).to(self.dtype)
 
     def embed(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Token ids (T,) and the pictures (N, 3, S, S) their placeholders stand for, in order -> (T, D)."""
+        """Token ids (T,) and the pictures (N, 3, S, S) their placeholders stand for, in order ->
+        (T, D)."""
         is_image = ids == self.config.image_token
         x = self.embed_text(ids.masked_fill(is_image, 0))
         need = int(is_image.sum())
@@ -261,7 +273,7 @@ class Llava(nn.Module):
         if need != have:
             raise ValueError(f"{need} image placeholders in the ids, but the pictures given fill {have}")
         if have:
-            seen = self.multi_modal_projector(self.vision_tower(pixels.to(self.dtype)))      # (N, P, D)
+            seen = self.multi_modal_projector(self.vision_tower(pixels.to(self.dtype)))  # (N, P, D)
             x = x.masked_scatter(is_image[:, None], seen)                    # (T, D)
         return x
 
@@ -273,11 +285,11 @@ class Llava(nn.Module):
         return self.language_model(self.embed(ids, pixels), positions, attend, read)
 
 
-# ---- log-probs: what every loss and every score here is made of --------------------------------------------------
+# ---- log-probs: what every loss and every score here is made of ----------------------------------
 
 def token_logps(model: Llava, pack) -> Tensor:
     """log p of every scored token of a data.Pack, (N,) fp32 nats."""
-    hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels, pack.read)              # (M, D)
+    hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels, pack.read)    # (M, D)
     return kernels.logps(hidden, model.head.to(hidden.dtype), pack.place, pack.targets)
 
 

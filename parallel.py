@@ -2,21 +2,23 @@
 
     torchrun --nproc_per_node 8 -- dpo.py --ckpt llava-1.5-13b-hf --data prefs.jsonl --out runs/dpo
 
-The problem. A batch is the sum of its packs' gradients, so N processes may each take some packs and add up. Three things
-commonly go wrong: each process averages over its own part (the loss then depends on how the batch was cut), one has no part
-left while the others wait for it, and a weight that only some of them used has a gradient only there.
+The problem. A batch is the sum of its packs' gradients, so N processes may each take some packs and
+add up. Three things commonly go wrong: each process averages over its own part (the loss then
+depends on how the batch was cut), one has no part left while the others wait for it, and a weight
+that only some of them used has a gradient only there.
 
-The trick. (1) A batch is drawn as if there were one process, and every loss is divided by the size of the *global* batch before
-backward, so gradients are summed, never averaged. (2) All take the same number of packs (train.share); who has none left computes
-one again and counts it with weight 0. (3) Weights that a pack did not use get a zero.
+The trick. (1) A batch is drawn as if there were one process, and every loss is divided by the size
+of the *global* batch before backward, so gradients are summed, never averaged. (2) All take the
+same number of packs (train.share); who has none left computes one again and counts it with weight
+0. (3) Weights that a pack did not use get a zero.
 
     full fine-tuning   FSDP2's fully_shard (arXiv:2304.11277): each process keeps 1/N of every trained weight, its gradient and
                        its moments, in fp32; a block's weights are brought together, in the precision that the model computes
                        in, just before it runs, and let go behind it. Embedding, projector, norm and head are one group
     LoRA               what trains is small: every process has all of it, and gradients are summed once per step
 
-Every process loads the weights and computes its share of the reference before anything is cut; then memory falls to 1/N. gloo
-connects CPUs, NCCL GPUs. Process 0 alone prints and writes.
+Every process loads the weights and computes its share of the reference before anything is cut; then
+memory falls to 1/N. gloo connects CPUs, NCCL GPUs. Process 0 alone prints and writes.
 """
 import datetime
 import os
@@ -51,7 +53,8 @@ def start(device: str) -> str:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))   # one reads data while others wait
+        # one reads data while others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -81,17 +84,19 @@ def from_first(make: Callable[[], Any]) -> Any:
     return found[0]
 
 
-# ---- full fine-tuning: shards ----------------------------------------------------------------------------------
+# ---- full fine-tuning: shards --------------------------------------------------------------------
 
 def shard(model: nn.Module):
-    """Keep 1/N of every trained weight here, in fp32. The frozen tower stays whole: it is small, and needs no moments.
+    """Keep 1/N of every trained weight here, in fp32. The frozen tower stays whole: it is small,
+    and needs no moments.
 
-    A block is raised to fp32 just before it is cut, so that no process ever holds all weights in fp32.
+    A block is raised to fp32 just before it is cut, so that no process ever holds all weights in
+    fp32.
     """
     mesh = init_device_mesh(model.device.type, (world(),))
     policy = MixedPrecisionPolicy(
         param_dtype=None if model.dtype == torch.float32 else model.dtype,
-        reduce_dtype=torch.float32,                                              # 16-bit gradients are summed in fp32
+        reduce_dtype=torch.float32,    # 16-bit gradients are summed in fp32
         cast_forward_inputs=False,                                               # angles stay fp32
     )
     for block in model.language_model.layers:
@@ -103,8 +108,8 @@ def shard(model: nn.Module):
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)                               # a sum: the loss was divided already
-            module.set_force_sum_reduction_for_comms(True)                       # gloo knows no other
+            module.set_gradient_divide_factor(1.0)    # a sum: the loss was divided already
+            module.set_force_sum_reduction_for_comms(True)    # gloo knows no other
 
 
 def sharded(model: nn.Module) -> bool:
@@ -121,10 +126,11 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-# ---- gradients ---------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 def backward(model: nn.Module, loss: Tensor):
-    """loss.backward(). In shards every process must bring a gradient for the same weights, pictures in its pack or not."""
+    """loss.backward(). In shards every process must bring a gradient for the same weights, pictures
+    in its pack or not."""
     if sharded(model) and model.config.vision:
         for p in model.multi_modal_projector.parameters():
             loss = loss + 0 * p.sum()
@@ -132,9 +138,10 @@ def backward(model: nn.Module, loss: Tensor):
 
 
 def sum_gradients(model: nn.Module, trained: list[Tensor], pictures: bool):
-    """After the last backward of a batch: what the processes found is added up, and what no pack of the batch used has no
-    gradient, as it would in one process. `pictures`: does the global batch have any?"""
-    if sharded(model):                                                           # they are summed already
+    """After the last backward of a batch: what the processes found is added up, and what no pack of
+    the batch used has no gradient, as it would in one process. `pictures`: does the global batch
+    have any?"""
+    if sharded(model):    # they are summed already
         if not pictures and model.config.vision:
             for p in model.multi_modal_projector.parameters():
                 p.grad = None

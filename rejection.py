@@ -2,12 +2,13 @@
 
     best = argmax over the n answers of S,      S = helpfulness + correctness + coherence;      then next-token loss on it
 
-Also called best-of-n or rejection sampling (arXiv:2402.10884 after LLaMA-2's). It sees the same scores as DPO and throws most
-of them away: that the best answer was better, never by how much nor than what. And where all n answers are poor, it learns the
-least poor one; `--least` sets a bar (the paper's file names speak of perfect scores: 12).
+Also called best-of-n or rejection sampling (arXiv:2402.10884 after LLaMA-2's). It sees the same
+scores as DPO and throws most of them away: that the best answer was better, never by how much nor
+than what. And where all n answers are poor, it learns the least poor one; `--least` sets a bar (the
+paper's file names speak of perfect scores: 12).
 
-Ties are drawn with a seed of the record's own; answers that the token budget cut off do not count; a record whose judge gave no
-scores is skipped, counted and listed.
+Ties are drawn with a seed of the record's own; answers that the token budget cut off do not count;
+a record whose judge gave no scores is skipped, counted and listed.
 
     python rejection.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/rejection
 """
@@ -27,7 +28,8 @@ class Settings(sft.Settings):
 
 
 def best(record: dict, least: int = 0, seed: int = 0) -> int:
-    """The index of the answer with the largest S; ties are drawn. Raises BadInput where there is none of at least `least`."""
+    """The index of the answer with the largest S; ties are drawn. Raises BadInput where there is
+    none of at least `least`."""
     scored = scored_answers(record)
     if not scored:
         raise BadInput("has no whole answer with scores")

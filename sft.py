@@ -2,15 +2,18 @@
 
     loss = - sum log p(token | what stands before it) / number of scored tokens,      scored = answers and their </s>
 
-over the whole batch: a mean per token, not a mean of means, so a batch means the same however it is cut into packs. What the
-loss is *not* taken over: the system's sentence, the user's words, the image.
+over the whole batch: a mean per token, not a mean of means, so a batch means the same however it is
+cut into packs. What the loss is *not* taken over: the system's sentence, the user's words, the
+image.
 
-The finding this repository is about starts here. Tuned on short visual answers, a language model gets worse at language; tuned
-on a judge's golden answers it gets some of it back, and is the baseline that dpo.py must beat.
+The finding this repository is about starts here. Tuned on short visual answers, a language model
+gets worse at language; tuned on a judge's golden answers it gets some of it back, and is the
+baseline that dpo.py must beat.
 
-What is trained: the language model and the projector, as in LLaVA's second stage; the vision tower is frozen. A record's
-`golden` answer is the target; without one the chosen answer of its pair, or its best-scored one. In a conversation of several
-turns the earlier assistant turns are targets, too. The miniature's own stages (toy/build.py) run through `train` below.
+What is trained: the language model and the projector, as in LLaVA's second stage; the vision tower
+is frozen. A record's `golden` answer is the target; without one the chosen answer of its pair, or
+its best-scored one. In a conversation of several turns the earlier assistant turns are targets,
+too. The miniature's own stages (toy/build.py) run through `train` below.
 
     python sft.py --ckpt llava-1.5-7b-hf --data llava_instruct.json --out runs/sft
 """
@@ -38,11 +41,11 @@ class Settings(training.Settings):
     lr: float = 0.0              # peak learning rate; 0: 2e-5 for full fine-tuning (LLaVA-1.5's), 4e-4 for adapters (the paper's)
 
 
-# ---- the loop ---------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
 def train(run: Run, order: Iterable[Tree], name: str = "sft"):
-    """Train whatever of run.model requires a gradient, in place, run.batch trees a step. `order` gives trees for ever, or
-    at least for all steps."""
+    """Train whatever of run.model requires a gradient, in place, run.batch trees a step. `order`
+    gives trees for ever, or at least for all steps."""
     bar = tqdm(run.steps(order), desc=name, unit="step", disable=None, initial=run.done, total=run.total)
     for step, batch in bar:
         scored = sum(scored_tokens(tree) for tree in batch)
@@ -59,10 +62,11 @@ def scored_tokens(tree: Tree) -> int:
     return answers + sum(b - a for a, b in tree.history)
 
 
-# ---- what to learn ------------------------------------------------------------------------------------------------
+# ---- what to learn -------------------------------------------------------------------------------
 
 def target(record: dict) -> str:
-    """The answer to learn: golden, else the chosen one of a given pair, else the best-scored one, else the only one."""
+    """The answer to learn: golden, else the chosen one of a given pair, else the best-scored one,
+    else the only one."""
     if record.get("golden"):
         return record["golden"]
     answers = record["answers"]
@@ -81,16 +85,16 @@ def golden_tree(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
     return [make_tree(tokens, record, [target(record)], history=True, max_length=longest)]
 
 
-# ---- the script -----------------------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], documents: dict | None = None):
-    """--data and --ckpt -> the tuned model in --out. trees_of(tokens, record, longest) gives what to learn from a record;
-    `documents` are JSON files that go with the model."""
+    """--data and --ckpt -> the tuned model in --out. trees_of(tokens, record, longest) gives what
+    to learn from a record; `documents` are JSON files that go with the model."""
     if s.dry_run:
         config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
         return memory.dry_run(config, s)
     s, device, dtype = training.door(s, full_lr=2e-5, adapter_lr=4e-4)
-    found = training.read(s, trees_of)                   # the data first: reading weights takes longer
+    found = training.read(s, trees_of)    # the data first: reading weights takes longer
     model = checkpoint.load(s.ckpt, device, dtype)
     steps = training.count_steps(s, found.trees)
     training.describe(s, steps=steps)

@@ -1,15 +1,18 @@
 """The second rival: learn every answer, good and bad, under its own scores; then ask for all fours.
 
-SteerLM (arXiv:2310.05344), as the paper uses it. The scores are written into the question, in one fixed form,
+SteerLM (arXiv:2310.05344), as the paper uses it. The scores are written into the question, in one
+fixed form,
 
     USER: <image>\\nWhat is odd here?\\nAnswer with helpfulness 2, correctness 4, ..., verbosity 1. ASSISTANT: An owl.</s>
 
-and the loss is next-token loss on the answer only: the model learns p(answer | question, scores). Nothing is thrown away, not
-even the worst answer, and any mixture can be asked for afterwards: brief and correct, say.
+and the loss is next-token loss on the answer only: the model learns p(answer | question, scores).
+Nothing is thrown away, not even the worst answer, and any mixture can be asked for afterwards:
+brief and correct, say.
 
-The trap. Training and use must agree to the byte, or the scores are just odd words in a prompt. So one function writes them
-(data.write_scores), and the form lies in the model's folder (steer.json): that checkpoint's template says what is appended to
-a question, all fours unless --target says otherwise. Scores are never in the loss: they stand in the user's turn.
+The trap. Training and use must agree to the byte, or the scores are just odd words in a prompt. So
+one function writes them (data.write_scores), and the form lies in the model's folder (steer.json):
+that checkpoint's template says what is appended to a question, all fours unless --target says
+otherwise. Scores are never in the loss: they stand in the user's turn.
 
     python steerlm.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/steerlm
 """
@@ -36,7 +39,8 @@ class Settings(sft.Settings):
 
 
 def steer_form(s: Settings) -> dict:
-    """What steer.json holds: {"text", "grades", "target"}. Raises BadInput where the flags make none."""
+    """What steer.json holds: {"text", "grades", "target"}. Raises BadInput where the flags make
+    none."""
     grades = s.grades.split()
     if len(set(grades)) != len(LEVELS) or len(grades) != len(LEVELS):
         raise BadInput(f"--grades {s.grades}: {len(LEVELS)} different words, lowest first")
@@ -53,7 +57,8 @@ def wishes(form: dict) -> set[str]:
 
 
 def check_words(tokens: Tokens, form: dict):
-    """Every grade must look different to the model, too: words that its tokenizer does not know all look alike."""
+    """Every grade must look different to the model, too: words that its tokenizer does not know all
+    look alike."""
     seen = {tuple(tokens.encode(wish)) for wish in wishes(form)}
     if len(seen) != len(LEVELS):
         raise BadInput(
@@ -81,7 +86,8 @@ def run(s: Settings):
         check_words(Tokens(folder, config, s.template), form)
 
     def trees_of(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
-        return trees_under_scores(tokens.with_form(form), record, longest)     # also a model that was steered before
+        # also a model that was steered before
+        return trees_under_scores(tokens.with_form(form), record, longest)
 
     sft.fit(s, trees_of, {"steer.json": form})
 

@@ -9,25 +9,28 @@
             run.record(loss=...)
         run.update(pairs=len(batch))                   # clip, step, one line of metrics, state
 
-The problem. A process is killed at any moment: by a scheduler, a full disk, a power cut. What a step depends on is the trained
-weights, Adam's two moments and step count, and which items come next.
+The problem. A process is killed at any moment: by a scheduler, a full disk, a power cut. What a
+step depends on is the trained weights, Adam's two moments and step count, and which items come
+next.
 
-The trick is to have nothing else. The order of the items and the learning rate are functions of seed and step, and there is no
-dropout. So a state is three tensors per trained weight and one number, and a run that goes on from it ends with the very bits
-of one that was never stopped (same machine, same number of processes):
+The trick is to have nothing else. The order of the items and the learning rate are functions of
+seed and step, and there is no dropout. So a state is three tensors per trained weight and one
+number, and a run that goes on from it ends with the very bits of one that was never stopped (same
+machine, same number of processes):
 
     config.json     settings, versions, hardware, commit          metrics.jsonl, metrics.png     one line per step, drawn
     model/          llava-hf layout; with --lora adapter/, PEFT's            rejects.jsonl       what could not be used, and why
     state/step-00000100/    state.json: the step, and what this run is       process-0.pt        the tensors
 
-A state appears whole or not at all (written aside, flushed to disk, renamed), and only then are older ones removed. What the
-run is, its settings, weights and data, is kept with it and compared: a state is never continued under other flags.
+A state appears whole or not at all (written aside, flushed to disk, renamed), and only then are
+older ones removed. What the run is, its settings, weights and data, is kept with it and compared: a
+state is never continued under other flags.
 
     python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo --save_every 50
     python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo --save_every 50 --resume
 
-With nothing there --resume starts from the beginning, so that a scheduler may always give it. SIGTERM keeps the state at the
-end of the step and exits with 143.
+With nothing there --resume starts from the beginning, so that a scheduler may always give it.
+SIGTERM keeps the state at the end of the step and exits with 143.
 """
 import hashlib
 import json
@@ -99,7 +102,7 @@ class Settings:
 WITHOUT_INFLUENCE = {"ckpt", "data", "image_root", "out", "reference", "device", "resume", "save_every", "dry_run", "checkpointing"}
 
 
-# ---- the order of things, and how fast --------------------------------------------------------------------------
+# ---- the order of things, and how fast -----------------------------------------------------------
 
 def shuffled(items, seed):
     """Pass over the items again and again, each pass in a seeded order of its own."""
@@ -113,7 +116,8 @@ def shuffled(items, seed):
 
 
 def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) -> float:
-    """Learning-rate factor of step 0, 1, ..., steps-1: linear warm-up over a share of the steps, then cosine."""
+    """Learning-rate factor of step 0, 1, ..., steps-1: linear warm-up over a share of the steps,
+    then cosine."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm
@@ -122,7 +126,8 @@ def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) ->
 
 
 def adamw(trained, lr, projector_lr, betas, weight_decay):
-    """AdamW for tensors by name: the projector may have a peak rate of its own (0: the others'), vectors do not decay."""
+    """AdamW for tensors by name: the projector may have a peak rate of its own (0: the others'),
+    vectors do not decay."""
     groups = defaultdict(list)                                   # (peak rate, decay) -> tensors
     for name, p in trained.items():
         in_projector = name.startswith("multi_modal_projector.")
@@ -134,7 +139,8 @@ def adamw(trained, lr, projector_lr, betas, weight_decay):
         described.append({"params": tensors, "peak": peak, "weight_decay": decay})
     optimizer = torch.optim.AdamW(described, lr=lr, betas=betas, fused=True)
 
-    # The moments are in place before the first step: what a run needs is taken at once, and can be kept.
+    # The moments are in place before the first step: what a run needs is taken at once, and can be
+    # kept.
     for p in trained.values():
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
@@ -144,7 +150,7 @@ def adamw(trained, lr, projector_lr, betas, weight_decay):
     return optimizer
 
 
-# ---- packs --------------------------------------------------------------------------------------------------------
+# ---- packs ---------------------------------------------------------------------------------------
 
 @dataclass
 class Part:
@@ -155,7 +161,8 @@ class Part:
 
 
 def prefetched(make, parts):
-    """(part, make(part)) of every part; the next one is made in a thread (images decoded) while this one is computed with."""
+    """(part, make(part)) of every part; the next one is made in a thread (images decoded) while
+    this one is computed with."""
     with ThreadPoolExecutor(1) as pool:
         begun = deque()
         for part in parts:
@@ -170,8 +177,8 @@ def prefetched(make, parts):
 def share(items, budget):
     """The packs of this process, at most `budget` tokens each, and whether they count.
 
-    Of N processes each takes every N-th item. All must compute equally many packs, for they wait for each other: who
-    has fewer than another computes one item again, and does not count it.
+    Of N processes each takes every N-th item. All must compute equally many packs, for they wait
+    for each other: who has fewer than another computes one item again, and does not count it.
     """
     world = parallel.world()
     shares = [list(split(items[r::world], budget)) for r in range(world)]
@@ -186,7 +193,7 @@ def packs(items, budget, pack_of, device) -> Iterator[Part]:
         yield Part(members, pack.to(device), counts)
 
 
-# ---- the handle of a loop -------------------------------------------------------------------------------------------
+# ---- the handle of a loop ------------------------------------------------------------------------
 
 class Run:
     """A model, its optimizer, and where the run stands.
@@ -226,7 +233,8 @@ class Run:
         self.began = 0.0
 
     def steps(self, order):
-        """(step, its batch) for every step that is not done yet; `order` gives the items from step 0 on."""
+        """(step, its batch) for every step that is not done yet; `order` gives the items from step
+        0 on."""
         self.first = self.done
         order = islice(order, self.done * self.batch, None)
         self.model.train()
@@ -263,8 +271,9 @@ class Run:
         return {name: torch.cat(vectors) for name, vectors in together.items()}
 
     def update(self, **amounts) -> dict:
-        """Clip, step, write one line, keep a state when it is time -> the line: step, the mean of every recorded column,
-        grad_norm, lr, and each amount of work (pairs=16), also per second (pairs_per_s). Raises BadInput for a NaN."""
+        """Clip, step, write one line, keep a state when it is time -> the line: step, the mean of
+        every recorded column, grad_norm, lr, and each amount of work (pairs=16), also per second
+        (pairs_per_s). Raises BadInput for a NaN."""
         row = {"step": self.done + 1}
         for name, column in self.columns().items():
             row[name] = column.mean().item()
@@ -306,12 +315,14 @@ class Run:
         return found
 
     def about(self):
-        """What a state must agree with: every setting that the weights depend on, and what the caller names."""
+        """What a state must agree with: every setting that the weights depend on, and what the
+        caller names."""
         settings = {f"--{k}": v for k, v in asdict(self.settings).items() if k not in WITHOUT_INFLUENCE}
         return settings | self.depends | {"processes": parallel.world()}
 
     def keep(self):
-        """At the end of a step: is it time to keep the state, or to stop? After the last one there is the model itself."""
+        """At the end of a step: is it time to keep the state, or to stop? After the last one there
+        is the model itself."""
         if self.out is None or self.done == self.total:
             return
         stop = any(parallel.gather(self.stop.is_set()))
@@ -325,7 +336,8 @@ class Run:
             sys.exit(143)
 
     def save(self):
-        """Keep the state in out/state, then forget older ones. Every process calls it. Raises BadInput on a full disk."""
+        """Keep the state in out/state, then forget older ones. Every process calls it. Raises
+        BadInput on a full disk."""
         folder = self.out / "state"
         aside = folder / "next.part"
         target = folder / f"step-{self.done:08d}"
@@ -350,7 +362,8 @@ class Run:
                 for old in folder.glob("step-*"):
                     if old != target:
                         shutil.rmtree(old, ignore_errors=True)
-        except (OSError, RuntimeError) as error:         # torch raises the latter where its file cannot be written
+        # torch raises the latter where its file cannot be written
+        except (OSError, RuntimeError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             kept = latest_state(self.out)
             before = f"that after step {int(kept.name[5:])} is whole" if kept else "there is no earlier one"
@@ -361,7 +374,8 @@ class Run:
 
     @torch.no_grad()
     def restore(self):
-        """Bring weights and moments to where the kept state left them. Raises BadInput for another run's, or a damaged one."""
+        """Bring weights and moments to where the kept state left them. Raises BadInput for another
+        run's, or a damaged one."""
         folder = latest_state(self.out)
         if folder is None:
             print(f"nothing to resume in {self.out}: starting at step 1")
@@ -388,7 +402,7 @@ class Run:
                 if found[name].shape != place.shape:
                     raise ValueError(f"{name} has another shape")
                 place.copy_(found[name])
-        except Exception as error:                       # torn, gone, another name or shape: torch raises many types
+        except Exception as error:    # torn, gone, another name or shape: torch raises many types
             raise BadInput(f"{path} is damaged ({' '.join(str(error).split())[:200]}); remove {folder}") from None
         self.done = step
         print(f"resumed after step {step}: {folder}")
@@ -410,11 +424,12 @@ def flush_folder(folder):
     os.close(fd)
 
 
-# ---- before the loop ------------------------------------------------------------------------------------------------
+# ---- before the loop -----------------------------------------------------------------------------
 
 def door(s: Settings, full_lr: float, adapter_lr: float) -> tuple[Settings, torch.device, torch.dtype]:
-    """What cannot work is refused before anything is read -> the settings with every default filled in, where and in which
-    precision to compute. `full_lr` and `adapter_lr` are the method's own peak learning rates."""
+    """What cannot work is refused before anything is read -> the settings with every default filled
+    in, where and in which precision to compute. `full_lr` and `adapter_lr` are the method's own
+    peak learning rates."""
     check_numbers(s)
     if not s.data:
         raise BadInput("--data is needed: records, preference pairs or conversations, see formats.py")
@@ -470,8 +485,8 @@ class Reading:
 def read(s: Settings, trees_of) -> Reading:
     """--data -> what is to be learned from each record, by trees_of(tokens, record, longest).
 
-    Where that raises BadInput, or the record was refused before, it is listed with its reason. Raises BadInput where
-    nothing is left.
+    Where that raises BadInput, or the record was refused before, it is listed with its reason.
+    Raises BadInput where nothing is left.
     """
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
@@ -504,12 +519,13 @@ def trees_digest(trees, pictures="") -> str:
     return digest.hexdigest()[:16]
 
 
-# ---- around the loop --------------------------------------------------------------------------------------------------
+# ---- around the loop -----------------------------------------------------------------------------
 
 @contextmanager
 def begin(s, model, items, pack_of, steps, depends) -> Iterator[Run]:
-    """Inside: a Run over `items` in --out, its largest pack tried, its state restored with --resume. Metrics go to their
-    file, SIGTERM lets a step finish, memory that is not there is a message. Behind it the weights are in model.dtype again."""
+    """Inside: a Run over `items` in --out, its largest pack tried, its state restored with
+    --resume. Metrics go to their file, SIGTERM lets a step finish, memory that is not there is a
+    message. Behind it the weights are in model.dtype again."""
     if s.lora:
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     elif parallel.world() > 1:
@@ -518,7 +534,7 @@ def begin(s, model, items, pack_of, steps, depends) -> Iterator[Run]:
     if s.resume:
         run.restore()
 
-    hears = threading.current_thread() is threading.main_thread()                # only there are signals heard
+    hears = threading.current_thread() is threading.main_thread()    # only there are signals heard
     before = signal.signal(signal.SIGTERM, lambda *_: run.stop.set()) if hears else None
     try:
         with memory.room(s), open_metrics(run.out, run.done) as run.metrics:
@@ -534,7 +550,8 @@ def begin(s, model, items, pack_of, steps, depends) -> Iterator[Run]:
 
 
 def open_metrics(out, done):
-    """Open for the rows after step `done`; rows that a killed process wrote beyond it are cut off, so each step has one."""
+    """Open for the rows after step `done`; rows that a killed process wrote beyond it are cut off,
+    so each step has one."""
     if parallel.rank():
         return open(os.devnull, "w")
     path = out / "metrics.jsonl"
@@ -566,15 +583,16 @@ def rates(s, model) -> str:
 
 
 def describe(s: Settings, **more):
-    """Write config.json as the run begins; where one goes on it stays, also if that one is then refused."""
+    """Write config.json as the run begins; where one goes on it stays, also if that one is then
+    refused."""
     out = Path(s.out)
     if parallel.rank() == 0 and not (s.resume and latest_state(out)):
         write_whole(out / "config.json", json.dumps(describe_run(s, **more), indent=1) + "\n")
 
 
 def finish(run: Run, tokens: Tokens, documents=None) -> Path:
-    """Write what a run leaves, model/ or adapter/, draw its metrics, forget its state. Every process calls it.
-    `documents` are JSON files that go with the model."""
+    """Write what a run leaves, model/ or adapter/, draw its metrics, forget its state. Every
+    process calls it. `documents` are JSON files that go with the model."""
     s = run.settings
     source = checkpoint.resolve(s.ckpt)
     documents = {"template.json": asdict(replace(tokens.template, ask=""))} | (documents or {})

@@ -1,19 +1,20 @@
 """A picture becomes 576 vectors: preprocessing, then CLIP's vision transformer up to its last layer but one.
 
-The problem. A language model reads vectors. CLIP (arXiv:2103.00020) turns a picture into such vectors:
-cut it into patches of p x p pixels, embed each, add a learned position, and let bidirectional transformer
-blocks mix them:
+The problem. A language model reads vectors. CLIP (arXiv:2103.00020) turns a picture into such
+vectors: cut it into patches of p x p pixels, embed each, add a learned position, and let
+bidirectional transformer blocks mix them:
 
     x = [class, patch_1, ..., patch_N] + position          N = (size / p)^2, 576 for 336 px and p = 14
     x = x + attention(norm(x));  x = x + mlp(norm(x))       for each block
 
-What LLaVA reads (arXiv:2310.03744) is not CLIP's final answer, one vector trained to match a caption, but
-the patches one block before it: they still say *where* things are. The class token is dropped, and the last
-block is never computed.
+What LLaVA reads (arXiv:2310.03744) is not CLIP's final answer, one vector trained to match a
+caption, but the patches one block before it: they still say *where* things are. The class token is
+dropped, and the last block is never computed.
 
-Preprocessing decides as much as the weights do: LLaVA-1.5 pads to a square with CLIP's mean colour (so that
-nothing is cut off), then resizes with Pillow's bicubic filter, then normalises. For 8-bit RGB files the pixels
-equal those of transformers' image processor; transparency is shown on white, EXIF turns are made, 16 bits are scaled.
+Preprocessing decides as much as the weights do: LLaVA-1.5 pads to a square with CLIP's mean colour
+(so that nothing is cut off), then resizes with Pillow's bicubic filter, then normalises. For 8-bit
+RGB files the pixels equal those of transformers' image processor; transparency is shown on white,
+EXIF turns are made, 16 bits are scaled.
 """
 from dataclasses import dataclass
 from io import BytesIO
@@ -30,8 +31,9 @@ from kernels import Mask, attention
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 89_000_000   # a decompression bomb is refused before a byte of it is decoded (by Pillow from 179 million on),
-MAX_SIDE = 20_000         # and so is a thin strip that would fill the memory once it is padded to a square
+# a decompression bomb is refused before a byte of it is decoded (by Pillow from 179 million on),
+MAX_PIXELS = 89_000_000
+MAX_SIDE = 20_000  # and so is a thin strip that would fill the memory once it is padded to a square
 
 
 @dataclass
@@ -58,8 +60,9 @@ class VisionConfig:
         return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
 
 
-# ---- the transformer ---------------------------------------------------------------------------------------
-# N images, P tokens each (class token first), D features, H heads of K. Module names are the checkpoints' names.
+# ---- the transformer -----------------------------------------------------------------------------
+# N images, P tokens each (class token first), D features, H heads of K. Module names are the
+# checkpoints' names.
 
 def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
@@ -76,7 +79,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.patches + 1, c.hidden_size)
 
     def forward(self, pixels):                                           # (N, 3, S, S)
-        patches = self.patch_embedding(pixels).flatten(2).mT             # (N, D, S/p, S/p) -> (N, P-1, D)
+        patches = self.patch_embedding(pixels).flatten(2).mT    # (N, D, S/p, S/p) -> (N, P-1, D)
         cls = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([cls, patches], 1) + self.position_embedding.weight       # (N, P, D)
 
@@ -123,19 +126,22 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """CLIP's vision tower. All its weights are kept, so that a checkpoint goes out as it came in; only those
-    up to the feature layer are ever used (`post_layernorm` belongs to CLIP's own pooled output)."""
+    """CLIP's vision tower. All its weights are kept, so that a checkpoint goes out as it came in;
+    only those up to the feature layer are ever used (`post_layernorm` belongs to CLIP's own pooled
+    output)."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.config = c
         self.embeddings = Embeddings(c)
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)    # sic: the checkpoints' spelling
+        # sic: the checkpoints' spelling
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def after(self, depth: int, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) normalised pixels -> (N, P, D) what the first `depth` blocks make of them, class token first."""
+        """(N, 3, S, S) normalised pixels -> (N, P, D) what the first `depth` blocks make of them,
+        class token first."""
         x = self.pre_layrnorm(self.embeddings(pixels))                   # (N, P, D)
         shape = x.shape
         mask = Mask.full(shape[0], shape[1], x.device)
@@ -149,12 +155,14 @@ class ViT(nn.Module):
         return self.after(self.config.depth, pixels)[:, 1:]
 
 
-# ---- from a file to pixels --------------------------------------------------------------------------------
+# ---- from a file to pixels -----------------------------------------------------------------------
 
 def preprocess(image: Image.Image, size: int) -> Tensor:
-    """An RGB picture -> (3, size, size) float32, normalised: padded to a square with the mean colour.
+    """An RGB picture -> (3, size, size) float32, normalised: padded to a square with the mean
+    colour.
 
-    Source: LLaVA `expand2square` + CLIPImageProcessor; equal to transformers' LlavaImageProcessor(do_pad=True).
+    Source: LLaVA `expand2square` + CLIPImageProcessor; equal to transformers'
+    LlavaImageProcessor(do_pad=True).
     """
     w, h = image.size
     side = max(w, h)
@@ -167,7 +175,8 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """What a person sees in any viewer, as 8-bit RGB: EXIF turned upright, transparency on white, 16 bits scaled."""
+    """What a person sees in any viewer, as 8-bit RGB: EXIF turned upright, transparency on white,
+    16 bits scaled."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         image = grey_8_bit(image)
@@ -186,13 +195,14 @@ def grey_8_bit(image: Image.Image) -> Image.Image:
 
 
 def image_path(root: Path, name) -> Path:
-    """The file that an image's name stands for; a name that leads out of `root` (.., absolute, symlink) is refused."""
+    """The file that an image's name stands for; a name that leads out of `root` (.., absolute,
+    symlink) is refused."""
     if not isinstance(name, str):
         raise BadInput(f"image {str(name)[:60]} is not a file name; write embedded images to files and name those")
     root = Path(root).resolve()
     try:
         path = (root / name).resolve()
-    except (OSError, ValueError, RuntimeError) as error:                 # a zero byte, a loop of symlinks
+    except (OSError, ValueError, RuntimeError) as error:    # a zero byte, a loop of symlinks
         raise BadInput(f"image {name!r} is not a file name ({error})") from None
     if not path.is_relative_to(root):
         raise BadInput(f"image {name} leads outside {root}; move it inside or set --image_root")
@@ -200,7 +210,8 @@ def image_path(root: Path, name) -> Path:
 
 
 def load_image(path: Path, small: int = 0) -> Image.Image:
-    """Open an image file as RGB. `small` lets a JPEG decode at reduced size (to check it, not to use it).
+    """Open an image file as RGB. `small` lets a JPEG decode at reduced size (to check it, not to
+    use it).
 
     Raises BadInput naming the file where it is missing, broken, truncated or a decompression bomb.
     """
@@ -229,5 +240,6 @@ def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise BadInput(f"image {name}: is not an image file that Pillow knows; replace or remove it") from None
-    except Exception as error:           # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
+    # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
+    except Exception as error:
         raise BadInput(f"image {name}: cannot be decoded ({error}); replace or remove it") from None
