@@ -1,4 +1,4 @@
-"""The boring lines, named so: flags, devices, files that appear whole or not at all, one way to say no.
+"""The boring lines, named so: flags, devices, files that are whole or not there, a way to say no.
 
 Nothing here is about preferences or images. A script's settings are one dataclass: `flags` turns
 its fields into --flags and their trailing comments into --help, so that default, type and help have
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 # Threads that spin while they wait for each other take the core from whatever else runs on the
@@ -34,15 +34,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. The message names the file, the record's id and the
-    remedy."""
+    """Something the user gave cannot be used. The message names file, record and remedy."""
 
 
 # ---- a script: settings from flags, trouble as one message ---------------------------------------
 
 def main(settings: type, run):
-    """Run a script: parse its flags, call run(settings), print a BadInput as one message, exit with
-    1."""
+    """Run a script: parse its flags, call run(settings), end with one message for a BadInput."""
     # A letter that the terminal cannot show is spelled out; it is no reason for a traceback.
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
@@ -54,7 +52,8 @@ def main(settings: type, run):
     except BadInput as problem:
         message = str(problem)
     except OSError as problem:    # a full disk, a folder that may not be written, --out a file
-        message = f"{problem.filename or ''}: {problem.strerror or problem}; nothing that was finished is lost"
+        said = problem.strerror or problem
+        message = f"{problem.filename or ''}: {said}; nothing that was finished is lost"
     except KeyboardInterrupt:
         message = "interrupted; finished files are whole, the rest can be run again"
 
@@ -69,23 +68,24 @@ def flags(settings: type, argv: list[str] | None = None):
     """Build the dataclass `settings` from --name value flags; an unknown flag or a wrong type is an
     error."""
     parser = argparse.ArgumentParser(
-        description=inspect.getdoc(settings), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=inspect.getdoc(settings),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     comments = trailing_comments(settings)
     for field in dataclasses.fields(settings):
-        note = f"{comments.get(field.name, '')} (default: {field.default!r})"
         how = {"type": field.type, "metavar": field.type.__name__}
         if field.type is bool:
             how = {"type": on_or_off, "nargs": "?", "const": True, "metavar": "0|1"}
         elif field.type is tuple:
             how = {"type": str, "nargs": "+", "metavar": "DIR"}
-        parser.add_argument(f"--{field.name}", default=field.default, help=note.replace("%", "%%"), **how)
+        note = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=field.default, help=note, **how)
     return settings(**vars(parser.parse_args(argv)))
 
 
 def trailing_comments(settings: type) -> dict[str, str]:
-    """{field: comment} of `name: type = value   # comment` in the source of a dataclass and of what
-    it inherits from."""
+    """{name: comment} of every `name: type = value   # comment` in a dataclass and its bases."""
     found = {}
     for kind in reversed(settings.__mro__[:-1]):    # a base's first, for its heirs to speak over
         for line in inspect.getsource(kind).splitlines():
@@ -103,53 +103,50 @@ def on_or_off(text: str) -> bool:
 # ---- where and how to compute --------------------------------------------------------------------
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What --device and --dtype name. "auto" is the GPU if there is one, fp32 on the CPU, bf16
-    elsewhere."""
+    """What --device and --dtype name. "auto": a GPU if there is one; bf16 on it, fp32 on a CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}; try --device cpu") from None
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--device {device}: {reason}; try --device cpu") from None
 
     if dtype == "auto":
         dtype = "float32" if where.type == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise BadInput(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    if dtype == "bfloat16" and not multiplies_bf16(where):
-        print("note: this CPU has no bfloat16 instructions; --dtype float32 is many times faster on it", file=sys.stderr)
+    if dtype == "bfloat16" and where.type == "cpu":
+        print(
+            "note: few CPUs multiply in bfloat16; on others --dtype float32 is many times faster",
+            file=sys.stderr,
+        )
     return where, DTYPES[dtype]
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are done in hardware there."""
-    if device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     chip = platform.processor()
-    if platform.system() == "Linux":
+    if platform.system() == "Linux":                     # where that is empty
         found = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
         chip = found[1] if found else chip
     return f"{chip}, {os.cpu_count()} cores"
 
 
 def describe_run(settings, **more) -> dict:
-    """What a run's config.json holds: command, settings, commit, hardware, versions, and what else
-    tells runs apart."""
-    try:
-        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
-        commit = git.stdout.strip() or "unknown"
-    except OSError:                                      # no git on this machine
-        commit = "unknown"
+    """What a run's config.json holds: all that tells this run from another."""
+    git = subprocess.run(                                # by a shell, which forgives a missing git
+        "git describe --always --dirty",
+        shell=True,
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": dataclasses.asdict(settings) if settings else {},
-        "commit": commit,
+        "commit": git.stdout.strip() or "unknown",
         "hardware": hardware(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -161,8 +158,8 @@ def describe_run(settings, **more) -> dict:
 # ---- files ---------------------------------------------------------------------------------------
 
 def write_whole(path: Path, text: str | Iterable[str]):
-    """The file appears complete or not at all: written aside, flushed to disk, renamed. Text, or
-    pieces of it."""
+    """Text, or pieces of it -> a file that appears complete or not at all: written aside, flushed
+    to disk, renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
@@ -177,24 +174,13 @@ def write_jsonl(path: Path, rows: Iterable[dict]):
     write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def each_jsonl(path: Path) -> Iterator[dict]:
-    """The rows of a file, one in memory."""
-    with open(path, encoding="utf8") as file:
-        for line in file:
-            if line.strip():
-                yield json.loads(line)
-
-
 def read_jsonl(path: Path) -> list[dict]:
-    return list(each_jsonl(path))
+    with open(path, encoding="utf8") as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def sha(*parts: bytes | str) -> str:
     """16 hex digits that name these parts, in their order."""
-    return sha_of(parts)
-
-
-def sha_of(parts: Iterable[bytes | str]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

@@ -4,9 +4,12 @@ A record is a prompt and its n answers, one JSON object a line. Every stage read
 
     {"id": "lrv-000123",
      "images": ["images/123.jpg"],                   the k-th <image> marker stands for images[k]
-     "messages": [{"role": "user", "content": "<image>\\nWhat is odd here?"}],      the first may be the system's
-     "answers": [{"text": "...", "finish": "stop", "scores": {"helpfulness": 4, ...}, "comment": "..."}, ...],
-     "golden": "...", "pair": [0, 1]}                answers[0] was preferred to answers[1], where the data says so
+     "messages": [                                   the first may be the system's
+        {"role": "user", "content": "<image>\\nWhat is odd here?"}],
+     "answers": [
+        {"text": "...", "finish": "stop", "scores": {"helpfulness": 4, ...}, "comment": "..."}],
+     "golden": "...",
+     "pair": [0, 1]}                                 answers[0] was preferred to answers[1]
 
 The problem. A log-prob is only as right as the tokens it is taken over. Most published bugs in
 preference training are off-by-ones here: a slice at position 575, a lost first token, a missing
@@ -16,8 +19,8 @@ The trick. There is one way to turn a conversation into ids, and training, refer
 sampling and evaluation all use it. A record becomes a *tree*: one prompt, n answers.
 
     text     A chat ... questions. USER: <image>\\nWhat color? ASSISTANT: red</s>
-    prompt   <s> A chat ... USER: [img] x 576 What color? ASSISTANT:           ids(prompt)
-    answer   red </s>                                                          ids(prompt + " red</s>") minus ids(prompt)
+    prompt   <s> A chat ... USER: [img] x 576 What color? ASSISTANT:    ids(prompt)
+    answer   red </s>                                          ids(prompt + " red</s>") minus these
 
 That the second line begins with the first is checked for every answer, so the tokens trained on are
 those that generation sees. A tree waits with one id per picture, and is written out with one per
@@ -25,13 +28,13 @@ patch when it is packed: labels never shift.
 
 A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at row 0:
 
-    row        0  1  2 | 3  4 | 5          E is scored but never an input: nobody reads what follows it
+    row        0  1  2 | 3  4 | 5          E is scored but never an input: nobody reads it
     ids        7  8  9 | a  b | c
     positions  0  1  2 | 3  4 | 3          each answer continues where the prompt ended
     own        0  0  0 | 3  3 | 5
     [lo, hi)   empty   | 0..3 | 0..3       both answers see the prompt, neither sees the other
-    rows       2 3 4   ->  targets a b E   the prompt's last row predicts the first token of every answer
-               2 5     ->  targets c E     stored as `read` 2 3 4 5, each row once, and `place` 0 1 2 0 3 in it
+    rows       2 3 4   ->  targets a b E   the prompt's last row predicts every answer's first token
+               2 5     ->  targets c E     stored as `read` 2 3 4 5 and places in it, 0 1 2 0 3
 """
 import random
 from array import array
@@ -59,8 +62,7 @@ MARKER = "<image>"
 # ---- which answers count, and which two make a pair ----------------------------------------------
 
 def usable(answer: dict) -> bool:
-    """Where the token budget cut an answer off, its end is not the model's, and must not be taught
-    as one."""
+    """The end of an answer that the token budget cut off must not be taught as one."""
     return answer.get("finish") != "length"
 
 
@@ -100,16 +102,15 @@ def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] 
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is spelled for a model. Nothing else in this repository knows a role's
-    spelling or an end token."""
+    """How a conversation is spelled for a model. Nothing else here knows a role's spelling."""
     name: str
     user: str                            # a user's turn, up to where the assistant speaks
     answer: str                          # what the assistant adds, its end token included
-    ends: tuple[str, ...] = ("</s>",)    # tokens that end an answer; the first is the one that `answer` ends with
+    ends: tuple[str, ...] = ("</s>",)    # tokens that end an answer; `answer` ends with the first
     between: str = ""                    # what stands behind an answer before the next turn
-    system: str = ""                     # the system's sentence, where a record has none of its own; empty: none
-    system_form: str = ""                # how it is written; empty: it stands at the head of the first question
-    ask: str = ""                        # what is appended to the last question: SteerLM's wish for scores
+    system: str = ""                     # the system's sentence, where a record has none of its own
+    system_form: str = ""                # how it is written; empty: it heads the first question
+    ask: str = ""                        # behind the last question: SteerLM's wish for scores
 
     def text(self, messages: list[dict]) -> str:
         """Turns as they are, the last a user's -> their text."""
@@ -132,8 +133,7 @@ class Template:
         return text
 
     def reply(self, text: str) -> str:
-        """What an answer adds to the prompt's text. (What is put in is not searched again, whatever
-        it says.)"""
+        """What an answer adds to the prompt's text."""
         return self.answer.replace("{content}", text)
 
     def asked(self, messages: list[dict]) -> list[dict]:
@@ -170,21 +170,19 @@ LLAMA_3 = Template(
     ends=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
     system_form="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
 )
-# as tokenizers with an [INST] of their own read it; the system's sentence goes to the first
-# question
-MISTRAL = Template(
+MISTRAL = Template(       # for tokenizers with an [INST] of their own
     "mistral",
     user="[INST] {content}[/INST]",
     answer=" {content}</s>",
 )
 TEMPLATES = {template.name: template for template in (VICUNA, CHATML, LLAMA_3, MISTRAL)}
-# a token tells its template
-SIGNS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3", "[INST]": "mistral"}
+
+# A tokenizer that has this token wants that template.
+SIGNS = {"<|im_start|>": CHATML, "<|start_header_id|>": LLAMA_3, "[INST]": MISTRAL}
 
 
 def find_template(name, path, tokenizer) -> Template:
-    """--template, or what the model's folder says in template.json, or what its tokenizer's own
-    tokens tell."""
+    """--template, or what the model's folder says, or what its tokenizer's own tokens tell."""
     if name:
         if name not in TEMPLATES:
             raise BadInput(f"--template {name}: choose one of {', '.join(TEMPLATES)}")
@@ -193,29 +191,28 @@ def find_template(name, path, tokenizer) -> Template:
     stored = path.with_name("template.json")
     if stored.is_file():
         return read_template(stored)
-    for sign, known in SIGNS.items():
+    for sign, template in SIGNS.items():
         if tokenizer.token_to_id(sign) is not None:
-            return TEMPLATES[known]
+            return template
     return VICUNA
 
 
 def read_template(path) -> Template:
-    """template.json: fields of a Template; those it leaves out are those of the known one that it
-    names."""
+    """template.json: fields of a Template; those it leaves out are a known one's of that name."""
     fields = read_json(path)
     known = TEMPLATES.get(str(fields.get("name")))
     try:
         template = replace(known, **fields) if known else Template(**fields)
-        template = replace(template, ends=tuple(template.ends))
+        ends = tuple(template.ends)
     except TypeError as error:
-        raise BadInput(f"{path} is damaged ({error}); its fields are those of data.Template") from None
-    texts = [value for name, value in vars(template).items() if name != "ends"]
-    if isinstance(fields.get("ends"), str) or not all(isinstance(text, str) for text in [*texts, *template.ends]):
+        raise BadInput(f"{path} is damaged ({error}); see data.Template") from None
+    texts = [*vars(replace(template, ends="")).values(), *ends]
+    if isinstance(template.ends, str) or not all(isinstance(text, str) for text in texts):
         raise BadInput(f"{path} is damaged: every field is text, and ends a list of texts")
-    return template
+    return replace(template, ends=ends)
 
 
-def write_scores(form: dict, scores: dict[str, int]) -> str:
+def write_scores(form: dict, scores: dict) -> str:
     """steer.json's form with these scores written into it, each in its own word (steerlm.py)."""
     text = form["text"]
     for name in RUBRIC.attributes:
@@ -223,7 +220,7 @@ def write_scores(form: dict, scores: dict[str, int]) -> str:
     return text
 
 
-def target_scores(text: str) -> dict[str, int]:
+def target_scores(text: str) -> dict:
     """"4 4 4 4 0" -> the scores to ask for, by attribute. Raises BadInput where it is not that."""
     names = RUBRIC.attributes
     try:
@@ -231,7 +228,8 @@ def target_scores(text: str) -> dict[str, int]:
         RUBRIC.check(scores, "--target")
     except ValueError:
         raise BadInput(
-            f"--target {text}: {len(names)} numbers from {RUBRIC.lowest} to {RUBRIC.highest}, for {', '.join(names)}"
+            f"--target {text}: {len(names)} numbers from {RUBRIC.lowest} to {RUBRIC.highest}, "
+            f"for {', '.join(names)}"
         ) from None
     return scores
 
@@ -261,7 +259,7 @@ class Tokens:
         # How an answer is asked for, and how it ends.
         self.template = find_template(template, path, self.tokenizer)
         ends = [self.tokenizer.token_to_id(token) for token in self.template.ends]
-        if ends[:1] in ([], [None]):
+        if not ends or ends[0] is None:
             raise BadInput(
                 f"{path}: has no {' or '.join(self.template.ends)}, which ends every answer in the "
                 f"{self.template.name} template; choose another --template"
@@ -276,7 +274,9 @@ class Tokens:
             try:
                 asked = write_scores(form, form["target"])
             except (LookupError, TypeError, AttributeError):
-                raise BadInput(f"{stored} is damaged: it lacks text, grades or target; steerlm.py writes it") from None
+                raise BadInput(
+                    f"{stored} is damaged: it lacks text, grades or target; steerlm.py writes it"
+                ) from None
             self.template = replace(self.template, ask=asked)
             self.steer = form
 
@@ -313,37 +313,40 @@ class Tokens:
         other.steer = form
         return other
 
-    def asking(self, scores: dict[str, int] | None) -> "Tokens":
-        """The same, with every question asking for these scores (None: for none). Raises BadInput
-        without a form."""
+    def asking(self, scores: dict | None) -> "Tokens":
+        """The same, with every question asking for these scores (None: for none)."""
         if not self.steer:
-            raise BadInput(f"{self.source.parent} was not trained to be asked for scores; steerlm.py does that")
+            raise BadInput(
+                f"{self.source.parent} was not trained to be asked for scores; steerlm.py does that"
+            )
+        ask = write_scores(self.steer, scores) if scores else ""
         other = copy(self)
-        other.template = replace(self.template, ask=write_scores(self.steer, scores) if scores else "")
+        other.template = replace(self.template, ask=ask)
         return other
 
-    def check(self, text: str, what: str, marker: bool = False):
-        """Raises BadInput for text that the tokenizer would read as a control token. `marker`:
-        <image> may stand in it."""
+    def check(self, text: str, what: str, allowed: str = ""):
+        """Raises BadInput for text that the tokenizer would read as a control token."""
         for token in sorted(self.special):
-            if token in text and not (marker and token == MARKER):
-                raise BadInput(f"{what} contains {token}, which the tokenizer reads as a control token; remove it")
+            if token in text and token != allowed:
+                raise BadInput(
+                    f"{what} contains {token}, which the tokenizer reads as a control token; "
+                    "remove it"
+                )
 
 
 # ---- trees ---------------------------------------------------------------------------------------
 
 @dataclass(slots=True)
 class Tree:
-    """One prompt and its n answers as ids. It waits in memory with one id per picture: some hundred
-    bytes."""
+    """One prompt and its n answers as ids; of a picture only one id, so it takes little memory."""
     id: str
     prompt: array                                        # of "i"
     answers: list[array]                                 # each ends with the template's end token
     images: list[str] = field(default_factory=list)      # files
-    history: list[tuple[int, int]] = field(default_factory=list)     # spans [a, b) of `prompt`: earlier assistant turns
-    image: int = -1                                      # the placeholder's id,
-    patches: int = 1                                     # and how often a picture's stands in the expanded prompt
-    reference: list[float] = field(default_factory=list) # log-probs of the answers before training (dpo.py)
+    history: list[tuple] = field(default_factory=list)   # earlier answers: spans [a, b) of `prompt`
+    image: int | None = None                             # the placeholder's id,
+    patches: int = 1                                     # and how often it stands for a picture
+    reference: list[float] = field(default_factory=list) # dpo.py: the answers' log-probs at first
 
     @property
     def length(self) -> int:
@@ -357,15 +360,19 @@ class Tree:
 
     def ids(self) -> list[int]:
         """The prompt as the model reads it: a picture's id once per patch."""
-        if not self.images:
-            return list(self.prompt)
         expanded = []
         for token in self.prompt:
             expanded += [token] * self.patches if token == self.image else [token]
         return expanded
 
 
-def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = False, max_length: int = 0) -> Tree:
+def make_tree(
+    tokens: Tokens,
+    record: dict,
+    answers: list[str],
+    history: bool = False,
+    max_length: int = 0,
+) -> Tree:
     """A record and some answers' texts -> a tree. Raises BadInput with the reason it cannot be
     used.
 
@@ -377,24 +384,32 @@ def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = 
     if record["images"] and not tokens.patches:
         raise BadInput("has images, but this checkpoint is text-only")
     for k, message in enumerate(record["messages"]):
-        tokens.check(message["content"], f"message {k}", marker=message["role"] == "user")
+        allowed = MARKER if message["role"] == "user" else ""
+        tokens.check(message["content"], f"message {k}", allowed)
 
     template = tokens.template
     messages = template.asked(record["messages"])
     text = template.text(messages)
     prompt = tokens.encode(text)
     images = [str(image_path(record["root"], name)) for name in record["images"]]
-    image = -1 if tokens.image is None else tokens.image
-    tree = Tree(record["id"], array("i", prompt), [], images, [], image, max(1, tokens.patches))
+    tree = Tree(
+        record["id"],
+        array("i", prompt),
+        [],
+        images,
+        image=tokens.image,
+        patches=tokens.patches,
+    )
 
     for k, answer in enumerate(answers):
         tokens.check(answer, f"answer {k}")
         ids = added(tokens, prompt, text, template.reply(answer))
         tree.answers.append(array("i", ids))
-        if max_length and tree.length + len(ids) > max_length:
+        length = tree.length + len(ids)
+        if max_length and length > max_length:
             raise BadInput(
-                f"is {tree.length + len(ids)} tokens long (prompt {tree.length}, answer {len(ids)}), more than "
-                f"--max_length {max_length}; shorten it or raise the limit"
+                f"is {length} tokens long (prompt {tree.length}, answer {len(ids)}), "
+                f"more than --max_length {max_length}; shorten it or raise the limit"
             )
 
     if history:
@@ -408,13 +423,12 @@ def make_tree(tokens: Tokens, record: dict, answers: list[str], history: bool = 
 
 
 def added(tokens, prompt, text, more) -> list[int]:
-    """The ids that `more` adds to the prompt; the prompt's own must not change, or generation would
-    see others."""
+    """The ids that `more` adds to the prompt. Raises BadInput where the prompt's own change."""
     whole = tokens.encode(text + more)
     if whole[:len(prompt)] != prompt:
         raise BadInput(
-            "the tokenizer merges the prompt's end with the answer's beginning, so that training would see "
-            "other tokens than generation"
+            "the tokenizer merges the prompt's end with the answer's beginning, so that training "
+            "would see other tokens than generation"
         )
     ids = whole[len(prompt):]
     if ids[-1:] != [tokens.ends[0]] or ids.count(tokens.ends[0]) != 1:
@@ -440,12 +454,14 @@ class Pack:
 
     @property
     def rows(self) -> Tensor:
-        """(N,) the token that predicts targets[i]; the prompt's last comes once for every
-        answer."""
+        """(N,) the token that predicts targets[i]; the prompt's last one predicts several."""
         return self.read[self.place]
 
     def to(self, device) -> "Pack":
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor | Mask)}
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor | Mask):
+                moved[name] = value.to(device)
         return replace(self, **moved)
 
 
@@ -456,8 +472,7 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     answers = 0
 
     def lay(tokens, position, sees) -> int:
-        """Append a segment whose first token stands at `position` and which sees a prompt's range
-        -> where it begins."""
+        """Append a segment from `position` on that sees a prompt's range -> where it begins."""
         begin = len(ids)
         ids.extend(tokens)
         positions.extend(range(position, position + len(tokens)))
@@ -486,7 +501,15 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     mask = Mask(integers(lo), integers(hi), integers(own))
     read, place = integers(rows).unique(return_inverse=True)
     return Pack(
-        integers(ids), integers(positions), mask, read, place, integers(targets), integers(owner), answers, pixels
+        integers(ids),
+        integers(positions),
+        mask,
+        read,
+        place,
+        integers(targets),
+        integers(owner),
+        answers,
+        pixels,
     )
 
 
@@ -508,8 +531,7 @@ def split(trees: Iterable[Tree], budget: int) -> Iterator[list[Tree]]:
 
 
 def pack_size(wanted: int, device: torch.device) -> int:
-    """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches and a laptop's
-    memory like."""
+    """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches like."""
     if wanted:
         return wanted
     return 1024 if device.type == "cpu" else 8192
@@ -521,14 +543,14 @@ class Pixels:
     def __init__(self, config):
         self.size = config.vision.image_size if config.vision else 0
 
-    def one(self, path: str | Path) -> Tensor:                               # (3, S, S)
-        return preprocess(load_image(path), self.size)
-
     def __call__(self, paths: list[str]) -> Tensor | None:
         """n files -> (n, 3, S, S), or None for no files. In numpy: torch would start threads in
         whatever thread this runs in, and OpenMP, once it counts more of them than cores, lets none
         wait awake any more (common.py)."""
-        return torch.from_numpy(np.stack([self.one(path) for path in paths])) if paths else None
+        if not paths:
+            return None
+        pictures = [preprocess(load_image(path), self.size) for path in paths]       # (3, S, S)
+        return torch.from_numpy(np.stack(pictures))
 
     def pack(self, trees: list[Tree]) -> Pack:
         paths = [path for tree in trees for path in tree.images]

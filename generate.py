@@ -42,7 +42,7 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) ->
     if top_p < 1:
         top, order = probs.sort(dim=-1, descending=True, stable=True)
         before = top.cumsum(-1) - top
-        top = top.masked_fill(before >= top_p, 0)    # what stands before it suffices already
+        top = top.masked_fill(before >= top_p, 0)                            # enough without it
         probs = torch.zeros_like(probs).scatter(-1, order, top)
     cdf = probs.cumsum(-1)
     token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
@@ -64,29 +64,25 @@ def stream(
     seeds: list[list[int]] | None = None,
     ends: tuple[int, ...] = (2,),
 ) -> Iterator[Tensor]:
-    """n answers to each of R prompts, one token (R*n,) of each per step; ends[0] from an answer's
-    end on.
+    """n answers to each of R prompts: per step one token of each, (R*n,).
 
-    prompts   R lists of ids, placeholders expanded    pixels   R times (images, 3, S, S) or None
-    seeds     (R, n) ints, an answer's own; the text of an answer depends on its prompt and its
-              seed, not on what
-              else is in the batch (up to floating-point rounding of batched matrix products)
-    ends      the tokens that end an answer
-    The prompt is computed once for its n answers.
+    prompts   R lists of ids, placeholders expanded
+    pixels    R times (images, 3, S, S) or None
+    seeds     (R, n) ints, an answer's own: its text depends on prompt and seed, not on what else is
+              in the batch (up to floating-point rounding of batched matrix products)
+    ends      the tokens that end an answer; the first is repeated behind it
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must not be negative, and top_p {top_p} must lie in (0, 1]")
     R = len(prompts)
     seeds = seeds or [list(range(n)) for _ in range(R)]
-    uniform = []
+    uniform = []                                                             # per answer
     for seed in sum(seeds, []):
         uniform.append(torch.rand(max_new, generator=torch.Generator().manual_seed(seed)))
     uniform = torch.stack(uniform).to(model.device)                          # (R*n, max_new)
     ending = torch.tensor(ends, device=model.device)
 
     cache, hidden = prefill(model, prompts, pixels, n)
-    hidden = hidden.repeat_interleave(n, 0)    # (R*n, D): the last prompt token's
-    length = cache.prompt_len.repeat_interleave(n)    # (R*n,) the next token's position
+    hidden = hidden.repeat_interleave(n, 0)                                  # (R*n, D)
+    length = cache.prompt_len.repeat_interleave(n)                           # (R*n,)
     active = torch.ones(R * n, dtype=torch.bool, device=model.device)
     for step in range(max_new):
         logits = product(hidden, model.head).float()                         # (R*n, V)
@@ -124,7 +120,7 @@ def generate(
     return [answers[r * n:(r + 1) * n] for r in range(len(prompts))]
 
 
-def until(ids, ends) -> Answer:
+def until(ids, ends):
     for k, token in enumerate(ids):
         if token in ends:
             return Answer(ids[:k], "stop")
@@ -140,25 +136,27 @@ class Cache:
         self.R = len(prompt_len)
         self.n = n
         self.prompt_len = torch.tensor(prompt_len, device=device)            # (R,)
-        self.prompt = [None] * layers    # (keys, values) of each layer
+        self.prompt = [None] * layers                                        # keys, values
         self.own = [None] * layers
         self.filled = [0] * layers
+
+        # Which rows of the pack are whose; a shorter prompt's last row is repeated.
         at = torch.arange(max(prompt_len), device=device)
         starts = self.prompt_len.cumsum(0) - self.prompt_len
-        # (R, P) into the pack
-        self.rows = starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1)
+        self.rows = starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1)     # (R, P)
 
     def keep_prompt(self, layer, k, v):
-        keys = k[self.rows].transpose(1, 2).contiguous()    # (T, G, K) -> (R, G, P, K)
+        keys = k[self.rows].transpose(1, 2).contiguous()                     # (R, G, P, K)
         values = v[self.rows].transpose(1, 2).contiguous()
         self.prompt[layer] = keys, values
 
     def decode(self, layer, q, k, v):
-        """The `attend` of one new token per answer: file its k and v away, then look at everything
-        it may see."""
+        """The `attend` of one new token per answer: file its k and v away, look at what it sees."""
         used = self.filled[layer]
-        # (R, G, n, 1, K)
-        new = [x.view(self.R, self.n, 1, *x.shape[1:]).permute(0, 3, 1, 2, 4) for x in (k, v)]
+        new = []
+        for x in (k, v):
+            x = x.view(self.R, self.n, 1, *x.shape[1:])                      # (R, n, 1, G, K)
+            new.append(x.permute(0, 3, 1, 2, 4))                             # (R, G, n, 1, K)
         if self.own[layer] is None:
             self.own[layer] = [x.new_zeros(*x.shape[:3], 32, x.shape[-1]) for x in new]
         elif used == self.own[layer][0].shape[3]:                            # full: double the room
@@ -172,23 +170,17 @@ class Cache:
         return gathered.flatten(0, 1)                                        # (R*n, H, K)
 
 
-def prefill(model, prompts, pixels, n) -> tuple[Cache, Tensor]:
-    """One packed pass over all prompts -> their cache and the hidden state (R, D) of each one's
-    last token."""
-    for prompt, images in zip(prompts, pixels, strict=True):    # embed only sees their sum
-        need = prompt.count(model.config.image_token)
-        have = 0 if images is None else len(images) * model.config.vision.patches
-        if need != have:
-            raise ValueError(f"a prompt has {need} image placeholders, but the pictures given for it fill {have}")
-
+def prefill(model, prompts, pixels, n):
+    """One packed pass over all prompts -> their Cache, each one's last hidden state (R, D)."""
     device = model.device
     lengths = [len(prompt) for prompt in prompts]
     size = torch.tensor(lengths)
-    last = (size.cumsum(0) - 1).to(device)                                   # (R,)
-    own = (size.cumsum(0) - size).repeat_interleave(size)    # (T,) where my prompt starts
+    ends = size.cumsum(0)
+    own = (ends - size).repeat_interleave(size)                              # (T,) its start
     positions = (torch.arange(len(own)) - own).to(device)
-    mask = Mask(torch.zeros_like(own), torch.zeros_like(own), own).to(device)
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    nothing = torch.zeros_like(own)
+    mask = Mask(nothing, nothing, own).to(device)
+    ids = torch.tensor(sum(prompts, []), device=device)
     shown = [images for images in pixels if images is not None]
     x = model.embed(ids, torch.cat(shown).to(device) if shown else None)
     cache = Cache(len(model.language_model.layers), lengths, n, device)
@@ -197,6 +189,7 @@ def prefill(model, prompts, pixels, n) -> tuple[Cache, Tensor]:
         cache.keep_prompt(layer, k, v)
         return kernels.attention(q, k, v, mask)
 
+    last = (ends - 1).to(device)                                             # (R,)
     return cache, model.language_model(x, positions, attend, last)           # (R, D)
 
 
@@ -220,26 +213,32 @@ def sample_answers(
     seed: int = 0,
 ) -> list[list[dict]]:
     """n answers {"text", "finish"} to the prompt of each data.Tree; finish is "stop", or "length"
-    where max_new cut it off. `tokens` and `pixels` are the data.Tokens and data.Pixels of this
-    model."""
+    where max_new cut it off. `tokens` and `pixels` are this model's data.Tokens and data.Pixels."""
     seeds = [[answer_seed(seed, tree.id, k) for k in range(n)] for tree in trees]
     prompts = [tree.ids() for tree in trees]
     pictures = [pixels(tree.images) for tree in trees]
     found = generate(
-        model, prompts, pictures,
-        n=n, max_new=max_new, temperature=temperature, top_p=top_p, seeds=seeds, ends=tokens.ends,
+        model,
+        prompts,
+        pictures,
+        n=n,
+        max_new=max_new,
+        temperature=temperature,
+        top_p=top_p,
+        seeds=seeds,
+        ends=tokens.ends,
     )
-    texts = []
-    for answers in found:
-        texts.append([{"text": tokens.decode(answer.ids), "finish": answer.finish} for answer in answers])
-    return texts
+
+    def described(answer):
+        return {"text": tokens.decode(answer.ids), "finish": answer.finish}
+
+    return [[described(answer) for answer in answers] for answers in found]
 
 
 def check_room(longest: int, room: int):
-    """Raises BadInput where prompt and answer may take more positions than a model was built
-    for."""
+    """Raises BadInput where prompt and answer may take more positions than a model has."""
     if longest > room:
         raise BadInput(
-            f"prompt and answer may take {longest} tokens, more than the model was built for ({room}); shorten it or "
-            "lower --max_new"
+            f"prompt and answer may take {longest} tokens, more than the model was built for "
+            f"({room}); shorten it or lower --max_new"
         )

@@ -1,4 +1,4 @@
-"""A Llama that reads pictures: blocks, projector, splice, and the log-probs that every loss stands on.
+"""A Llama that reads pictures: blocks, projector, splice, and the log-probs every loss stands on.
 
 The problem. Let a language model answer questions about an image. LLaVA's answer (arXiv:2304.08485,
 2310.03744) is the simplest that works: map the vision tower's patch vectors into the language
@@ -42,8 +42,7 @@ from vision import ViT, VisionConfig
 
 @dataclass
 class TextConfig:
-    """Llama sizes; the defaults are transformers' LlamaConfig (a config.json states only what
-    differs)."""
+    """Llama sizes; the defaults are transformers' (a config.json states only what differs)."""
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -69,13 +68,13 @@ class Config:
 # ---- rotary positions ----------------------------------------------------------------------------
 
 def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
-    """(K/2,) fp32 angular frequencies; plain RoPE (arXiv:2104.09864), position interpolation, or
-    Llama 3's.
+    """(K/2,) fp32 angular frequencies: plain RoPE (arXiv:2104.09864), interpolated, or Llama 3's.
 
     Llama 3: wavelengths longer than the old context are stretched by `factor`, short ones kept, and
     the band between is interpolated (source: transformers `_compute_llama3_parameters`).
     """
-    freq = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    freq = rope["rope_theta"] ** (-pairs / head_dim)
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return freq
@@ -83,24 +82,21 @@ def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
         return freq / rope["factor"]
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        # over the old context
         turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)    # 1 = short wave, untouched
+        keep = ((turns - low) / (high - low)).clamp(0, 1)                    # 1: a short wave
         return freq * (keep + (1 - keep) / rope["factor"])
     raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) by its token's angle, in fp32. x (T, heads, K), cos and sin
-    (T, 1, K) from `turns`."""
+    """Turn each pair (x[i], x[i + K/2]) of x (T, heads, K) by its token's angle, in fp32."""
     exact = x.float()
     other_half = exact.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(exact * cos, other_half, sin).to(x.dtype)
 
 
 def turns(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
-    """(T,) positions -> (T, 1, K) cosines and signed sines for `rotate`, one for all heads, fp32
-    whatever the model is."""
+    """(T,) positions -> (T, 1, K) cosines and signed sines for `rotate`, in fp32."""
     angle = positions[:, None, None].float() * freq                          # (T, 1, K/2)
     cos = angle.cos()
     sin = angle.sin()
@@ -120,7 +116,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        exact = x.float()    # the mean of squares wants fp32
+        exact = x.float()                                                    # for the squares' mean
         squares = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square()
         normed = exact * (squares / x.shape[-1] + self.eps).rsqrt()
         return self.weight.to(x.dtype) * normed.to(x.dtype)
@@ -130,9 +126,8 @@ FEW = 64    # rows
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in x's precision. In generation x is one token per answer, a few rows, and a
-    CPU's library shares the rows of the *first* matrix among its threads: so there the weight comes
-    first."""
+    """x @ weight.T in x's precision. In generation x has a few rows, one token per answer, and a
+    CPU's library shares the *first* matrix's rows among its threads: there the weight is first."""
     weight = weight.to(x.dtype)
     if torch.is_grad_enabled() or len(x) > FEW:
         return F.linear(x, weight)
@@ -206,12 +201,10 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        # keep only each block's input for backward, and compute the block again
-        self.checkpointing = False
+        self.checkpointing = False         # keep a block's input only, and compute it again
 
     def forward(self, x, positions, attend, read=None):
-        """Embeddings (T, D) at positions (T,) -> final hidden states (T, D), normed, ready for the
-        head.
+        """Embeddings (T, D) at positions (T,) -> hidden states (T, D), ready for the head.
 
         `read` (M,) names the tokens whose states are wanted, each once: of all others the last
         block computes keys and values only -> (M, D).
@@ -247,7 +240,10 @@ class Llava(nn.Module):
         self.language_model = Llama(config.text)
         if config.vision:
             self.vision_tower = ViT(config.vision)
-            self.multi_modal_projector = Projector(config.vision.hidden_size, config.text.hidden_size)
+            self.multi_modal_projector = Projector(
+                config.vision.hidden_size,
+                config.text.hidden_size,
+            )
         self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size)
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
@@ -264,16 +260,16 @@ class Llava(nn.Module):
         return self.language_model.embed_tokens(ids).to(self.dtype)
 
     def embed(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Token ids (T,) and the pictures (N, 3, S, S) their placeholders stand for, in order ->
-        (T, D)."""
+        """Token ids (T,), pictures (N, 3, S, S) for their placeholders, in order -> (T, D)."""
         is_image = ids == self.config.image_token
         x = self.embed_text(ids.masked_fill(is_image, 0))
         need = int(is_image.sum())
         have = 0 if pixels is None else len(pixels) * self.config.vision.patches
         if need != have:
-            raise ValueError(f"{need} image placeholders in the ids, but the pictures given fill {have}")
+            raise ValueError(f"{need} image placeholders in the ids, but the pictures fill {have}")
         if have:
-            seen = self.multi_modal_projector(self.vision_tower(pixels.to(self.dtype)))  # (N, P, D)
+            patches = self.vision_tower(pixels.to(self.dtype))
+            seen = self.multi_modal_projector(patches)                       # (N, P, D)
             x = x.masked_scatter(is_image[:, None], seen)                    # (T, D)
         return x
 
@@ -289,7 +285,7 @@ class Llava(nn.Module):
 
 def token_logps(model: Llava, pack) -> Tensor:
     """log p of every scored token of a data.Pack, (N,) fp32 nats."""
-    hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels, pack.read)    # (M, D)
+    hidden = model(pack.ids, pack.positions, pack.mask, pack.pixels, pack.read)      # (M, D)
     return kernels.logps(hidden, model.head.to(hidden.dtype), pack.place, pack.targets)
 
 

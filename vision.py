@@ -1,10 +1,10 @@
-"""A picture becomes 576 vectors: preprocessing, then CLIP's vision transformer up to its last layer but one.
+"""A picture becomes 576 vectors: preprocessing, then CLIP's transformer but for its last block.
 
 The problem. A language model reads vectors. CLIP (arXiv:2103.00020) turns a picture into such
 vectors: cut it into patches of p x p pixels, embed each, add a learned position, and let
 bidirectional transformer blocks mix them:
 
-    x = [class, patch_1, ..., patch_N] + position          N = (size / p)^2, 576 for 336 px and p = 14
+    x = [class, patch_1, ..., patch_N] + position       N = (size / p)^2, 576 for 336 px and p = 14
     x = x + attention(norm(x));  x = x + mlp(norm(x))       for each block
 
 What LLaVA reads (arXiv:2310.03744) is not CLIP's final answer, one vector trained to match a
@@ -31,9 +31,11 @@ from kernels import Mask, attention
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# a decompression bomb is refused before a byte of it is decoded (by Pillow from 179 million on),
+
+# Refused before a byte is decoded: a decompression bomb (Pillow refuses from 179 million on), and a
+# thin strip that would fill the memory once it is padded to a square.
 MAX_PIXELS = 89_000_000
-MAX_SIDE = 20_000  # and so is a thin strip that would fill the memory once it is padded to a square
+MAX_SIDE = 20_000
 
 
 @dataclass
@@ -127,28 +129,26 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """CLIP's vision tower. All its weights are kept, so that a checkpoint goes out as it came in;
-    only those up to the feature layer are ever used (`post_layernorm` belongs to CLIP's own pooled
-    output)."""
+    LLaVA uses those up to the feature layer (`post_layernorm` belongs to CLIP's own output)."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.config = c
         self.embeddings = Embeddings(c)
-        # sic: the checkpoints' spelling
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))})
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)    # sic, in checkpoints
+        layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def after(self, depth: int, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) normalised pixels -> (N, P, D) what the first `depth` blocks make of them,
-        class token first."""
+        """What `depth` blocks make of (N, 3, S, S) pixels -> (N, P, D), class token first."""
         x = self.pre_layrnorm(self.embeddings(pixels))                   # (N, P, D)
-        shape = x.shape
-        mask = Mask.full(shape[0], shape[1], x.device)
+        N, P, D = x.shape
+        mask = Mask.full(N, P, x.device)
         x = x.flatten(0, 1)                                              # (N*P, D)
         for block in self.encoder.layers[:depth]:
             x = block(x, mask)
-        return x.view(shape)
+        return x.view(N, P, D)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The patch vectors of the feature layer, (N, P-1, D): the class token is dropped."""
@@ -158,10 +158,9 @@ class ViT(nn.Module):
 # ---- from a file to pixels -----------------------------------------------------------------------
 
 def preprocess(image: Image.Image, size: int) -> Tensor:
-    """An RGB picture -> (3, size, size) float32, normalised: padded to a square with the mean
-    colour.
+    """An RGB picture, padded to a square with the mean colour -> (3, size, size) fp32, normalised.
 
-    Source: LLaVA `expand2square` + CLIPImageProcessor; equal to transformers'
+    Source: LLaVA's `expand2square` and CLIPImageProcessor; equal to transformers'
     LlavaImageProcessor(do_pad=True).
     """
     w, h = image.size
@@ -175,30 +174,25 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """What a person sees in any viewer, as 8-bit RGB: EXIF turned upright, transparency on white,
-    16 bits scaled."""
+    """What a person sees in any viewer, as 8-bit RGB: upright, transparency on white."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = grey_8_bit(image)
+    if image.mode == "F":
+        raise ValueError("floating-point grey, and nothing says what is white")
+    if image.mode.startswith("I"):                       # 16-bit grey: Pillow would clip it at 255
+        grey = np.asarray(image) / 65535 * 255
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def grey_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit and floating-point grey, scaled; Pillow would clip it at 255."""
-    grey = np.asarray(image).astype(np.float64)
-    white = 65535.0
-    if image.mode == "F" and grey.max() <= 255:
-        white = 1.0 if grey.max() <= 1 else 255.0
-    return Image.fromarray((grey / white * 255).round().clip(0, 255).astype(np.uint8))
-
-
 def image_path(root: Path, name) -> Path:
-    """The file that an image's name stands for; a name that leads out of `root` (.., absolute,
-    symlink) is refused."""
+    """The file that an image's name stands for. Raises BadInput where it leads out of `root`."""
     if not isinstance(name, str):
-        raise BadInput(f"image {str(name)[:60]} is not a file name; write embedded images to files and name those")
+        raise BadInput(
+            f"image {str(name)[:60]} is not a file name; write embedded images to files, name those"
+        )
     root = Path(root).resolve()
     try:
         path = (root / name).resolve()
@@ -210,8 +204,7 @@ def image_path(root: Path, name) -> Path:
 
 
 def load_image(path: Path, small: int = 0) -> Image.Image:
-    """Open an image file as RGB. `small` lets a JPEG decode at reduced size (to check it, not to
-    use it).
+    """Open an image file as RGB. `small` lets a JPEG decode at reduced size (to check, not to use).
 
     Raises BadInput naming the file where it is missing, broken, truncated or a decompression bomb.
     """
@@ -228,18 +221,16 @@ def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
         image = Image.open(BytesIO(data))
         w, h = image.size
         if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
-            raise BadInput(
-                f"image {name}: {w} x {h} pixels, more than the {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side that "
-                "are allowed; shrink it first"
+            raise ValueError(
+                f"{w} x {h} pixels, more than the {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side "
+                "that are allowed"
             )
         if small:
             image.draft("RGB", (small, small))
         image.load()
         return to_rgb(image)
-    except BadInput:
-        raise
     except UnidentifiedImageError:
-        raise BadInput(f"image {name}: is not an image file that Pillow knows; replace or remove it") from None
-    # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
-    except Exception as error:
-        raise BadInput(f"image {name}: cannot be decoded ({error}); replace or remove it") from None
+        reason = "it is not an image file that Pillow knows"
+    except Exception as error:           # Pillow's decoders raise many types
+        reason = str(error)
+    raise BadInput(f"image {name}: cannot be decoded ({reason}); shrink, replace or remove it")

@@ -154,20 +154,6 @@ def test_a_text_only_llama_writes():
     assert len(answer.ids) == 4
 
 
-def test_each_prompt_must_have_its_own_pictures(tiny):
-    """In sum they fit, but the first prompt would read the second one's picture."""
-    two, one = [1] + PICTURE * 2 + text(3, 0), [1] + PICTURE + text(3, 1)
-    with pytest.raises(ValueError, match="placeholders"):
-        generate(tiny, [two, one], [pictures(1), pictures(2)], max_new=1)
-
-
-@pytest.mark.parametrize("sampling", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0},
-                                      {"temperature": 1.0, "top_p": 1.5}], ids=str)
-def test_impossible_sampling_settings_are_refused(tiny, sampling):
-    with pytest.raises(ValueError, match="temperature|top_p"):
-        generate(tiny, PROMPTS[:1], IMAGES[:1], max_new=1, **sampling)
-
-
 # ---- answers to records --------------------------------------------------------------------------
 
 def test_a_record_s_answers_depend_on_its_id_and_the_seed_and_are_texts(tmp_path, images_dir):

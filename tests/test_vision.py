@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 
 import vision
 from common import BadInput
-from vision import CLIP_MEAN, CLIP_STD, ViT, VisionConfig, decode_image, load_image, preprocess, to_rgb
+from vision import CLIP_MEAN, CLIP_STD, ViT, VisionConfig, decode_image, load_image, preprocess
 
 RGB = np.asarray(picture(5, 3))      # (3, 5, 3): three rows, five columns, nothing symmetric
 
@@ -95,10 +95,10 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, top):
     assert got.min() < got.max() or top == 200
 
 
-def test_floats_are_scaled_by_what_they_hold():
-    for top, values in ((1.0, (0, 0.5, 1)), (255, (0, 127.5, 255)), (65535, (0, 32767.5, 65535))):
-        image = Image.fromarray(np.array([values], np.float32))
-        assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 128, 255]
+def test_floating_point_grey_is_refused_by_name(tmp_path):
+    Image.fromarray(RGB[..., 0].astype(np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(BadInput, match="x.tiff: cannot be decoded .floating-point grey"):
+        load_image(tmp_path / "x.tiff")
 
 
 def test_cmyk_jpeg_has_the_right_colours(tmp_path):
