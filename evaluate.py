@@ -28,14 +28,12 @@ from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 import checkpoint
-from benchmarks import compare
-from benchmarks.harness import (Folder, Item, answer, dump, literal, load, shown, slug,
-                                with_pictures)
+from benchmarks import alpaca_eval, compare, llava_bench, mm_vet, mmbench, mt_bench, pope
+from benchmarks.harness import Folder, answer, dump, load, shown, slug
 from common import BadInput, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, target_scores
 from journal import Journal
@@ -43,14 +41,14 @@ from judge.client import Judge, JudgeSettings, Replies, door
 from judge.wire import Question
 from toy import items as miniature
 
-BENCHES = {name: import_module(f"benchmarks.{name}") for name in (     # a new one is a line here
-    "mm_vet",
-    "llava_bench",
-    "pope",
-    "mmbench",
-    "mt_bench",
-    "alpaca_eval",
-)}
+BENCHES = {
+    "mm_vet": mm_vet,
+    "llava_bench": llava_bench,
+    "pope": pope,
+    "mmbench": mmbench,
+    "mt_bench": mt_bench,
+    "alpaca_eval": alpaca_eval,
+}
 
 
 @dataclass
@@ -69,9 +67,7 @@ class Settings(JudgeSettings):
     template: str = ""             # how prompts are spelled (data.TEMPLATES); empty: its own
     batch: int = 16                # questions answered at once
     max_new: int = 0               # longest answer in tokens; 0: the benchmark's own
-    seed: int = 0                  # of sampling (MT-Bench) and of --picture
-    forget: bool = False           # second turns without the model's first answer
-    picture: str = ""              # before text questions: a folder to draw from, or "literal"
+    seed: int = 0                  # of sampling (MT-Bench)
     coverage: float = 0.95         # smallest share to be scored; below it the exit code is 1
     split: str = "test"            # of the miniature: test, or dev for choosing settings
     target: str = ""               # scores to ask a SteerLM model for, "4 4 4 4 0"; empty: its own
@@ -79,74 +75,66 @@ class Settings(JudgeSettings):
 
 # ---- questions and answers ----------------------------------------------------------------------
 
-def folder_of(s: Settings, name: str) -> Folder:
+def folder_of(s, name):
     bench = BENCHES[name]
     return Folder(Path(s.data_dir) / bench.FOLDER, bench.SOURCE, Path(s.out) / name / "images")
 
 
-def questions(s: Settings, name: str) -> list[Item]:
-    items = BENCHES[name].items(folder_of(s, name))
+def questions(s, name):
+    """The items of a benchmark, with the answers of --answers where that is given."""
+    bench = BENCHES[name]
+    items = bench.items(folder_of(s, name))
     if s.max_new:
         items = [replace(item, max_new=s.max_new) for item in items]
-    if s.picture and not BENCHES[name].PICTURES:
-        items = with_pictures(items, s.picture, s.seed)
+    if s.answers:
+        answers = bench.read_answers(Path(s.answers))
+        items = [replace(item, texts=answers.get(item.id, [])) for item in items]
+        if not any(item.texts for item in items):
+            raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
     return items
 
 
-def tokens_of(s: Settings, ckpt: str, config) -> Tokens:
-    """A checkpoint's tokens. A SteerLM model is asked for scores, and it is said how."""
+def tokens_of(s, ckpt, config):
+    """A checkpoint's tokens; a SteerLM model is asked for the scores of --target, or its own."""
     tokens = Tokens(checkpoint.resolve(ckpt), config, s.template)
     if tokens.steer and s.target:
         tokens = tokens.asking(target_scores(s.target))
-    if tokens.steer:
-        print(f"{ckpt}: every question ends with{tokens.template.ask}", file=sys.stderr)
     return tokens
 
 
-def answer_all(s: Settings, ckpt: str, items: dict[str, list[Item]], out: Path) -> dict:
+def answer_all(s, ckpt, items, out):
     """{bench: its items with answers}, less the benchmarks that this checkpoint has no eyes for."""
     folder = checkpoint.resolve(ckpt)
     config, _ = checkpoint.read_config(folder)
     device, dtype = device_and_dtype(s.device, s.dtype)
     tokens = tokens_of(s, ckpt, config)
-    plain = literal(tokens) if s.picture == "literal" else tokens
     model = cache(lambda: checkpoint.load(folder, device, dtype))    # when an answer is missing
     about = sha(checkpoint.stamp(folder), str(dtype))
     answered = {}
     with closing(Journal(out / "answers-journal.jsonl")) as journal:
         for name, asked in items.items():
-            bench = BENCHES[name]
-            if bench.PICTURES and not config.vision:
+            if not config.vision and any(item.images for item in asked):
                 print(f"{ckpt} sees no pictures; left out: {name}", file=sys.stderr)
                 continue
-            answered[name] = answer(
-                asked, model, tokens if bench.PICTURES else plain, Pixels(config),
-                batch=s.batch, seed=s.seed, forget=s.forget, journal=journal, about=about,
-                desc=f"{ckpt}: {name}")
-            rows = bench.answer_rows([item for item in answered[name] if item.texts], slug(ckpt))
+            found = answer(asked, model, tokens, Pixels(config), batch=s.batch, seed=s.seed,
+                           journal=journal, about=about, desc=f"{ckpt}: {name}")
+            bench = BENCHES[name]
+            rows = bench.answer_rows([item for item in found if item.texts], slug(ckpt))
             dump(out / name / bench.ANSWERS.format(model=slug(ckpt)), rows)
-    return answered
-
-
-def stored_answers(s: Settings, name: str, items: list[Item]) -> list[Item]:
-    """The items with the answers that a file has."""
-    answers = BENCHES[name].read_answers(Path(s.answers))
-    answered = [replace(item, texts=answers.get(item.id, [])) for item in items]
-    if not any(item.texts for item in answered):
-        raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
+            answered[name] = found
     return answered
 
 
 # ---- judgments ----------------------------------------------------------------------------------
 
-def ask_judge(s: Settings, name: str, items: list[Item], label: str) -> tuple[list | dict, dict]:
+def ask_judge(s, name, items, model):
     """Every answer judged -> (rows in the benchmark's own format, what is to be said of them)."""
     bench = BENCHES[name]
-    prompts = bench.prompts(folder_of(s, name), [item for item in items if item.texts], label)
+    prompts = bench.prompts(folder_of(s, name), [item for item in items if item.texts], model)
     asked = {}
     for prompt in prompts:
-        key = sha(f"{s.judge} {s.thinking}", name, str(prompt.id), prompt.system, prompt.text)
         if prompt.text:
+            key = sha(f"{s.judge} {s.thinking}", name, str(prompt.id), prompt.system, prompt.text)
             asked[prompt.id] = Question(key, f"{name} {prompt.id}", prompt.system, prompt.text,
                                         check=bench.read)
     with closing(Replies(Path(s.out) / "judge-journal.jsonl")) as journal:
@@ -155,109 +143,122 @@ def ask_judge(s: Settings, name: str, items: list[Item], label: str) -> tuple[li
 
     good = {number: reply.text for number, reply in replies.items() if reply.state == "ok"}
     trouble = [reply.reason for reply in replies.values() if reply.state != "ok"]
-    about = {"judge": s.judge,
-             "versions": sorted({reply.version for reply in replies.values()} - {""}),
-             "states": dict(Counter(reply.state for reply in replies.values())),
-             "trouble": trouble[0] if trouble else "",
-             "prompt": prompts[0].wording if prompts else ""}
+    about = {
+        "judge": s.judge,
+        "versions": sorted({reply.version for reply in replies.values()} - {""}),
+        "states": dict(Counter(reply.state for reply in replies.values())),
+        "trouble": trouble[0] if trouble else "",
+        "prompt": prompts[0].wording if prompts else "",
+    }
     return bench.judge_rows(prompts, good, s.judge), about
 
 
-def stored_judgments(s: Settings, name: str) -> dict[str, list[dict]]:
+def stored_judgments(s, name):
     """Score a stored judgment file -> {model: [result]}; FastChat keeps many models in one file."""
     if not BENCHES[name].JUDGMENTS:
         raise BadInput(f"--judgments: {name} needs no judge; give --answers")
-    items = questions(s, name) if s.data_dir or name == "mm_vet" else []
-    if s.answers:
-        items = stored_answers(s, name, items)
+    items = []
+    if s.data_dir or s.answers or name == "mm_vet":
+        items = questions(s, name)
     path = Path(s.judgments)
-    rows, models = load(path), defaultdict(list)
+    rows = load(path)
     if not rows:
         raise BadInput(f"--judgments {path}: is empty")
+    models = defaultdict(list)
     if isinstance(rows, dict):                         # MM-Vet's, of one model
         models[path.stem] = rows
+        first = [*rows.values()][0]
     else:
+        first = rows[0]
         for row in rows:                               # FastChat says model, AlpacaEval generator_2
             models[row.get("model") or row.get("generator_2") or path.stem].append(row)
 
     # Who judged, as far as the file says.
-    first = [*rows.values()][0] if isinstance(rows, dict) else rows[0]
     judge = first.get("judge") or first.get("annotator") or first.get("model") or "unknown"
-    about = {"judge": judge[0] if isinstance(judge, list) else judge, "versions": []}
-    return {model: [summary(name, items, mine, **about)] for model, mine in models.items()}
+    if isinstance(judge, list):
+        judge = judge[0]
+    return {model: [summary(name, items, mine, judge=judge, versions=[])]
+            for model, mine in models.items()}
 
 
 # ---- results ------------------------------------------------------------------------------------
 
-def summary(name: str, items: list[Item], rows, **about) -> dict:
+def summary(name, items, rows, **about):
     """What is known about one model on one benchmark; without judgments, how much was answered."""
     texts = [text for item in items for text in item.texts]
     finishes = [finish for item in items for finish in item.finishes]
     scored = {"scores": {}, "ok": sum(bool(item.texts) for item in items), "total": len(items)}
     if rows is not None or not BENCHES[name].JUDGMENTS:
         scored = BENCHES[name].score(items, rows)
-    return {"bench": name,
-            "length": sum(map(len, texts)) / len(texts) if texts else None,
-            "cut": finishes.count("length") if finishes else None,
-            "unanswered": {item.id: item.failed for item in items if item.failed},
-            **about,
-            **scored,
-            "coverage": scored["ok"] / scored["total"] if scored["total"] else 0.0}
+    return {
+        "bench": name,
+        "length": sum(map(len, texts)) / len(texts) if texts else None,
+        "cut": finishes.count("length") if finishes else None,
+        "unanswered": {item.id: item.failed for item in items if item.failed},
+        **about,
+        **scored,
+        "coverage": scored["ok"] / scored["total"] if scored["total"] else 0.0,
+    }
 
 
-def evaluate(s: Settings, names: list[str], model: str, out: Path) -> list[dict]:
+def evaluate(s, names, model, out):
     """A checkpoint, or stored answers, on some benchmarks; files and results.json in `out`."""
-    label = slug(model)
     items = {name: questions(s, name) for name in names}
-    if s.answers:
-        items = {name: stored_answers(s, name, items[name]) for name in names}
-    else:
+    if not s.answers:
         items = answer_all(s, model, items, out)
+    model = slug(model)
     results = []
     for name, answered in items.items():
-        rows, about, file = None, {}, BENCHES[name].JUDGMENTS
+        rows, about = None, {}
+        file = BENCHES[name].JUDGMENTS
         if file and s.judge:
-            rows, about = ask_judge(s, name, answered, label)
-            dump(out / name / file.format(model=label, judge=slug(s.judge)), rows)
+            rows, about = ask_judge(s, name, answered, model)
+            dump(out / name / file.format(model=model, judge=slug(s.judge)), rows)
         results.append(summary(name, answered, rows, **about))
-    run = describe_run(s, model=label, results=results)
+    run = describe_run(s, model=model, results=results)
     write_whole(out / "results.json", json.dumps(run, indent=1) + "\n")
     return results
 
 
-def table(results: list[dict]) -> str:
+def table(results):
     """One line per figure; coverage, length and the rest once per benchmark."""
     lines = [f"{'benchmark':12} {'figure':12} {'':15} {'n':>6}  coverage  characters  cut off   "
              "judge"]
+    notes = []
     for r in results:
+        name = r["bench"]
         length = "-" if r["length"] is None else f"{r['length']:.0f}"
         cut = "-" if r["cut"] is None else r["cut"]
-        name, bench = r["bench"], BENCHES[r["bench"]]
         about = f"{r['coverage']:8.1%}  {length:>10}  {cut:>7}   {compare.judged_by(r)}"
         for figure, e in (r["scores"] or {"not judged": {"mean": None, "n": r["ok"]}}).items():
-            value = shown(e, bench.FORM, bench.SCALE)
+            value = shown(e, BENCHES[r["bench"]].FORM, BENCHES[r["bench"]].SCALE)
             lines.append(f"{name:12} {figure:12} {value:>15} {e['n']:>6}  {about}".rstrip())
             name = about = ""                          # they are said once
-    for r in results:
-        notes = []
-        if r.get("trouble"):
-            notes = [f"{n} {state}" for state, n in r["states"].items() if state != "ok"]
-            notes.append(f"the first of them: {r['trouble'][:150]}")
-        if r["unanswered"]:
-            reason = next(iter(r["unanswered"].values()))
-            notes.append(f"{len(r['unanswered'])} not answered ({reason})")
-        if r.get("unknown"):
-            notes.append(f"{r['unknown']} answers fit no option")
-        if r.get("prompt"):
-            notes.append(f"judge's prompt: {r['prompt']}")
-        if notes:
-            lines.append(f"{r['bench']}: {'; '.join(notes)}")
-    return "\n".join(lines)
+        said = remarks(r)
+        if said:
+            notes.append(f"{r['bench']}: {'; '.join(said)}")
+    return "\n".join(lines + notes)
+
+
+def remarks(r):
+    """What stands below the table."""
+    said = []
+    if r.get("trouble"):
+        said = [f"{n} {state}" for state, n in r["states"].items() if state != "ok"]
+        said.append(f"the first of them: {r['trouble'][:150]}")
+    if r["unanswered"]:
+        reason, *others = r["unanswered"].values()
+        said.append(f"{1 + len(others)} not answered ({reason})")
+    if r.get("unknown"):
+        said.append(f"{r['unknown']} answers fit no option")
+    if r.get("prompt"):
+        said.append(f"judge's prompt: {r['prompt']}")
+    return said
 
 
 # ---- the script ---------------------------------------------------------------------------------
 
-def run_miniature(s: Settings) -> None:
+def run_miniature(s):
     out, rows = Path(s.out), {}
     device, dtype = device_and_dtype(s.device, s.dtype)
     for ckpt in s.ckpt.split(","):
@@ -269,13 +270,10 @@ def run_miniature(s: Settings) -> None:
     print(json.dumps(rows) if s.json else f"{miniature.table(rows)}\nanswers and scores: {out}")
 
 
-def check(s: Settings, names: list[str], ckpts: list[str]) -> None:
+def check(s, names, ckpts):
     """What can be said at the door. Raises BadInput."""
-    if s.split not in ("dev", "test") or s.batch < 1 or s.max_new < 0 or not 0 <= s.coverage <= 1:
-        raise BadInput("--split is dev or test, --batch at least 1, --max_new not negative, "
-                       "--coverage from 0 to 1")
-    if s.target:
-        target_scores(s.target)
+    if s.split not in ("dev", "test") or s.batch < 1:
+        raise BadInput("--split is dev or test, --batch at least 1")
     if s.judge:
         door(s)
     alone = s.answers or s.judgments or "miniature" in names
@@ -286,7 +284,7 @@ def check(s: Settings, names: list[str], ckpts: list[str]) -> None:
         checkpoint.resolve(ckpt)
 
 
-def run(s: Settings) -> None:
+def run(s):
     out = Path(s.out)
     if s.compare:
         return compare.run(BENCHES, s.compare, out)

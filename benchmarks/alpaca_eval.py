@@ -23,10 +23,8 @@ import numpy as np
 from benchmarks.harness import Item, Prompt, load, mean, readable
 from common import sha
 
-TITLE = "AlpacaEval"
 FORM = "5.1f"
 SCALE = 1
-PICTURES = False
 FOLDER = "alpaca_eval"
 SOURCE = "huggingface.co/datasets/tatsu-lab/alpaca_eval or github.com/tatsu-lab/alpaca_eval"
 ANSWERS = "model_outputs.json"
@@ -55,7 +53,7 @@ def read_answers(path):
     return {sha(row["instruction"]): [row["output"]] for row in load(path)}
 
 
-def switched(instruction: str) -> bool:
+def switched(instruction):
     """Is the model's answer shown first? Drawn as the official annotator draws it, seed 0."""
     generator = random.Random("is_switched_outputs" + instruction + "0")
     return generator.choices([False, True])[0]
@@ -66,7 +64,7 @@ def prompts(folder, items, model):
     return [prompt(template, item, model) for item in items]
 
 
-def prompt(template: str, item: Item, model: str) -> Prompt:
+def prompt(template, item, model):
     """Filled as officially: the first {field} that stands there is replaced, one field after
     another, then the ChatML markers split the text into messages. A draw is not asked about."""
     instruction = item.row["instruction"]
@@ -90,7 +88,7 @@ def prompt(template: str, item: Item, model: str) -> Prompt:
     return Prompt(item.id, messages["user"].strip(), messages["system"].strip(), row)
 
 
-def official(text: str) -> int:
+def official(text):
     """The rank of model_1, 1 or 2, in a bare Python list."""
     try:
         ranks = {entry["model"]: entry["rank"] for entry in ast.literal_eval(text.strip())}
@@ -101,13 +99,13 @@ def official(text: str) -> int:
     return ranks["model_1"]
 
 
-def read(text: str) -> int:
+def read(text):
     """The same from a list in a code fence or in prose."""
     found = re.search(r"\[\s*{.*?}\s*,?\s*\]", text, re.S)
     return official(found[0] if found else text)
 
 
-def preference(read, text: str | None, instruction: str) -> int | None:
+def preference(read, text, instruction):
     """1 where the reference is preferred, 2 where the model, None where `read` finds no verdict."""
     rank = readable(read, text or "")
     return 3 - rank if rank and switched(instruction) else rank
@@ -145,12 +143,12 @@ def score(items, rows):
     }
 
 
-def won(prefers: float) -> float:
+def won(prefers):
     """1, 0, or 0.5 for a draw, which older files write as 0."""
     return 0.5 if prefers in (0, 1.5) else prefers - 1
 
 
-def at_equal_length(wins: list[float], longer: list[float], ridge: float = 0.01) -> dict:
+def at_equal_length(wins, longer, ridge=0.01):
     """The win rate in % at equal length: the regression above, by Newton's method.
 
     A little ridge on both weights keeps a model that always wins at a finite place.

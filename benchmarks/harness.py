@@ -2,8 +2,7 @@
 
 A benchmark is one file in this folder, of constants and plain functions that evaluate.py calls:
 
-    TITLE, FORM, SCALE          its name, how a figure is printed, and times what
-    PICTURES                    do its questions show pictures?
+    FORM, SCALE                 how a figure is printed, and times what
     FOLDER, SOURCE              where its official files lie under --data_dir, and who has them
     ANSWERS, JUDGMENTS          names of the files it writes; without a judge the second is ""
     items(folder)                           its questions, from the official files
@@ -12,8 +11,8 @@ A benchmark is one file in this folder, of constants and plain functions that ev
     prompts(folder, items, model)           what the judge reads: the official templates, filled
     read(text)                              a judge's reply; ValueError where it cannot be used
     judge_rows(prompts, replies, judge)     judgments in the benchmark's own format
-    score(items, rows)                      {"scores", "categories", "ok", "total"} of such rows;
-                                            the official figure first, a repaired one beside it
+    score(items, rows)                      {"scores", "ok", "total"} of such rows; the official
+                                            figure first, a repaired one beside it
 
 Answering. A model reads the very prompt that training uses (data.make_tree), and in a second turn
 its *own* first answer. An answer depends on its prompt, its settings and its own seed, not on what
@@ -33,25 +32,19 @@ the linearised cluster variance of survey statistics, which arXiv:2411.00640 rec
 benchmarks. For b = 1 and groups of one it is the plain standard error.
 """
 import json
-import random
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from copy import copy
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from common import BadInput, sha, write_jsonl, write_whole
-from data import MARKER, Pixels, Tokens, Tree, make_tree
+from data import make_tree
 from generate import check_room, sample_answers
-from journal import Journal
-from model import Llava
 from vision import load_image
 
 
@@ -138,32 +131,33 @@ def aligned(rows: dict[str, list[str]], head: list[str], width: int = 13, names:
 
 class Memory(dict):
     """A journal that is forgotten."""
-    def append(self, row: dict) -> None:
+    def append(self, row):
         self[row["key"]] = row
 
 
-def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels: Pixels, *,
-           batch: int = 16, seed: int = 0, forget: bool = False, journal: Journal | None = None,
-           about: str = "", desc: str = "answering") -> list[Item]:
+def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, about="",
+           desc="answering"):
     """The items with an answer to every turn, or with the reason why there is none.
 
-    model     gives the model; called when an answer is missing
-    forget    leave the own first answer out of the second prompt, as the authors' harness did
+    model     a function that gives the model.Llava; called when an answer is missing
+    tokens    its data.Tokens
+    pixels    its data.Pixels
+    journal   a journal.Journal that knows earlier answers and keeps new ones
     about     names what answers depend on beside their prompt and settings: weights, precision
     """
     items = [replace(item, texts=[], finishes=[]) for item in items]
     journal = Memory() if journal is None else journal
     hash_of = cache(lambda path: hash_of_picture(path, pixels.size))
 
-    def ready(item: Item) -> tuple[str, Item, Tree]:
-        """What is asked next, under a key that names all that the answer depends on."""
-        tree = make_tree(tokens, conversation(item, forget), [])
+    def ready(item):
+        """(key, item, tree) of what is asked next; the key names all that the answer depends on."""
+        tree = make_tree(tokens, conversation(item), [])
         check_room(tree.length + item.max_new, tokens.room)
         settings = f"{seed} {item.temperature} {item.max_new}"
         pictures = [hash_of(path) for path in tree.images]
         return sha(about, tree.id, str(tree.prompt), settings, *pictures), item, tree
 
-    def ask(part: list[tuple]) -> None:
+    def ask(part):
         _, alike, _ = part[0]
         rows = sample_answers(model(), tokens, pixels, [tree for _, _, tree in part], n=1,
                               temperature=alike.temperature, max_new=alike.max_new, seed=seed)
@@ -191,7 +185,7 @@ def answer(items: list[Item], model: Callable[[], Llava], tokens: Tokens, pixels
     return items
 
 
-def batches(todo: list[tuple[str, Item, Tree]], size: int) -> list[list[tuple]]:
+def batches(todo, size):
     """At most `size` each, all of one temperature and length, the order kept among those."""
     alike = defaultdict(list)
     for key, item, tree in todo:
@@ -199,65 +193,28 @@ def batches(todo: list[tuple[str, Item, Tree]], size: int) -> list[list[tuple]]:
     return [same[at:at + size] for same in alike.values() for at in range(0, len(same), size)]
 
 
-def hash_of_picture(path: str, size: int) -> str:
+def hash_of_picture(path, size):
     load_image(path, small=size)                       # a broken one is found before it is shown
     return sha(Path(path).read_bytes())
 
 
-def conversation(item: Item, forget: bool = False) -> dict:
+def conversation(item):
     """The record that is asked next, after the model's own answers so far."""
     turn = len(item.texts)
-    said = []
+    messages = []
     for question, text in zip(item.questions, item.texts):
-        said += [question, text]
-    said.append(item.questions[turn])
-    if forget:                             # the authors': "USER: q1 ASSISTANT:USER: q2 ASSISTANT:"
-        said = [" ASSISTANT:USER: ".join(item.questions[:turn + 1])]
-
-    roles = cycle(("user", "assistant"))
-    messages = [{"role": role, "content": text} for role, text in zip(roles, said)]
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": text})
+    messages.append({"role": "user", "content": item.questions[turn]})
     name = f"{item.id} turn {turn + 1}" if turn else str(item.id)
     return {"id": name, "messages": messages, "images": item.images, "root": item.root}
-
-
-def with_pictures(items: list[Item], where: str, seed: int) -> list[Item]:
-    """The same questions, each behind a picture of the folder `where`, drawn by seed and id.
-
-    "literal" puts the bare text <image> there instead, as the authors' harness did (give `literal`
-    the tokenizer, too).
-    """
-    names = sorted(path.name for path in Path(where).glob("*")
-                   if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not names and where != "literal":
-        raise BadInput(f"--picture {where}: a folder with .jpg, .jpeg or .png files, or the word "
-                       "literal")
-    found = []
-    for item in items:
-        first, *rest = item.questions
-        item = replace(item, questions=[f"{MARKER}\n{first}", *rest])
-        if where != "literal":
-            name = random.Random(f"{seed} {item.id}").choice(names)
-            item = replace(item, images=[name], root=where)
-        found.append(item)
-    return found
-
-
-def literal(tokens: Tokens) -> Tokens:
-    """A copy to which <image> is seven characters of text; BadInput where it cannot spell them."""
-    raw = json.loads(tokens.tokenizer.to_str())
-    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != MARKER]
-    plain = copy(tokens)
-    plain.tokenizer, plain.image = Tokenizer.from_str(json.dumps(raw)), None
-    if tokens.image in plain.encode(f"{MARKER}\nx"):
-        raise BadInput("--picture literal: this tokenizer can write <image> only as a picture")
-    return plain
 
 
 # ---- files --------------------------------------------------------------------------------------
 
 class Official(dict):
     """What an official file says; what it lacks is said, too."""
-    def __init__(self, file: Path, values: dict):
+    def __init__(self, file, values):
         super().__init__(values)
         self.file = file
 
@@ -288,10 +245,10 @@ class Folder:
             raise BadInput(f"--data_dir: {self.path}/ holds {len(others) + 1} {name}; keep one")
         return first
 
-    def load(self, name: str):
+    def load(self, name):
         return load(self.find(name))
 
-    def by(self, field: str, name: str) -> "Official":
+    def by(self, field, name):
         """The rows of a file by one of their fields."""
         path = self.find(name)
         return Official(path, {row[field]: row for row in load(path)})
@@ -305,24 +262,19 @@ class Folder:
 
 
 def load(path: Path):
-    """A JSON file, or the rows of JSON lines. Raises BadInput."""
+    """A JSON file, or the rows of JSON lines, whatever its name says. Raises BadInput."""
+    parse = partial(json.loads, object_hook=partial(Official, path))
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
-    parse = partial(json.loads, object_hook=partial(Official, path))
-    if Path(path).suffix != ".jsonl":
-        try:
-            return parse(text)
-        except ValueError:
-            pass                                       # lines in spite of its name
-    try:
+        if Path(path).suffix != ".jsonl":
+            with suppress(ValueError):
+                return parse(text)
         return [parse(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
-        raise BadInput(f"{path}: no JSON, nor lines of it ({error}); download it again") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON or as lines of it ({error})") from None
 
 
-def dump(path: Path, rows) -> None:
+def dump(path, rows):
     """.jsonl gets JSON lines, anything else one JSON value."""
     if path.suffix == ".jsonl":
         write_jsonl(path, rows)
@@ -337,7 +289,7 @@ def slug(name: str) -> str:
 
 # ---- what several benchmarks share --------------------------------------------------------------
 
-def readable(read: Callable[[str], object], text: str):
+def readable(read, text):
     """read(text), or None where it raises ValueError."""
     try:
         return read(text)
@@ -345,7 +297,7 @@ def readable(read: Callable[[str], object], text: str):
         return None
 
 
-def llava_rows(items: list[Item], model: str) -> list[dict]:
+def llava_rows(items, model):
     """LLaVA's answer files."""
     rows = []
     for item in items:
@@ -360,5 +312,5 @@ def llava_rows(items: list[Item], model: str) -> list[dict]:
     return rows
 
 
-def llava_answers(path: Path) -> dict[str, list[str]]:
+def llava_answers(path):
     return {row["question_id"]: [row["text"]] for row in load(path)}

@@ -9,16 +9,15 @@ The system message stands only in the official code (eval_gpt_review_bench.py): 
 llava_bench_wild/system.txt, or another wording is used, and named in the result.
 """
 import re
+from collections import defaultdict
 
 import numpy as np
 
 from benchmarks.harness import Item, Prompt, mean, ratios, readable
 from benchmarks.harness import llava_answers as read_answers, llava_rows as answer_rows
 
-TITLE = "LLaVA-Bench"
 FORM = "5.1f"
 SCALE = 1
-PICTURES = True
 FOLDER = "llava_bench_wild"
 SOURCE = ("huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild; rule.json from "
           "github.com/haotian-liu/LLaVA, llava/eval/table")
@@ -62,11 +61,9 @@ def prompts(folder, items, model):
     found = []
     for item in items:
         kind = f"llava_bench_{item.row['category']}"
-        caption, reference = contexts[item.row["image"]]["caption"], references[item.id]
-        if isinstance(caption, list):
-            caption = "\n".join(caption)
+        reference = references[item.id]
         text = TEMPLATE.format(
-            caption=caption,
+            caption=contexts[item.row["image"]]["caption"],
             question=item.row["text"],
             role=rules[kind]["role"],
             reference=reference["text"],
@@ -83,7 +80,7 @@ def prompts(folder, items, model):
     return found
 
 
-def official(text: str) -> list[float]:
+def official(text):
     """LLaVA's parser: [-1, -1] where the first line is not two numbers with one space or comma."""
     parts = text.split("\n")[0].replace(",", " ").split(" ")
     try:
@@ -93,7 +90,7 @@ def official(text: str) -> list[float]:
     return pair if len(pair) == 2 else [-1, -1]
 
 
-def read(text: str) -> list[float]:
+def read(text):
     """Two grades, 1 to 10, in the first line."""
     line = text.strip().split("\n")[0].strip(" ,")
     found = re.fullmatch(r"(\d+(?:\.\d+)?)[\s,]+(\d+(?:\.\d+)?)\s*", line)
@@ -115,28 +112,31 @@ def score(items, rows):
     last = {row["question_id"]: row.get("content", "{} {}".format(*row["tuple"])) for row in rows}
     parsed = [readable(read, text) for text in last.values()]
     parsed = [pair for pair in parsed if pair]
-    categories = {}
-    for kind in dict.fromkeys(row["category"] for row in rows):
-        name = kind.removeprefix("llava_bench_")
-        categories[name] = as_published([row["tuple"] for row in rows if row["category"] == kind])
     pairs = [row["tuple"] for row in rows]
+    kinds = defaultdict(list)
+    for row in rows:
+        kinds[row["category"].removeprefix("llava_bench_")].append(row["tuple"])
     scores = {
         "relative": as_published(pairs),
         "parsed": relative(parsed),
         "own grade": mean([10 * grade for _, grade in pairs]),
         "reference": mean([10 * grade for grade, _ in pairs]),
     }
-    total = len(items) or len(last)
-    return {"scores": scores, "categories": categories, "ok": len(parsed), "total": total}
+    return {
+        "scores": scores,
+        "categories": {kind: as_published(mine) for kind, mine in kinds.items()},
+        "ok": len(parsed),
+        "total": len(items) or len(last),
+    }
 
 
-def relative(pairs: list) -> dict:
+def relative(pairs):
     """100 sum(model) / sum(reference) of (reference, model)."""
     reference, model = np.reshape(pairs, (-1, 2)).T                        # (n,) each
     return ratios([(100 * model, reference, range(len(pairs)))])
 
 
-def as_published(pairs: list) -> dict:
+def as_published(pairs):
     """The same with the official rounding: means to three digits, their ratio to one."""
     figure = relative(pairs)
     if figure["mean"] is not None:

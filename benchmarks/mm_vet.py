@@ -12,10 +12,8 @@ import re
 from benchmarks.harness import Item, Prompt, load, mean, readable
 from common import BadInput
 
-TITLE = "MM-Vet"
 FORM = "5.1f"
 SCALE = 1
-PICTURES = True
 FOLDER = "mm_vet"
 SOURCE = "github.com/yuweihao/MM-Vet (mm-vet.zip)"
 ANSWERS = "{model}.json"
@@ -54,7 +52,7 @@ def prompts(folder, items, model):
     return found
 
 
-def read(text: str) -> float:
+def read(text):
     """The number, 0 to 1, that a reply begins with: all that the official tool sees, since it cuts
     replies off after three tokens."""
     found = re.match(r"[^\w.-]*(\d+(?:\.\d+)?|\.\d+)(?![\d.]*\d|/)", text)
@@ -70,7 +68,7 @@ def judge_rows(prompts, replies, judge):
 
 
 def score(items, rows):
-    needed = {item.id: sorted(item.row["capability"]) for item in items}
+    needed = {item.id: item.row["capability"] for item in items}
     unknown = sorted(rows.keys() - needed)
     if unknown:
         raise BadInput(f"grades of {unknown[0]}, which is no question of mm-vet.json")
@@ -81,20 +79,18 @@ def score(items, rows):
             if readable(read, str(text)) is not None:
                 parsed.append((name, grade))
 
-    # Over the questions that need an ability, and over those that need just these.
-    labels = {name: {*skills, "_".join(skills)} for name, skills in needed.items()}
-    categories = {}
-    for label in sorted(set().union(*labels.values())):
-        categories[label] = average([pair for pair in graded if label in labels[pair[0]]])
+    abilities = {}                                     # each over the questions that need it
+    for ability in sorted(set().union(*needed.values())):
+        mine = [(name, grade) for name, grade in graded if ability in needed[name]]
+        abilities[ability] = average(mine)
     return {
         "scores": {"total": average(graded), "parsed": average(parsed)},
-        "categories": categories,
-        "runs": max((len(row["score"]) for row in rows.values()), default=0),
+        "categories": abilities,
         "ok": len({name for name, _ in parsed}),
         "total": len(items),
     }
 
 
-def average(pairs: list[tuple[str, float]]) -> dict:
+def average(pairs):
     """100 times the mean grade; the runs of one question move together."""
     return mean([100 * grade for _, grade in pairs], [name for name, _ in pairs])

@@ -8,14 +8,11 @@ import base64
 import csv
 import re
 from collections import defaultdict
-from pathlib import Path
 
 from benchmarks.harness import Item, Official, llava_answers as read_answers, llava_rows, mean
 
-TITLE = "MMBench"
 FORM = "5.1f"
 SCALE = 100
-PICTURES = True
 FOLDER = "mmbench"
 SOURCE = "github.com/open-compass/MMBench"
 ANSWERS = "{model}.jsonl"
@@ -48,7 +45,7 @@ def items(folder):
     return found
 
 
-def unpack(cell: str, path: Path) -> str:
+def unpack(cell, path):
     """Write a picture once -> its folder."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +53,7 @@ def unpack(cell: str, path: Path) -> str:
     return str(path.parent)
 
 
-def options(row: dict) -> dict[str, str]:
+def options(row):
     """Letter -> text, up to the first that is absent."""
     found = {}
     for letter in "ABCD":
@@ -66,7 +63,7 @@ def options(row: dict) -> dict[str, str]:
     return found
 
 
-def absent(cell: str | None) -> bool:
+def absent(cell):
     """LLaVA reads the table with pandas, which calls an empty cell nan."""
     return cell is None or cell.strip().lower() in ("", "nan", "none")
 
@@ -79,7 +76,7 @@ def answer_rows(items, model):
     return rows
 
 
-def letter(text: str, options: dict[str, str]) -> str | None:
+def letter(text, options):
     """The option that an answer names, by VLMEvalKit's rules; None where it is none, or several."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     named = [letter for letter in options if letter in words]

@@ -14,10 +14,8 @@ import re
 
 from benchmarks.harness import Item, Prompt, load, mean, readable
 
-TITLE = "MT-Bench"
 FORM = "5.2f"
 SCALE = 1
-PICTURES = False
 FOLDER = "mt_bench"
 SOURCE = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
 ANSWERS = "model_answer/{model}.jsonl"
@@ -59,8 +57,14 @@ def prompts(folder, items, model):
     found = []
     for item in items:
         (q1, q2), (a1, a2) = item.row["turns"], item.texts
-        fields = {"question": q1, "answer": a1}                            # for the first turn
-        fields |= {"question_1": q1, "answer_1": a1, "question_2": q2, "answer_2": a2}
+        fields = {
+            "question": q1,
+            "answer": a1,
+            "question_1": q1,
+            "answer_1": a1,
+            "question_2": q2,
+            "answer_2": a2,
+        }
         kind = "single"
         if item.row["category"] in WITH_REFERENCE:
             reference = references[item.id]["choices"][0]["turns"]
@@ -80,13 +84,13 @@ def prompts(folder, items, model):
     return found
 
 
-def official(text: str) -> float:
+def official(text):
     """FastChat's parser; -1 where there is no grade."""
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
     return ast.literal_eval(found[1]) if found else -1
 
 
-def read(text: str) -> float:
+def read(text):
     """The grade, 1 to 10."""
     found = (re.search(r"\[\[(\d+(?:\.\d+)?)(?:/10)?\]\]", text)
              or re.search(r"[Rr]ating:?\s*\**\[(\d+(?:\.\d+)?)\]", text))
@@ -111,25 +115,23 @@ def score(items, rows):
     last = {}                              # (question, turn) -> what the last judgment of it says
     for row in rows:
         last[row["question_id"], row["turn"]] = row.get("judgment", f"[[{row['score']}]]")
-    strict = {key: readable(read, text) for key, text in last.items()}
-    strict = {key: grade for key, grade in strict.items() if grade is not None}
+    grades, questions = [], []
+    for (question, _), text in last.items():
+        grade = readable(read, text)
+        if grade is not None:
+            grades.append(grade)
+            questions.append(question)
 
     graded = [row for row in rows if row["score"] != -1]
-    category = {item.id: item.row["category"] for item in items}
-    categories = {}
-    for name in dict.fromkeys(category.values()):
-        mine = [row for row in graded if category.get(row["question_id"]) == name]
-        categories[name] = average(mine)
     scores = {
         "score": average(graded),
         "turn 1": average([row for row in graded if row["turn"] == 1]),
         "turn 2": average([row for row in graded if row["turn"] == 2]),
-        "strict": mean([*strict.values()], [question for question, _ in strict]),
+        "strict": mean(grades, questions),
     }
-    total = 2 * len(items) or len(last)
-    return {"scores": scores, "categories": categories, "ok": len(strict), "total": total}
+    return {"scores": scores, "ok": len(grades), "total": 2 * len(items) or len(last)}
 
 
-def average(rows: list[dict]) -> dict:
+def average(rows):
     """The mean score; both turns of a question move together."""
     return mean([row["score"] for row in rows], [row["question_id"] for row in rows])

@@ -15,10 +15,8 @@ import numpy as np
 from benchmarks.harness import Item, Official, load, ratios
 from benchmarks.harness import llava_answers as read_answers, llava_rows as answer_rows
 
-TITLE = "POPE"
 FORM = "5.3f"
 SCALE = 1
-PICTURES = True
 FOLDER = "pope"
 SOURCE = "github.com/RUCAIBox/POPE (output/coco)"
 ANSWERS = "{model}.jsonl"
@@ -48,18 +46,18 @@ def items(folder):
     return found
 
 
-def key(row: dict) -> tuple:
+def key(row):
     question = row["text"].split("\n")[0].replace("imange", "image")       # misspelt in older files
     return row["category"], row["image"], question
 
 
-def official(text: str) -> str:
+def official(text):
     """LLaVA's eval_pope.py."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def words(text: str) -> str:
+def words(text):
     """yes, no or unknown, by the words of the first sentence."""
     sentence = re.split(r"[.!?\n]", text.strip().lower().replace("’", "'"))[0]
     said = " ".join(re.findall(r"[a-z]+(?:'t)?", sentence))
