@@ -6,7 +6,7 @@
 Triton's wheel brings the assemblers, so a CPU can see what a GPU would run. The functions that callers use are run on tensors
 without memory, and each launch is compiled instead: types, alignments, blocks and warps are production's, nothing is said twice.
 Asked of each binary: tensor-core instructions where there is a product, loads ahead of their use, no register put aside to
-memory in a loop that multiplies and 64 bytes at most elsewhere, no atomics, shared memory that fits the chip. What only running
+memory in a loop that multiplies and 256 bytes at most elsewhere, no atomics, shared memory that fits the chip. What only running
 can tell is not asked: speed, races. A process of its own, for the interpreter's choice is made when a kernel is defined.
 """
 import json
