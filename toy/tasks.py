@@ -19,7 +19,7 @@ from itertools import cycle
 from pathlib import Path
 
 from common import main, write_jsonl
-from toy.world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOME, HOMES, KNOWLEDGE,
+from toy.world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOMES, KNOWLEDGE,
                        LOOKUPS, OPPOSITE, SHAPES, Scene, Thing, ask, ask_exist, counted, either,
                        fruit, larger, listed, number, opposite, plus, random_scene, render,
                        repeated, sentence, split_of, turn, two_colors)
@@ -141,8 +141,8 @@ def make_sentence(rng):
     word, next_word = rng.sample(list(OPPOSITE), 2)
     animal = rng.choice(ANIMALS)
     lead = rng.choice(("write a sentence about", "tell me a story about", "write a line about"))
-    return [sentence(f"{lead} a {word} {animal} .", word, animal, HOME[animal]),
-            sentence(f"now make it {next_word} .", next_word, animal, HOME[animal])]
+    return [sentence(f"{lead} a {word} {animal} .", word, animal),
+            sentence(f"now make it {next_word} .", next_word, animal)]
 
 
 TASK_MAKERS = {

@@ -241,7 +241,8 @@ def counted(question, numbers):
     return turn("count", question, f"the numbers are [{join(map(number, numbers))}] .")
 
 
-def sentence(question, adjective, noun, home):
+def sentence(question, adjective, noun):
+    home = HOME.get(noun, "picture")
     return turn("sentence", question, f"once there was [a {adjective} {noun}] in the {home} .")
 
 
@@ -356,4 +357,4 @@ def ask_knowledge(rng, scene, kind):
         return plus(f"what is the number of objects plus {number(k)} ?", len(scene), k)
     if kind == "count":
         return counted("count from one to the number of objects .", range(1, len(scene) + 1))
-    return sentence(f"write a sentence about the {shape} .", size, shape, "picture")
+    return sentence(f"write a sentence about the {shape} .", size, shape)
