@@ -1,9 +1,9 @@
-"""What one would use instead: TRL's DPOTrainer and transformers.generate, each in a process of its own.
+"""What one would use instead, TRL's DPOTrainer and transformers.generate, in processes of their own.
 
-speed.py starts this file and speaks with it through stdin and stdout: a line comes out when everything is
-loaded and after every step, a line that goes in starts the next one. Nothing of ours is imported, so that
-the process has the environment that a user of these libraries has (common.py tells OpenMP how its threads
-wait, which suits our code and may not suit theirs).
+speed.py starts this file and speaks with it through stdin and stdout: a line comes out when
+everything is loaded and after every step, a line that goes in starts the next one. Nothing of ours
+is imported, so that the process has the environment that a user of these libraries has (common.py
+tells OpenMP how its threads wait, which suits our code and may not suit theirs).
 
     pip install transformers==5.23.0 trl==1.16.0 peft==0.21.2
 """
@@ -28,7 +28,7 @@ def peak_mib() -> float:
 def open_gate() -> Callable:
     """-> gate(**said): report the step that is over, and wait for the word to take the next one."""
     words = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                                                        # what libraries print is no word
+    os.dup2(2, 1)                                            # what libraries print is no word
 
     def gate(**said):
         import torch
@@ -36,21 +36,23 @@ def open_gate() -> Callable:
             torch.cuda.synchronize()
         print(json.dumps(said | {"peak_mib": peak_mib()}), file=words, flush=True)
         if not sys.stdin.readline():
-            os._exit(0)                                                  # enough, or speed.py is gone
+            os._exit(0)                                      # enough, or speed.py is gone
     return gate
 
 
 def dpo(gate: Callable, folder: Path, job: dict):
-    """TRL's trainer on the prompts, answers and pictures of trl.json; the vision tower is frozen, as ours is."""
+    """TRL's trainer on what trl.json says; the vision tower is frozen, as ours is."""
     import datasets
     import torch
     import transformers
     from trl import DPOConfig, DPOTrainer
 
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=job["dtype"])
+    llava = transformers.LlavaForConditionalGeneration
+    model = llava.from_pretrained(folder / "model", dtype=job["dtype"])
     model.model.vision_tower.requires_grad_(False)
     rows = json.loads((folder / "trl.json").read_text())
-    data = datasets.Dataset.from_list(rows).cast_column("images", datasets.Sequence(datasets.Image()))
+    data = datasets.Dataset.from_list(rows)
+    data = data.cast_column("images", datasets.Sequence(datasets.Image()))
     said = {}
 
     class Gate(transformers.TrainerCallback):
@@ -72,7 +74,7 @@ def dpo(gate: Callable, folder: Path, job: dict):
         max_steps=10**6,
         max_length=None,
         gradient_checkpointing=job["checkpointing"],
-        bf16=False,                                                      # the weights already are
+        bf16=False,                                          # the weights already are
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         logging_strategy="no",
@@ -100,14 +102,20 @@ def sample(gate: Callable, folder: Path, job: dict):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, job["dtype"])
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=dtype).to(device)
+    llava = transformers.LlavaForConditionalGeneration
+    model = llava.from_pretrained(folder / "model", dtype=dtype).to(device)
     asked = torch.load(folder / "prompts.pt")
     ids, pixels = asked["ids"].to(device), asked["pixels"].to(device, dtype)
+    how = {
+        "do_sample": True,
+        "num_return_sequences": job["n"],
+        "max_new_tokens": job["words"],
+        "min_new_tokens": job["words"],
+        "pad_token_id": 3,
+    }
     while True:
         gate()
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=True,
-                       num_return_sequences=job["n"], max_new_tokens=job["words"], min_new_tokens=job["words"],
-                       pad_token_id=3)
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **how)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """How fast, how much memory, against whom.
 
-    dpo       one DPO step of LLaVA against TRL's DPOTrainer on the same checkpoint, records and threads:
-              as TRL is by default (activation checkpointing) and without it, the fastest it accepts. It
+    dpo       one DPO step of LLaVA against TRL's DPOTrainer, same checkpoint, records and threads: as
+              TRL is by default (activation checkpointing), and without it, the fastest it accepts. It
               refuses cached references and padding-free packs for images. Vision is frozen for all.
     sample    4 answers to each image question, against transformers.generate
-    kernels   attention over packed trees and log-probs, forward and backward, against the obvious ways
+    kernels   attention over packed trees and log-probs, forward and backward, the obvious ways beside
 
-A claim is a ratio within one run. The contestants of dpo and sample are processes of their own, started in
-the environment that speed.py was started in (opponents.py says why). They take one step in turn, and who is
-not at it is stopped by a signal: the cores belong to the one that is timed. Medians; warm-up rounds do not
-count. Machines have good and bad hours, so every run is kept, and the table says lowest and highest.
+A claim is a ratio within one run. The contestants of dpo and sample are processes of their own,
+started in the environment that speed.py was started in (opponents.py says why). They take one step
+in turn, and who is not at it is stopped by a signal: the cores belong to the one that is timed.
+Medians; warm-up rounds do not count. Machines have good and bad hours, so every run is kept, and
+the table says lowest and highest.
 
     pip install transformers==5.23.0 trl==1.16.0 peft==0.21.2
-    python speed.py                        all of it, on two threads; rows are added to results/bench.jsonl
-    python speed.py --size 7b --lora 128 --out results/gpu.jsonl         on a GPU: LLaVA-1.5-7B's shapes
+    python speed.py                  all of it, on two threads; rows are added to results/bench.jsonl
+    python speed.py --size 7b --lora 128 --out results/gpu.jsonl     LLaVA-1.5-7B's shapes, on a GPU
 """
 import os
 
@@ -67,7 +68,7 @@ class Settings:
     rounds: int = 5                # measured rounds, each contestant once a round
     warmup: int = 1                # rounds before them that do not count
     pairs: int = 4                 # a step
-    lora: int = 0                  # dpo: rank of adapters for every contestant; 0: all weights are trained
+    lora: int = 0                  # dpo: rank of adapters for every contestant; 0: all is trained
     threads: int = 2               # for every contestant
     device: str = "auto"           # cpu, cuda, ...
 
@@ -129,10 +130,10 @@ def write_records(folder: Path, count: int) -> list[dict]:
     return usable
 
 
-# ---- how much work it is --------------------------------------------------------------------------
+# ---- how much work it is -------------------------------------------------------------------------
 
 def attention_work(mask: Mask, width: int) -> int:
-    """Operations of one layer's attention, forward (2 products) and backward (5), for what tokens see."""
+    """Operations of one layer's attention for what tokens see: 2 products forward, 5 backward."""
     at = torch.arange(len(mask.own), device=mask.own.device)
     seen = mask.hi - mask.lo + at - mask.own + 1
     return int(seen.sum()) * width * 2 * 7
@@ -158,7 +159,7 @@ def step_work(config: Config, pack: Pack) -> int:
     return text + head + len(pack.pixels) * (tower + project)
 
 
-# ---- contestants in processes of their own ---------------------------------------------------------
+# ---- contestants in processes of their own -------------------------------------------------------
 
 def contestant(text: str):
     """Ours, as those of opponents.py: the process stops at its gate before every step."""
@@ -250,7 +251,7 @@ class Process:
 
 
 def alternate(jobs: dict[str, dict], s: Settings) -> list[dict]:
-    """A row for each: what it said last, the median of its steps and all of them. One step each in turn."""
+    """One step each in turn -> a row for each: what it said last, its steps and their median."""
     running = []
     steps = {name: [] for name in jobs}
     try:
@@ -287,7 +288,7 @@ def bench_dpo(s: Settings, folder: Path) -> list[dict]:
         "TRL, no checkpointing": job | {"checkpointing": False},
     }
 
-    # Large models may not fit side by side: then one after the other, and who does not fit at all is left out.
+    # Large models may not fit side by side. Then one after the other; who does not fit is left out.
     rows = []
     if s.size == "7b":
         for name in jobs:
@@ -324,7 +325,7 @@ def bench_sample(s: Settings, folder: Path, count: int = 4, n: int = 4, words: i
     return rows
 
 
-# ---- kernels: one process, in turn -------------------------------------------------------------------
+# ---- kernels: one process, in turn ---------------------------------------------------------------
 
 def in_turn(calls: dict[str, Callable], warmup: int, rounds: int) -> dict[str, float]:
     """Medians in ms of functions called alternately; on a GPU each many times, between its events."""
@@ -348,7 +349,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / in_turn({"": lambda: a @ b}, 3, 10)[""] * 1000
 
 
-def compare(what: str, ways: dict[str, Callable], inputs: list[Tensor], s: Settings, work: int) -> list[dict]:
+def compare(what: str, ways: dict[str, Callable], inputs: list[Tensor], s: Settings,
+            work: int) -> list[dict]:
     """A row for each way to compute the same, forward and backward, of `work` operations."""
     calls = {name: lambda way=way: forward_backward(way, inputs) for name, way in ways.items()}
     rate = matmul_rate(inputs[0].device, inputs[0].dtype)
@@ -434,7 +436,7 @@ def ways_to_score(pack: Pack) -> dict[str, Callable]:
     }
 
 
-# ---- the script --------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 BENCHES = {"dpo": bench_dpo, "sample": bench_sample, "kernels": bench_kernels}
 UNITS = {    # of a row's figures: name, digits
@@ -446,8 +448,8 @@ UNITS = {    # of a row's figures: name, digits
 
 
 def table(rows: list[dict]) -> str:
-    """A line per contestant: lowest to highest of its runs. `x` is its time over the first one's of its kind
-    in the same run."""
+    """A line per contestant: lowest to highest of its runs. `x` is its time over that of the first of
+    its kind in the same run."""
     first, lines = {}, {}
     for row in rows:
         kind = row["bench"], row["name"].split(",")[0] if row["bench"] == "kernels" else ""

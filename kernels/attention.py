@@ -101,8 +101,8 @@ class Mask:
 
     @cached_property
     def plan(self) -> tuple[list["Call"], Tensor | None]:
-        """(calls, order): concatenate the calls' outputs, take rows `order` (T,): the pack. None: as
-        they come."""
+        """(calls, order): concatenate the calls' outputs, take rows `order` (T,): the pack. Where
+        order is None they come as they should."""
         if self.source is None:
             return make_plan(self)
         calls, order = self.source.plan
@@ -144,7 +144,7 @@ class Rows:
     span: slice | None                   # the same as a range, where they lie one after another
 
     def take(self, x: Tensor) -> Tensor:
-        """(T, heads, D) -> (S, heads, L, D). A range is a view: nothing is copied, nor scattered back."""
+        """(T, heads, D) -> (S, heads, L, D). A range is a view: no copy, and none back."""
         x = x.index_select(0, self.at.flatten()) if self.span is None else x[self.span]
         return x.view(*self.at.shape, *x.shape[1:]).transpose(1, 2)
 

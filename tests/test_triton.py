@@ -178,7 +178,7 @@ def check_attention():
     heads = [(1, 1, 64), (2, 1, 128), (2, 2, 32), (1, 1, 96), (3, 1, 64), (2, 1, 40)]
     for k, ((what, parts), shape) in enumerate(zip(PACKS.items(), heads, strict=True)):
         compare_attention(what, parts, *shape, turn(k, torch.float32, *HALVES))
-    for seed in range(12 if WHOLE else 6):
+    for seed in range(12 if WHOLE else 4):
         compare_attention(f"fuzz {seed}", fuzz(seed), 1, 1, (64, 128)[seed % 2], [(torch.float32, *HALVES)[seed % 3]])
 
 
