@@ -16,14 +16,13 @@ import matplotlib.pyplot as plt
 
 from common import HERE, read_jsonl
 
-RED, BLUE, GREY = "#d62728", "#1f77b4", "#777777"
 METHODS = {
-    "LLaVA-mini": "#333333",
-    "SFT, short answers": "#c77700",
-    "SFT, full answers": BLUE,
-    "Rejection sampling": "#2a9d8f",
-    "SteerLM, not asked for scores": "#8e44ad",
-    "DPO": RED,
+    "LLaVA-mini": "black",
+    "SFT, short answers": "tab:orange",
+    "SFT, full answers": "tab:blue",
+    "Rejection sampling": "tab:green",
+    "SteerLM, not asked for scores": "tab:purple",
+    "DPO": "tab:red",
 }
 DATA = {
     0: "LLaVA-mini",
@@ -60,7 +59,7 @@ def forgetting(rows):
 
     # The text model sees nothing: a level, not a point.
     level = values(rows, "Vicuna-mini", "text").mean()
-    axis.axhline(level, color=GREY, linestyle=":", label="Vicuna-mini: no vision")
+    axis.axhline(level, color="grey", linestyle=":", label="Vicuna-mini: no vision")
     steered = values(rows, "SteerLM", "text").mean()
     axis.plot([], " ", label=f"SteerLM asked for all fours:\ntext {steered:.1f}, off the page")
 
@@ -74,7 +73,7 @@ def forgetting(rows):
 def curves(rows):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, names, what in zip(axes, (DATA, FLIPS), ("% of the data", "% of labels flipped")):
-        for column, color in (("text", RED), ("judged", BLUE)):
+        for column, color in (("text", "tab:red"), ("judged", "tab:blue")):
             means = []
             for share, name in names.items():
                 dots = values(rows, name, column)
