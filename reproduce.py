@@ -10,10 +10,10 @@ of log-probs.
 
 How it is kept honest. Learning rates were searched on a development seed and development items,
 three per method, no method more (LOG.md, results/search.jsonl), and chosen by the judge's opinion
-of image answers; reported seeds are others. Every method has the same three passes over what it can use of the same
-records; the steps that makes stand in the table. "SFT" has two rows, for the answer to "which
-golden answers?" decides its rank: the datasets' own short ones, or full ones. Text ability is shown
-with its length-blind part (core). Whatever comes out is printed.
+of image answers; reported seeds are others. Every method has the same three passes over what it can
+use of the same records; the steps that makes stand in the table. "SFT" has two rows, for the answer
+to "which golden answers?" decides its rank: the datasets' own short ones, or full ones. Text
+ability is shown with its length-blind part (core). Whatever comes out is printed.
 
 Every run is a folder that appears when it is done; the same command goes on where it was stopped.
 
