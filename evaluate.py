@@ -33,7 +33,7 @@ from pathlib import Path
 import common  # first: it tells OpenMP how to wait
 import checkpoint
 from benchmarks import alpaca_eval, compare, llava_bench, mm_vet, mmbench, mt_bench, pope
-from benchmarks.harness import Folder, answer, dump, load, shown, slug
+from benchmarks.harness import Folder, answer, dump, load, mean, shown, slug
 from common import BadInput, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
 from data import Pixels, Tokens, target_scores
 from journal import Journal
@@ -167,18 +167,10 @@ def stored_judgments(s, name):
     models = defaultdict(list)
     if isinstance(rows, dict):                         # MM-Vet's, of one model
         models[path.stem] = rows
-        first = [*rows.values()][0]
     else:
-        first = rows[0]
         for row in rows:                               # FastChat says model, AlpacaEval generator_2
             models[row.get("model") or row.get("generator_2") or path.stem].append(row)
-
-    # Who judged, as far as the file says.
-    judge = first.get("judge") or first.get("annotator") or first.get("model") or "unknown"
-    if isinstance(judge, list):
-        judge = judge[0]
-    return {model: [summary(name, items, mine, judge=judge, versions=[])]
-            for model, mine in models.items()}
+    return {model: [summary(name, items, mine, judge=path.name)] for model, mine in models.items()}
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -192,7 +184,7 @@ def summary(name, items, rows, **about):
         scored = BENCHES[name].score(items, rows)
     return {
         "bench": name,
-        "length": sum(map(len, texts)) / len(texts) if texts else None,
+        "length": mean([len(text) for text in texts])["mean"],
         "cut": finishes.count("length") if finishes else None,
         "unanswered": {item.id: item.failed for item in items if item.failed},
         **about,

@@ -48,10 +48,9 @@ def paper(benches: list[str], width: int, names: int = 0) -> str:
 
 def judged_by(result):
     """Who judged, and as which version where that is known."""
-    if not result.get("judge"):
-        return "-"
-    versions = ", ".join(result["versions"])
-    return f"{result['judge']} ({versions})" if versions else result["judge"]
+    judge = result.get("judge") or "-"
+    versions = result.get("versions")
+    return f"{judge} ({', '.join(versions)})" if versions else judge
 
 
 def cell(bench, result):
@@ -86,7 +85,8 @@ def table(benches, models):
     names = max(map(len, [*models, *PAPER]))
     lines = [
         aligned(rows, [*titles(columns), "judge"], 20, names),
-        "in brackets: mean characters of an answer, for judges like length",
+        "in brackets: mean characters of an answer, for judges like length; "
+        "!: not everything was answered or judged",
         "",
         "The paper, 13B models, judged by GPT-4 of 2023 "
         "(another scale: compare differences, not numbers)",
@@ -96,9 +96,6 @@ def table(benches, models):
     if mixed:
         lines.append(f"judged by different judges: {', '.join(mixed)}; "
                      "these columns cannot be compared down")
-    if any(result["coverage"] < 1 for found in models.values() for result in found.values()):
-        lines.append("! not everything was answered or judged; "
-                     "the coverage stands in each results.json")
     return "\n".join(lines)
 
 

@@ -157,14 +157,6 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
         pictures = [hash_of(path) for path in tree.images]
         return sha(about, tree.id, str(tree.prompt), settings, *pictures), item, tree
 
-    def ask(part):
-        _, alike, _ = part[0]
-        rows = sample_answers(model(), tokens, pixels, [tree for _, _, tree in part], n=1,
-                              temperature=alike.temperature, max_new=alike.max_new, seed=seed)
-        for (key, _, tree), (found,) in zip(part, rows):
-            if key not in journal:
-                journal.append({"key": key, "id": tree.id, "answer": found})
-
     for turn in range(max((len(item.questions) for item in items), default=0)):
         todo = []
         for item in items:
@@ -177,7 +169,13 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
         # A batch is asked whole, so that rounding does not depend on where a run was stopped.
         for part in tqdm(batches(todo, batch), desc=desc, unit="batch", disable=None, leave=False):
             if any(key not in journal for key, _, _ in part):
-                ask(part)
+                _, alike, _ = part[0]
+                trees = [tree for _, _, tree in part]
+                rows = sample_answers(model(), tokens, pixels, trees, n=1, max_new=alike.max_new,
+                                      temperature=alike.temperature, seed=seed)
+                for (key, _, tree), (found,) in zip(part, rows):
+                    if key not in journal:
+                        journal.append({"key": key, "id": tree.id, "answer": found})
             for key, item, _ in part:
                 found = journal[key]["answer"]
                 item.texts.append(found["text"])
@@ -202,10 +200,10 @@ def conversation(item):
     """The record that is asked next, after the model's own answers so far."""
     turn = len(item.texts)
     messages = []
-    for question, text in zip(item.questions, item.texts):
+    for question, text in zip(item.questions, [*item.texts, ""]):
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": text})
-    messages.append({"role": "user", "content": item.questions[turn]})
+    messages.pop()                                     # the last has no answer yet
     name = f"{item.id} turn {turn + 1}" if turn else str(item.id)
     return {"id": name, "messages": messages, "images": item.images, "root": item.root}
 

@@ -109,7 +109,7 @@ def judge_rows(prompts, replies, judge):
 
 
 def score(items, rows):
-    last = {row["question_id"]: row.get("content", "{} {}".format(*row["tuple"])) for row in rows}
+    last = {row["question_id"]: row["content"] for row in rows}
     parsed = [readable(read, text) for text in last.values()]
     parsed = [pair for pair in parsed if pair]
     pairs = [row["tuple"] for row in rows]

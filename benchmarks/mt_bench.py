@@ -114,7 +114,7 @@ def judge_rows(prompts, replies, judge):
 def score(items, rows):
     last = {}                              # (question, turn) -> what the last judgment of it says
     for row in rows:
-        last[row["question_id"], row["turn"]] = row.get("judgment", f"[[{row['score']}]]")
+        last[row["question_id"], row["turn"]] = row["judgment"]
     grades, questions = [], []
     for (question, _), text in last.items():
         grade = readable(read, text)

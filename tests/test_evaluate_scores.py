@@ -323,7 +323,7 @@ def test_llava_bench_scores_as_summarize_gpt_review_does():
     close(found["scores"]["own grade"], 10 * m2)
     close(found["scores"]["reference"], 10 * m1)
     assert (found["ok"], found["total"]) == (4, 4)
-    thirds = [{"question_id": k, "category": "llava_bench_conv", "tuple": t} for k, t in enumerate(([1, 1], [1, 2], [2, 2]))]
+    thirds = [{"question_id": k, "category": "llava_bench_conv", "content": "", "tuple": t} for k, t in enumerate(([1, 1], [1, 2], [2, 2]))]
     close(llava_bench.score([], thirds)["scores"]["relative"], 125.1)    # 1.667 / 1.333 as officially rounded; it is 125
     silent = llava_bench.score([], [reviewed(k, "conv", "sorry") for k in range(3)])
     assert silent["scores"]["relative"]["mean"] == 100.0, "as published tables have it"
