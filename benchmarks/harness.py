@@ -228,7 +228,7 @@ class Folder:
     source: str                                        # where they come from
     unpacked: Path                                     # for pictures that stand in a table
 
-    def every(self, name: str) -> list[Path]:
+    def every(self, name):
         """All files of this name (a pattern), at any depth. Raises BadInput where there is none."""
         found = sorted(self.path.rglob(name))
         if not found:
@@ -236,7 +236,7 @@ class Folder:
                            "(docs/benchmarks.md)")
         return found
 
-    def find(self, name: str) -> Path:
+    def find(self, name):
         """The only file of this name. Raises BadInput."""
         first, *others = self.every(name)
         if others:
@@ -251,7 +251,7 @@ class Folder:
         path = self.find(name)
         return Official(path, {row[field]: row for row in load(path)})
 
-    def text(self, name: str, ours: str) -> tuple[str, str]:
+    def text(self, name, ours):
         """A text that the user took here from official code, or ours -> (the text, whose it is)."""
         path = self.path / name
         if path.is_file():

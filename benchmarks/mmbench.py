@@ -35,22 +35,18 @@ def items(folder):
         listed = "".join(f"\n{letter}. {text}" for letter, text in row["options"].items())
         row["text"] = f"{hint}{row['question']}{listed}\n{SUFFIX}"
 
-        # A short cell names the row that has the picture; without any they lie beside the table.
-        cell = cells[row["index"]]
-        cell = cells.get(cell, cell)
-        name, root = f"{number % MILLION}.jpg", f"{folder.path}/images"
-        if cell:
-            root = unpack(cell, folder.unpacked / name)
-        found.append(Item(number, ["<image>\n" + row["text"]], row, [name], root))
+        name = f"{number % MILLION}.jpg"
+        cell = cells[row["index"]]                     # a picture, or the row that has it
+        unpack(cells.get(cell, cell), folder.unpacked / name)
+        found.append(Item(number, ["<image>\n" + row["text"]], row, [name], str(folder.unpacked)))
     return found
 
 
 def unpack(cell, path):
-    """Write a picture once -> its folder."""
-    if not path.exists():
+    """Write the picture that stands in a cell, once."""
+    if cell and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(cell))
-    return str(path.parent)
 
 
 def options(row):
