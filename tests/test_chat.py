@@ -76,7 +76,7 @@ def test_the_seed_draws_the_answer(talk):
 
 def test_reset_forgets_both_sides_and_the_pictures(talk, picture):
     _, path = picture
-    again = talk([f"/image {path}", "what is two plus three ?", "/reset", "what is the opposite of big ?"])
+    again = talk([f"/image {path}", "what is two plus three ?", f"/image {path}", "/reset", "what is the opposite of big ?"])
     assert again[1:] == talk(["what is the opposite of big ?"])
 
 

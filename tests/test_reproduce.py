@@ -66,6 +66,8 @@ def test_every_run_leaves_a_row_and_the_table_shows_it(experiment):
     assert {row["name"] for row in rows} == names
     assert all(row["seed"] == 10 for row in rows)
     assert {row["name"]: row["lr"] for row in rows}["SteerLM"] == reproduce.LR["steerlm"]
+    scores = {row["name"]: row["scores"] for row in rows}
+    assert scores["SteerLM, not asked for scores"] != scores["SteerLM"], "a prompt that asks and one that does not"
     vicuna = next(row for row in rows if row["name"] == "Vicuna-mini")
     assert "judged" not in vicuna["scores"] and vicuna["steps"] == 0
     page = (experiment / "tables.txt").read_text()
