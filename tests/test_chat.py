@@ -76,8 +76,10 @@ def test_the_seed_draws_the_answer(talk):
 
 def test_reset_forgets_both_sides_and_the_pictures(talk, picture):
     _, path = picture
-    again = talk([f"/image {path}", "what is two plus three ?", f"/image {path}", "/reset", "what is the opposite of big ?"])
+    again = talk([f"/image {path}", "what is two plus three ?", "/reset", "what is the opposite of big ?"])
     assert again[1:] == talk(["what is the opposite of big ?"])
+    waiting = talk([f"/image {path}", "/reset", "what is two plus two ?"], ckpt="toy/vicuna")
+    assert not any("sees no pictures" in line for line in waiting)
 
 
 def test_what_cannot_be_used_is_said_and_the_conversation_goes_on(talk, tmp_path):

@@ -76,8 +76,8 @@ def test_every_run_leaves_a_row_and_the_table_shows_it(experiment):
 
 
 def test_sampling_training_and_measuring_are_in_one_precision_also_beside_a_gpu(experiment):
-    said = [json.loads(path.read_text())["settings"]["device"] for path in experiment.glob("seed-*/*/config.json")]
-    assert len(said) == 5 and set(said) == {"cpu"}, "four runs, and what they learn from"
+    said = [json.loads(path.read_text())["settings"] for path in experiment.glob("seed-*/*/config.json")]
+    assert len(said) == 5 and {(s["device"], s["seed"]) for s in said} == {("cpu", 10)}, "four runs, and what they learn from"
 
 
 def test_what_is_done_is_not_done_again(experiment, inline, monkeypatch):

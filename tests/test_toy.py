@@ -18,7 +18,7 @@ import story
 from data import Pixels, Tokens, make_tree
 from kernels import Mask
 from model import answer_logps
-from toy import items, tasks
+from toy import build, items, tasks, world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +70,12 @@ def test_the_vocabulary_covers_the_world_and_decoding_undoes_encoding():
     for record in [tasks.text_conversation(rng) for _ in range(300)] + tasks.preference_prompts(300, 1):
         assert unknown not in tokens.encode(tokens.template.prompt(record["messages"]))
         assert tokens.decode(tokens.tokenizer.encode(record["golden"]).ids) == record["golden"]
+
+
+def test_the_vision_tower_is_trained_on_no_scene_of_a_benchmark():
+    rng = random.Random(0)
+    scenes = [scene for _ in range(100) for scene in build.pair_of_scenes(rng)]
+    assert all(world.split_of(world.caption(scene)) == "train" for scene in scenes)
 
 
 def test_the_two_checkpoints_stay_under_ten_megabytes():
