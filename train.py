@@ -60,7 +60,7 @@ import formats
 import lora
 import memory
 import parallel
-from common import BadInput, describe_run, device_and_dtype, sha_of, write_whole
+from common import BadInput, describe_run, device_and_dtype, sha, write_whole
 from data import Pack, Pixels, Tokens, Tree, pack_size, split
 
 PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, where adapters train beside the projector
@@ -505,7 +505,7 @@ def read(s: Settings, trees_of) -> Reading:
     formats.report(s.data, len(pictures), rejects, Path(s.out) if parallel.rank() == 0 else None)
     if not trees:
         raise BadInput(f"{s.data}: no usable record; the reasons are above and in {s.out}/rejects.jsonl")
-    return Reading(tokens, pixels, trees, len(pictures), sha_of(pictures))
+    return Reading(tokens, pixels, trees, len(pictures), sha(*pictures))
 
 
 def trees_digest(trees, pictures="") -> str:
