@@ -1,4 +1,4 @@
-"""The remedy: raise the log-probability of the better answer over the worse one, measured from where you started.
+"""The remedy: make the better answer likelier than the worse one, measured from where you started.
 
 The problem. For a question x a judge preferred answer y_w to y_l. Reinforcement learning would fit
 a reward to such pairs and then climb it, tied to the starting policy by a KL term. DPO
@@ -30,7 +30,6 @@ Watch length_chosen against length_rejected: a judge that likes long answers tea
     python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo
 """
 import json
-import math
 import time
 import zlib
 from dataclasses import dataclass, replace
@@ -42,11 +41,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
-import memory
 import parallel
 import train as training
 from common import BadInput, main, read_jsonl, sha, write_jsonl, write_whole
-from data import GAP, Tokens, Tree, choose_pair, make_tree, split
+from data import GAP, Tree, choose_pair, make_tree
 from model import Llava, answer_logps
 
 
@@ -54,13 +52,13 @@ from model import Llava, answer_logps
 class Settings(training.Settings):
     """Direct preference optimization of a LLaVA policy (or of a text-only Llama)."""
     out: str = "runs/dpo"        # run folder
-    lr: float = 0.0              # peak learning rate; 0: 5e-7 for full fine-tuning (RLAIF-V's), 5e-5 for adapters (the paper's)
+    lr: float = 0.0              # peak learning rate; 0: 5e-7 (RLAIF-V), adapters 5e-5 (the paper)
     loss: str = "sigmoid"        # sigmoid (DPO), ipo, hinge or robust: see LOSSES
     beta: float = 0.1            # how strongly the policy is tied to its start (the paper's 0.1)
     smoothing: float = 0.0       # robust: the share of labels that are taken to be wrong, below 0.5
     average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
-    gap: int = GAP               # smallest score difference between chosen and rejected (the paper's 2)
-    holdout: float = 0.0         # share of the pairs kept out of training, to measure preference accuracy on
+    gap: int = GAP               # smallest difference in S of chosen and rejected (the paper's 2)
+    holdout: float = 0.0         # share of the pairs kept out of training, to measure accuracy on
     reference: str = ""          # reference log-probs file; empty: <out>/reference.jsonl
 
 
@@ -88,8 +86,7 @@ def ipo(logps, reference, s):
 
 
 def hinge(logps, reference, s):
-    """arXiv:2305.10425 (SLiC), arXiv:2309.06657: a pair whose margin has reached 1 teaches nothing
-    any more."""
+    """arXiv:2305.10425 (SLiC), arXiv:2309.06657: a pair whose margin is 1 teaches nothing more."""
     margin = margins(logps, reference, s.beta)
     return F.relu(1 - margin), margin
 
@@ -114,11 +111,10 @@ def train(run, pairs, s):
     """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
-            # (B, 2) each: chosen, rejected
-            logps, reference, lengths = pair_logps(run.model, part, s)
+            logps, reference, lengths = pair_logps(run.model, part, s)       # (B, 2) each
             loss, margin = LOSSES[s.loss](logps, reference, s)
-            run.backward(loss.sum() / len(batch))    # the mean over the batch, however it is packed
-            rewards = s.beta * (logps - reference)    # whose difference the margin is; for metrics
+            run.backward(loss.sum() / len(batch))        # the mean over the batch, however packed
+            rewards = s.beta * (logps - reference)       # whose difference the margin is
             run.record(
                 loss=loss, margin=margin, accuracy=margin > UNDECIDED,
                 reward_chosen=rewards[:, 0], reward_rejected=rewards[:, 1],
@@ -133,8 +129,7 @@ def train(run, pairs, s):
 
 
 def pair_logps(model, part, s):
-    """Log-probs of chosen and rejected now, under the reference, and the answers' lengths in
-    tokens, (B, 2) each."""
+    """(B, 2) of chosen and rejected each: log-probs now, under the reference; lengths in tokens."""
     logps = answer_logps(model, part.pack).view(-1, 2)   # (2 B,) -> (B, 2)
     reference = logps.new_tensor([pair.reference for pair in part.items])
     lengths = logps.new_tensor([[len(answer) for answer in pair.answers] for pair in part.items])
@@ -143,10 +138,13 @@ def pair_logps(model, part, s):
     return logps, reference, lengths
 
 
-HEADER = "  step      loss   margin  acc.   reward c / r       logp c / r     length c / r    grad        lr  pairs/s"
+HEADER = (
+    "  step      loss   margin  acc.   reward c / r       logp c / r     length c / r"
+    "    grad        lr  pairs/s"
+)
 
 
-def line(row: dict) -> str:
+def line(row):
     return (
         f"{row['step']:6d}  {row['loss']:.6f}  {row['margin']:+.4f}  {row['accuracy']:.2f}  "
         f"{row['reward_chosen']:+.3f} {row['reward_rejected']:+.3f}  "
@@ -168,20 +166,22 @@ def check_contract(columns, s, dtype):
     margin = columns["margin"]
     worst = margin.abs().max().item()
     nothing = torch.zeros(1, 2)
-    start = LOSSES[s.loss](nothing, nothing, s)[0].item()    # ln 2; another loss starts elsewhere
+    start = LOSSES[s.loss](nothing, nothing, s)[0].item()                    # DPO's is ln 2
     verdict = (
         f"loss {columns['loss'].mean().item():.6f} ({start:.6f} for no margin), "
         f"largest |margin| {worst:.1e} (allowed {s.beta * most:g})"
     )
     if not (worst < s.beta * most and abs(margin.mean().item()) < s.beta * mean):
-        raise BadInput(f"step-0 contract broken: {verdict}; policy and reference do not see the same tokens or weights")
+        raise BadInput(
+            f"step-0 contract broken: {verdict}; policy and reference do not see the same tokens "
+            "or weights"
+        )
     print(f"step-0 contract holds: {verdict}")
 
 
 @torch.no_grad()
 def preference(model, pairs, pixels, s) -> dict:
-    """Mean margin and accuracy on pairs that were not trained on; an undecided pair (margin 0)
-    counts one half."""
+    """Mean margin and accuracy on pairs that are not trained on; an undecided one counts half."""
     mine = []
     for part in training.packs(pairs, s.pack, pixels.pack, model.device):
         logps, reference, _ = pair_logps(model, part, s)
@@ -190,25 +190,32 @@ def preference(model, pairs, pixels, s) -> dict:
 
     found = torch.tensor([margin for share in parallel.gather(mine) for margin in share])
     right = (found > UNDECIDED).float() + 0.5 * (found.abs() <= UNDECIDED)
-    return {"pairs": len(pairs), "margin": round(found.mean().item(), 6) + 0.0, "accuracy": right.mean().item()}
+    return {
+        "pairs": len(pairs),
+        "margin": round(found.mean().item(), 6) + 0.0,   # never -0.0
+        "accuracy": right.mean().item(),
+    }
 
 
 # ---- the reference -------------------------------------------------------------------------------
 
 @torch.no_grad()
-def reference_logps(model, trees, pixels, budget) -> list[list[float]]:
+def reference_logps(model, trees, pixels, budget):
     """log p of every answer under the model as it stands, a list for each tree."""
-    rank, world = parallel.rank(), parallel.world()
+    world = parallel.world()
     bar = tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False)
     mine = []
-    for part, pack in training.prefetched(pixels.pack, split(trees[rank::world], budget)):
-        sums = answer_logps(model, pack.to(model.device)).tolist()
-        for tree in part:
-            logps, sums = sums[:len(tree.answers)], sums[len(tree.answers):]
-            if not all(map(math.isfinite, logps)):
-                raise BadInput(f"record {tree.id}: its reference log-prob is {logps}; use --dtype float32")
-            mine.append(logps)
-        bar.update(world * len(part))
+    for part in training.packs(trees, budget, pixels.pack, model.device):
+        sums = answer_logps(model, part.pack).cpu()
+        counts = [len(tree.answers) for tree in part.items]
+        for tree, logps in zip(part.items, sums.split(counts)):
+            if not logps.isfinite().all():
+                raise BadInput(
+                    f"record {tree.id}: its reference log-prob is {logps.tolist()}; use --dtype "
+                    "float32"
+                )
+            mine.append(logps.tolist())
+        bar.update(world * len(part.items))
     bar.close()
 
     # Process r has trees r, r + world, r + 2 world, ...: put them in order again.
@@ -216,9 +223,8 @@ def reference_logps(model, trees, pixels, budget) -> list[list[float]]:
     return [shares[k % world][k // world] for k in range(len(trees))]
 
 
-def fingerprint(model, found) -> dict[str, str]:
-    """What the reference log-probs depend on, one hash each, so that a refusal can say what
-    changed."""
+def fingerprint(model, found):
+    """What the reference log-probs depend on, by name: a refusal then says what changed."""
     tokens, pixels = found.tokens, found.pixels
     return {
         "weights": checkpoint.digest(model),
@@ -229,9 +235,8 @@ def fingerprint(model, found) -> dict[str, str]:
     }
 
 
-def cached_reference(model, found, path, budget, depends) -> list[list[float]]:
-    """reference.jsonl: computed and written where there is none, refused where its fingerprint is
-    not `depends`."""
+def cached_reference(model, found, path, budget, depends):
+    """reference.jsonl: computed and written where there is none, refused where it is another's."""
     note = path.with_suffix(".fingerprint.json")
     if parallel.from_first(path.exists):
         logps = stored_reference(path, note, found.trees, depends)
@@ -243,48 +248,46 @@ def cached_reference(model, found, path, budget, depends) -> list[list[float]]:
     if parallel.rank() == 0:
         rows = []
         for tree, numbers in zip(found.trees, logps):
-            rows.append({"id": tree.id, "logps": numbers, "tokens": [len(answer) for answer in tree.answers]})
-        # first: a file without it is refused
-        write_whole(note, json.dumps(depends, indent=1) + "\n")
+            tokens = [len(answer) for answer in tree.answers]
+            rows.append({"id": tree.id, "logps": numbers, "tokens": tokens})
+        write_whole(note, json.dumps(depends, indent=1) + "\n")      # first: rows need it
         write_jsonl(path, rows)
     answers = sum(len(numbers) for numbers in logps)
-    print(f"reference: {len(logps)} records, {answers} answers, {time.perf_counter() - began:.1f} s -> {path}")
+    seconds = time.perf_counter() - began
+    print(f"reference: {len(logps)} records, {answers} answers, {seconds:.1f} s -> {path}")
     return logps
 
 
-def stored_reference(path, note, trees, now) -> list[list[float]]:
-    if not note.exists():
-        raise BadInput(
-            f"{path} has no {note.name} beside it that says what it was computed with; remove it or choose another "
-            "--reference"
-        )
+def stored_reference(path, note, trees, depends):
+    """The log-probs in `path`. Raises BadInput where they are not those of `trees`."""
     try:
-        then = json.loads(note.read_text())
-        changed = training.differences(then, now)
+        changed = training.differences(json.loads(note.read_text()), depends)
         rows = read_jsonl(path)
-        held = [(row["id"], row["tokens"]) for row in rows]
-        logps = [row["logps"] for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} or its fingerprint is damaged ({error}); remove both") from None
+        held = [(row["id"], len(row["logps"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{path} or its {note.name} is damaged or not ours ({error}); remove both, or choose "
+            "another --reference"
+        ) from None
     if changed:
-        raise BadInput(f"{path} is stale: it was computed with other {changed}; remove it or choose another --out")
-    wanted = [(tree.id, [len(answer) for answer in tree.answers]) for tree in trees]
-    if held != wanted or [len(numbers) for numbers in logps] != [len(tree.answers) for tree in trees]:
+        raise BadInput(
+            f"{path} is stale: it was computed with other {changed}; remove it or choose another "
+            "--out"
+        )
+    if held != [(tree.id, len(tree.answers)) for tree in trees]:
         raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
-    return logps
+    return [row["logps"] for row in rows]
 
 
 # ---- the script ----------------------------------------------------------------------------------
 
 def is_held_out(record_id: str, share: float) -> bool:
-    """By a checksum of the record's id, so that it does not depend on order, seed or the other
-    records."""
+    """By a checksum of the record's id: whatever the order, the seed and the other records are."""
     return zlib.crc32(record_id.encode()) % 1000 < 1000 * share
 
 
 def make_pairs(trees, choices, reference) -> list[Tree]:
-    """The trees that have a pair (choices: two indices, or None), with what the reference says of
-    it."""
+    """The trees that have a pair (a choice is two indices, or None), with its reference."""
     pairs = []
     for tree, choice, logps in zip(trees, choices, reference):
         if choice:
@@ -294,9 +297,9 @@ def make_pairs(trees, choices, reference) -> list[Tree]:
 
 
 def check_flags(s: Settings):
-    if s.gap < 1 or not (0 < s.beta < math.inf and 0 <= s.holdout < 1 and 0 <= s.smoothing < 0.5):
+    if s.gap < 1 or s.beta == 0 or s.holdout >= 1 or s.smoothing >= 0.5:
         raise BadInput(
-            "--gap must be at least 1, --beta positive and finite, --holdout from 0 to below 1, --smoothing to below 0.5"
+            "--gap must be at least 1, --beta above 0, --holdout below 1, --smoothing below 0.5"
         )
     if s.loss not in LOSSES:
         raise BadInput(f"--loss {s.loss}: choose one of {', '.join(LOSSES)}")
@@ -314,44 +317,48 @@ def align(s: Settings) -> Llava:
     # data comes first: reading weights takes longer.
     choices = []
 
-    def all_answers(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
+    def all_answers(tokens, record, longest):
         if not record["answers"]:
             raise BadInput("has no answers")
-        tree = make_tree(tokens, record, [answer["text"] for answer in record["answers"]], max_length=longest)
+        texts = [answer["text"] for answer in record["answers"]]
+        tree = make_tree(tokens, record, texts, max_length=longest)
         choices.append(choose_pair(record, s.gap, s.seed))
         return [tree]
 
     found = training.read(s, all_answers)
-    paired = any(choice and not is_held_out(tree.id, s.holdout) for tree, choice in zip(found.trees, choices))
-    if not paired and s.steps != 0:
-        held_out = f"; and not all may be held out by --holdout {s.holdout}" if s.holdout else ""
+    paired = [tree.id for tree, choice in zip(found.trees, choices) if choice]
+    if s.steps != 0 and all(is_held_out(name, s.holdout) for name in paired):
         raise BadInput(
-            f"{s.data}: no usable pair among {found.records} records; a pair needs two different answers whose scores S "
-            f"differ by at least --gap {s.gap}, or chosen and rejected given in the data{held_out}"
+            f"{s.data}: no usable pair among {found.records} records; a pair needs two different "
+            f"answers whose scores S differ by at least --gap {s.gap}, or chosen and rejected "
+            f"given in the data, and --holdout {s.holdout} must leave one"
         )
 
     # The reference, by the very model that is then trained.
     model = checkpoint.load(s.ckpt, device, dtype)
     depends = parallel.from_first(lambda: fingerprint(model, found))
-    logps = cached_reference(model, found, Path(s.reference or out / "reference.jsonl"), s.pack, depends)
+    path = Path(s.reference or out / "reference.jsonl")
+    logps = cached_reference(model, found, path, s.pack, depends)
     pairs, held_out = [], []
     for pair in make_pairs(found.trees, choices, logps):
         (held_out if is_held_out(pair.id, s.holdout) else pairs).append(pair)
-    found.trees.clear()    # what is no part of a pair is not needed any more
+    found.trees.clear()                                  # answers outside pairs are not needed now
 
     steps = training.count_steps(s, pairs)
     training.describe(s, steps=steps, pairs=len(pairs))
     without = found.records - len(pairs) - len(held_out)
     print(
-        f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {without} records without one; "
-        f"{steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, {training.rates(s, model)}"
+        f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {without} records without "
+        f"one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, "
+        f"{training.rates(s, model)}"
     )
     if steps == 0:
         return model
 
     before = preference(model, held_out, found.pixels, s) if held_out else None
     taught = sha(training.trees_digest(pairs), *(repr(pair.reference) for pair in pairs))
-    with training.begin(s, model, pairs, found.pixels.pack, steps, depends | {"data": taught}) as run:
+    depends |= {"data": taught}
+    with training.begin(s, model, pairs, found.pixels.pack, steps, depends) as run:
         train(run, pairs, s)
     if held_out:
         report_held_out(before, preference(model, held_out, found.pixels, s), out)
@@ -361,7 +368,8 @@ def align(s: Settings) -> Llava:
 
 def report_held_out(before, after, out):
     if parallel.rank() == 0:
-        write_whole(out / "heldout.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
+        text = json.dumps({"before": before, "after": after}, indent=1) + "\n"
+        write_whole(out / "heldout.json", text)
     print(
         f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
         f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({after['pairs']} pairs)"
@@ -370,9 +378,9 @@ def report_held_out(before, after, out):
 
 def run(s: Settings):
     if s.dry_run:
-        config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
-        return memory.dry_run(config, s)
-    align(s)
+        training.dry_run(s)
+    else:
+        align(s)
 
 
 if __name__ == "__main__":

@@ -102,20 +102,10 @@ class Answer:
     finish: str           # "stop" where the model ended it, "length" where the budget did
 
 
-def generate(
-    model: Llava,
-    prompts: list[list[int]],
-    pixels: list[Tensor | None],
-    *,
-    n: int = 1,
-    ends: tuple[int, ...] = (2,),
-    **how,
-) -> list[list[Answer]]:
+def generate(model, prompts, pixels, *, n=1, ends=(2,), **how) -> list[list[Answer]]:
     """n whole answers to each of R prompts; arguments as for `stream`."""
-    said = [[] for _ in range(len(prompts) * n)]
-    for token in stream(model, prompts, pixels, n=n, ends=ends, **how):
-        for ids, one in zip(said, token.tolist()):
-            ids.append(one)
+    said = list(stream(model, prompts, pixels, n=n, ends=ends, **how))
+    said = torch.stack(said, 1).tolist()                                     # R*n rows of steps
     answers = [until(ids, ends) for ids in said]
     return [answers[r * n:(r + 1) * n] for r in range(len(prompts))]
 
@@ -201,16 +191,16 @@ def answer_seed(seed: int, record_id: str, k: int) -> int:
 
 
 def sample_answers(
-    model: Llava,
+    model,
     tokens,
     pixels,
-    trees: list,
+    trees,
     *,
-    n: int = 4,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new: int = 1024,
-    seed: int = 0,
+    n=4,
+    temperature=1.0,
+    top_p=1.0,
+    max_new=1024,
+    seed=0,
 ) -> list[list[dict]]:
     """n answers {"text", "finish"} to the prompt of each data.Tree; finish is "stop", or "length"
     where max_new cut it off. `tokens` and `pixels` are this model's data.Tokens and data.Pixels."""

@@ -1,4 +1,4 @@
-"""A file that survives kill -9: what was paid for once, in hours or in money, is never paid for again.
+"""A file that survives kill -9: what was paid for once, in hours or money, is never paid for again.
 
 The problem. Sampling and judging take hours, and every reply of a judge costs money. A program that
 writes its results at the end loses them all at the first power cut.
@@ -19,8 +19,7 @@ from common import BadInput
 
 
 def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(where it ends, row) of every row in a journal; a last line that a kill has torn is left out.
-    Raises BadInput."""
+    """(where it ends, row) of every row in a journal, but a last line that a kill has torn."""
     end = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -30,15 +29,16 @@ def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
                 row = json.loads(line)
                 row["key"]
             except (ValueError, KeyError, TypeError):
-                raise BadInput(f"{path}: line {number} is damaged; remove that line and run again") from None
+                raise BadInput(
+                    f"{path}: line {number} is damaged; remove that line and run again"
+                ) from None
             end += len(line)
             yield end, row
 
 
 class Journal:
-    """A file of JSON lines that survives kill -9: a row is on the disk before `append` returns, a
-    torn last line is cut off when the file is opened again, one process writes at a time. Any
-    thread may append.
+    """A file of JSON lines: a row is on the disk before `append` returns, a torn last line is cut
+    off when the file is opened again. One process writes at a time; any thread of it may append.
 
     Rows have a "key"; `journal[key]` is the last row of that key. It is read back from the disk:
     memory holds only where each row begins.
@@ -55,7 +55,8 @@ class Journal:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BadInput(
-                f"{self.path} is being written by another process; wait for it, or choose another --out"
+                f"{self.path} is being written by another process; wait for it, or choose another "
+                "--out"
             ) from None
         for end, row in journal_rows(self.path):
             self.note(row, end)
@@ -77,10 +78,10 @@ class Journal:
                 if os.write(self.fd, line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             except OSError:
-                os.ftruncate(self.fd, self.size)    # no half line for the next one to grow onto
+                os.ftruncate(self.fd, self.size)         # no half line for the next to grow onto
                 raise
             self.note(row, self.size + len(line))
-        os.fsync(self.fd)    # outside the lock: file systems join what waits for the disk
+        os.fsync(self.fd)                                # unlocked: several may wait for one flush
 
     def __contains__(self, key: str) -> bool:
         return key in self.begins

@@ -12,10 +12,12 @@ of the *global* batch before backward, so gradients are summed, never averaged. 
 same number of packs (train.share); who has none left computes one again and counts it with weight
 0. (3) Weights that a pack did not use get a zero.
 
-    full fine-tuning   FSDP2's fully_shard (arXiv:2304.11277): each process keeps 1/N of every trained weight, its gradient and
-                       its moments, in fp32; a block's weights are brought together, in the precision that the model computes
-                       in, just before it runs, and let go behind it. Embedding, projector, norm and head are one group
-    LoRA               what trains is small: every process has all of it, and gradients are summed once per step
+    full fine-tuning   FSDP2's fully_shard (arXiv:2304.11277): each process keeps 1/N of every
+                       trained weight, its gradient and its moments, in fp32. A block's weights are
+                       brought together, in the precision that the model computes in, just before it
+                       runs, and let go behind it. Embedding, projector, norm and head are one group
+    LoRA               what trains is small: every process has all of it, and gradients are summed
+                       once per step
 
 Every process loads the weights and computes its share of the reference before anything is cut; then
 memory falls to 1/N. gloo connects CPUs, NCCL GPUs. Process 0 alone prints and writes.
@@ -23,7 +25,6 @@ memory falls to 1/N. gloo connects CPUs, NCCL GPUs. Process 0 alone prints and w
 import datetime
 import os
 import sys
-from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,8 @@ def start(device: str) -> str:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
-        # one reads data while others wait
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        patience = datetime.timedelta(hours=12)          # one reads data while others wait
+        dist.init_process_group(backend, timeout=patience)
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -67,7 +68,7 @@ def seat() -> tuple[int, int]:
     return 0, 1
 
 
-def gather(mine: Any) -> list:
+def gather(mine) -> list:
     """What every process has, in their order."""
     if world() == 1:
         return [mine]
@@ -76,7 +77,7 @@ def gather(mine: Any) -> list:
     return found
 
 
-def from_first(make: Callable[[], Any]) -> Any:
+def from_first(make):
     """make() is called in process 0; all get what it returned."""
     found = [make() if rank() == 0 else None]
     if world() > 1:
@@ -87,29 +88,35 @@ def from_first(make: Callable[[], Any]) -> Any:
 # ---- full fine-tuning: shards --------------------------------------------------------------------
 
 def shard(model: nn.Module):
-    """Keep 1/N of every trained weight here, in fp32. The frozen tower stays whole: it is small,
-    and needs no moments.
+    """Keep 1/N of every trained weight here, in fp32. The frozen tower stays whole: it is small.
 
-    A block is raised to fp32 just before it is cut, so that no process ever holds all weights in
-    fp32.
+    A block is raised to fp32 just before it is cut: no process ever holds all weights in fp32.
     """
     mesh = init_device_mesh(model.device.type, (world(),))
     policy = MixedPrecisionPolicy(
         param_dtype=None if model.dtype == torch.float32 else model.dtype,
-        reduce_dtype=torch.float32,    # 16-bit gradients are summed in fp32
-        cast_forward_inputs=False,                                               # angles stay fp32
+        reduce_dtype=torch.float32,                      # 16-bit gradients are summed in fp32
+        cast_forward_inputs=False,                       # angles stay fp32
     )
     for block in model.language_model.layers:
         fully_shard(block.float(), mesh=mesh, mp_policy=policy)
-    frozen = {p for p in model.parameters() if not p.requires_grad}
+    frozen = set()
     for p in model.parameters():
-        if p not in frozen and p.dtype != torch.float32:
+        if not p.requires_grad:
+            frozen.add(p)
+        elif p.dtype != torch.float32:
             p.data = p.data.float()
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
+    fully_shard(
+        model,
+        mesh=mesh,
+        mp_policy=policy,
+        ignored_params=frozen,
+        reshard_after_forward=False,
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)    # a sum: the loss was divided already
-            module.set_force_sum_reduction_for_comms(True)    # gloo knows no other
+            module.set_gradient_divide_factor(1.0)       # a sum: the loss was divided already
+            module.set_force_sum_reduction_for_comms(True)                   # gloo knows no other
 
 
 def sharded(model: nn.Module) -> bool:
@@ -129,8 +136,7 @@ def local(x: Tensor) -> Tensor:
 # ---- gradients -----------------------------------------------------------------------------------
 
 def backward(model: nn.Module, loss: Tensor):
-    """loss.backward(). In shards every process must bring a gradient for the same weights, pictures
-    in its pack or not."""
+    """loss.backward(). In shards all must bring gradients for the same weights, pictures or not."""
     if sharded(model) and model.config.vision:
         for p in model.multi_modal_projector.parameters():
             loss = loss + 0 * p.sum()
@@ -138,10 +144,9 @@ def backward(model: nn.Module, loss: Tensor):
 
 
 def sum_gradients(model: nn.Module, trained: list[Tensor], pictures: bool):
-    """After the last backward of a batch: what the processes found is added up, and what no pack of
-    the batch used has no gradient, as it would in one process. `pictures`: does the global batch
-    have any?"""
-    if sharded(model):    # they are summed already
+    """After the last backward of a batch: what the processes found is added up. What no pack of the
+    global batch used has no gradient, as in one process; `pictures`: has that batch any?"""
+    if sharded(model):                                   # they are summed already
         if not pictures and model.config.vision:
             for p in model.multi_modal_projector.parameters():
                 p.grad = None
@@ -149,7 +154,7 @@ def sum_gradients(model: nn.Module, trained: list[Tensor], pictures: bool):
     if world() == 1:
         return
 
-    used = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=trained[0].device)
+    used = torch.tensor([int(p.grad is not None) for p in trained], device=trained[0].device)
     dist.all_reduce(used)
     for p, count in zip(trained, used.tolist()):
         if count:

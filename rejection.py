@@ -1,6 +1,6 @@
-"""The first rival: keep the best of n sampled answers, and tune on it as if a teacher had written it.
+"""The first rival: keep the best of n sampled answers, and tune on it as if a teacher wrote it.
 
-    best = argmax over the n answers of S,      S = helpfulness + correctness + coherence;      then next-token loss on it
+    best = argmax over the n answers of S,      S = helpfulness + correctness + coherence
 
 Also called best-of-n or rejection sampling (arXiv:2402.10884 after LLaMA-2's). It sees the same
 scores as DPO and throws most of them away: that the best answer was better, never by how much nor
@@ -10,14 +10,14 @@ paper's file names speak of perfect scores: 12).
 Ties are drawn with a seed of the record's own; answers that the token budget cut off do not count;
 a record whose judge gave no scores is skipped, counted and listed.
 
-    python rejection.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/rejection
+    python rejection.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl
 """
 import random
 from dataclasses import dataclass
 
 import sft
 from common import BadInput, main
-from data import Tokens, Tree, make_tree, scored_answers
+from data import make_tree, scored_answers
 
 
 @dataclass
@@ -28,8 +28,7 @@ class Settings(sft.Settings):
 
 
 def best(record: dict, least: int = 0, seed: int = 0) -> int:
-    """The index of the answer with the largest S; ties are drawn. Raises BadInput where there is
-    none of at least `least`."""
+    """The index of the answer with the largest S; ties are drawn."""
     scored = scored_answers(record)
     if not scored:
         raise BadInput("has no whole answer with scores")
@@ -41,7 +40,7 @@ def best(record: dict, least: int = 0, seed: int = 0) -> int:
 
 
 def run(s: Settings):
-    def best_tree(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
+    def best_tree(tokens, record, longest):
         answer = record["answers"][best(record, s.least, s.seed)]
         return [make_tree(tokens, record, [answer["text"]], max_length=longest)]
 

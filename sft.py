@@ -1,10 +1,10 @@
 """Weighted likelihood: next-token loss on answers. Instruction tuning, and the first baseline.
 
-    loss = - sum log p(token | what stands before it) / number of scored tokens,      scored = answers and their </s>
+    loss = - sum log p(token | what stands before it) / number of scored tokens
 
-over the whole batch: a mean per token, not a mean of means, so a batch means the same however it is
-cut into packs. What the loss is *not* taken over: the system's sentence, the user's words, the
-image.
+over the whole batch, where scored tokens are those of the answers and their </s>. It is a mean per
+token, not a mean of means, so a batch means the same however it is cut into packs. What the loss is
+*not* taken over: the system's sentence, the user's words, the image.
 
 The finding this repository is about starts here. Tuned on short visual answers, a language model
 gets worse at language; tuned on a judge's golden answers it gets some of it back, and is the
@@ -17,7 +17,7 @@ too. The miniature's own stages (toy/build.py) run through `train` below.
 
     python sft.py --ckpt llava-1.5-7b-hf --data llava_instruct.json --out runs/sft
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -25,11 +25,10 @@ import common  # first: it tells OpenMP how to wait
 from tqdm import tqdm
 
 import checkpoint
-import memory
 import parallel
 import train as training
 from common import BadInput, main
-from data import Tokens, Tree, make_tree, scored_answers, usable
+from data import Tree, make_tree, scored_answers, usable
 from model import token_logps
 from train import Run
 
@@ -38,16 +37,23 @@ from train import Run
 class Settings(training.Settings):
     """Supervised fine-tuning on golden answers."""
     out: str = "runs/sft"        # run folder
-    lr: float = 0.0              # peak learning rate; 0: 2e-5 for full fine-tuning (LLaVA-1.5's), 4e-4 for adapters (the paper's)
+    lr: float = 0.0              # peak learning rate; 0: 2e-5 (LLaVA), adapters 4e-4 (the paper)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
 
 def train(run: Run, order: Iterable[Tree], name: str = "sft"):
-    """Train whatever of run.model requires a gradient, in place, run.batch trees a step. `order`
-    gives trees for ever, or at least for all steps."""
-    bar = tqdm(run.steps(order), desc=name, unit="step", disable=None, initial=run.done, total=run.total)
-    for step, batch in bar:
+    """Train whatever of run.model requires a gradient, in place. `order` gives trees for ever, or
+    at least for all steps."""
+    bar = tqdm(
+        run.steps(order),
+        desc=name,
+        unit="step",
+        disable=None,
+        initial=run.done,
+        total=run.total,
+    )
+    for _, batch in bar:
         scored = sum(scored_tokens(tree) for tree in batch)
         for part in run.packs(batch):
             logps = token_logps(run.model, part.pack)    # (N,)
@@ -57,7 +63,7 @@ def train(run: Run, order: Iterable[Tree], name: str = "sft"):
         bar.set_postfix_str(f"loss {row['loss']:.4f}")
 
 
-def scored_tokens(tree: Tree) -> int:
+def scored_tokens(tree):
     answers = sum(len(answer) for answer in tree.answers)
     return answers + sum(b - a for a, b in tree.history)
 
@@ -65,8 +71,7 @@ def scored_tokens(tree: Tree) -> int:
 # ---- what to learn -------------------------------------------------------------------------------
 
 def target(record: dict) -> str:
-    """The answer to learn: golden, else the chosen one of a given pair, else the best-scored one,
-    else the only one."""
+    """The answer to learn: golden, else a given pair's chosen one, else the best, else the only."""
     if record.get("golden"):
         return record["golden"]
     answers = record["answers"]
@@ -81,20 +86,19 @@ def target(record: dict) -> str:
     raise BadInput("has no golden answer and no scored ones")
 
 
-def golden_tree(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
+def golden_tree(tokens, record, longest) -> list[Tree]:
     return [make_tree(tokens, record, [target(record)], history=True, max_length=longest)]
 
 
 # ---- the script ----------------------------------------------------------------------------------
 
-def fit(s: Settings, trees_of: Callable[[Tokens, dict, int], list[Tree]], documents: dict | None = None):
+def fit(s: Settings, trees_of, documents=None):
     """--data and --ckpt -> the tuned model in --out. trees_of(tokens, record, longest) gives what
     to learn from a record; `documents` are JSON files that go with the model."""
     if s.dry_run:
-        config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
-        return memory.dry_run(config, s)
+        return training.dry_run(s)
     s, device, dtype = training.door(s, full_lr=2e-5, adapter_lr=4e-4)
-    found = training.read(s, trees_of)    # the data first: reading weights takes longer
+    found = training.read(s, trees_of)                   # the data first: weights take longer
     model = checkpoint.load(s.ckpt, device, dtype)
     steps = training.count_steps(s, found.trees)
     training.describe(s, steps=steps)

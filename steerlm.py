@@ -3,7 +3,8 @@
 SteerLM (arXiv:2310.05344), as the paper uses it. The scores are written into the question, in one
 fixed form,
 
-    USER: <image>\\nWhat is odd here?\\nAnswer with helpfulness 2, correctness 4, ..., verbosity 1. ASSISTANT: An owl.</s>
+    USER: <image>\\nWhat is odd here?\\nAnswer with helpfulness 2, correctness 4, ..., verbosity 1.
+    ASSISTANT: An owl.</s>
 
 and the loss is next-token loss on the answer only: the model learns p(answer | question, scores).
 Nothing is thrown away, not even the worst answer, and any mixture can be asked for afterwards:
@@ -33,40 +34,38 @@ LEVELS = range(RUBRIC.lowest, RUBRIC.highest + 1)
 class Settings(sft.Settings):
     """Supervised fine-tuning on every scored answer, its scores written into the question."""
     out: str = "runs/steerlm"    # run folder
-    form: str = FORM             # what is appended to the question; {helpfulness} and so on become grades
+    form: str = FORM             # appended to the question; {helpfulness} and so on become grades
     grades: str = "0 1 2 3 4"    # the words for them, lowest first
-    target: str = "4 4 4 4 4"    # scores to ask for afterwards: helpfulness, correctness, coherence, complexity, verbosity
+    target: str = "4 4 4 4 4"    # scores to ask for afterwards, in the order of the rubric
 
 
 def steer_form(s: Settings) -> dict:
-    """What steer.json holds: {"text", "grades", "target"}. Raises BadInput where the flags make
-    none."""
+    """What steer.json holds: {"text", "grades", "target"}."""
     grades = s.grades.split()
-    if len(set(grades)) != len(LEVELS) or len(grades) != len(LEVELS):
+    if len(grades) != len(LEVELS):
         raise BadInput(f"--grades {s.grades}: {len(LEVELS)} different words, lowest first")
     form = {"text": s.form, "grades": grades, "target": target_scores(s.target)}
-    unknown = re.findall(r"{\w*}", write_scores(form, form["target"]))       # a slip of the pen
-    if unknown or len(wishes(form)) != len(LEVELS):
-        raise BadInput(f"--form {s.form!r}: does not say the scores; name attributes in braces, such as {{helpfulness}}")
+    unknown = re.findall(r"{\w*}", write_scores(form, form["target"]))
+    if unknown:                                          # a slip of the pen
+        raise BadInput(f"--form {s.form!r}: {unknown[0]} is not an attribute in braces")
     return form
 
 
-def wishes(form: dict) -> set[str]:
-    """What is appended when all attributes are to have one grade, for every grade."""
-    return {write_scores(form, dict.fromkeys(RUBRIC.attributes, k)) for k in LEVELS}
-
-
-def check_words(tokens: Tokens, form: dict):
-    """Every grade must look different to the model, too: words that its tokenizer does not know all
-    look alike."""
-    seen = {tuple(tokens.encode(wish)) for wish in wishes(form)}
+def check_words(tokens, form):
+    """The wish for every grade must look different to the model, too: words that its tokenizer does
+    not know all look alike."""
+    seen = set()
+    for level in LEVELS:
+        wish = write_scores(form, dict.fromkeys(RUBRIC.attributes, level))
+        seen.add(tuple(tokens.encode(wish)))
     if len(seen) != len(LEVELS):
         raise BadInput(
-            f"{tokens.source} does not tell the grades {' '.join(form['grades'])} apart; choose other --grades"
+            f"--form {form['text']!r} with --grades {' '.join(form['grades'])} does not tell the "
+            f"scores apart to {tokens.source}; choose other words, name attributes in braces"
         )
 
 
-def trees_under_scores(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
+def trees_under_scores(tokens, record, longest) -> list[Tree]:
     """One tree per scored answer, the question of each asking for that answer's own scores."""
     trees = []
     for k, _ in scored_answers(record):
@@ -85,9 +84,8 @@ def run(s: Settings):
         config, _ = checkpoint.read_config(folder)
         check_words(Tokens(folder, config, s.template), form)
 
-    def trees_of(tokens: Tokens, record: dict, longest: int) -> list[Tree]:
-        # also a model that was steered before
-        return trees_under_scores(tokens.with_form(form), record, longest)
+    def trees_of(tokens, record, longest):
+        return trees_under_scores(tokens.with_form(form), record, longest)   # whatever --ckpt has
 
     sft.fit(s, trees_of, {"steer.json": form})
 

@@ -1,13 +1,14 @@
-"""What every training loop shares: settings, data, packs, gradients, metrics, state. The loops stand in their own files.
+"""What every training loop shares: settings, data, packs, gradients, metrics, state.
 
-`Run` is a handle, not a trainer: it never decides what happens next. A loop reads
+The loops stand in their own files. `Run` is a handle, not a trainer: it never decides what happens
+next. A loop reads
 
-    for step, batch in run.steps(order):               # goes on where a stopped run was
-        for part in run.packs(batch):                  # as many tokens at once as fit; this process's share
-            loss = ...                                 # what the file is about
-            run.backward(loss / len(batch))            # the mean over the batch, however it is packed
+    for step, batch in run.steps(order):          # goes on where a stopped run was
+        for part in run.packs(batch):             # as many tokens as fit; this process's share
+            loss = ...                            # what the file is about
+            run.backward(loss / len(batch))       # the mean over the batch, however it is packed
             run.record(loss=...)
-        run.update(pairs=len(batch))                   # clip, step, one line of metrics, state
+        run.update(pairs=len(batch))              # clip, step, one line of metrics, state
 
 The problem. A process is killed at any moment: by a scheduler, a full disk, a power cut. What a
 step depends on is the trained weights, Adam's two moments and step count, and which items come
@@ -18,9 +19,11 @@ seed and step, and there is no dropout. So a state is three tensors per trained 
 number, and a run that goes on from it ends with the very bits of one that was never stopped (same
 machine, same number of processes):
 
-    config.json     settings, versions, hardware, commit          metrics.jsonl, metrics.png     one line per step, drawn
-    model/          llava-hf layout; with --lora adapter/, PEFT's            rejects.jsonl       what could not be used, and why
-    state/step-00000100/    state.json: the step, and what this run is       process-0.pt        the tensors
+    config.json          settings, versions, hardware, commit
+    metrics.jsonl, .png  one line per step, and a picture of them
+    rejects.jsonl        what could not be used, and why
+    model/, adapter/     the result in llava-hf's layout, or with --lora in PEFT's
+    state/step-00000100/ state.json: the step, and what this run is; process-0.pt: the tensors
 
 A state appears whole or not at all (written aside, flushed to disk, renamed), and only then are
 older ones removed. What the run is, its settings, weights and data, is kept with it and compared: a
@@ -43,7 +46,7 @@ import sys
 import threading
 import time
 from array import array
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -70,36 +73,40 @@ PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, where adapters train beside 
 class Settings:
     """What every training script can be told."""
     # what
-    ckpt: str = "toy/llava"      # checkpoint folder (llava-hf, original LLaVA, Llama), or the shipped miniature
-    data: str = ""               # records, preference pairs, LLaVA conversations, ... (see formats.py)
+    ckpt: str = "toy/llava"      # folder (llava-hf, original LLaVA, Llama), or the miniature
+    data: str = ""               # records, pairs, conversations, ... (see formats.py)
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     out: str = ""                # run folder
-    template: str = ""           # vicuna_v1, chatml, llama_3 or mistral; empty: what the checkpoint's own files tell
+    template: str = ""           # vicuna_v1, chatml, llama_3 or mistral; empty: what --ckpt tells
     seed: int = 0                # order of the records, and every other choice
 
     # how long, and how fast
-    steps: int = -1              # optimizer steps; -1: --epochs passes; 0 (dpo.py): stop after the reference
+    steps: int = -1              # optimizer steps; -1: --epochs; 0: dpo.py's reference only
     epochs: int = 3              # passes over the data (the paper's 3)
     batch: int = 128             # records per optimizer step (the paper's 128)
-    lr: float = 0.0              # peak learning rate; 0: the method's own, for full fine-tuning or for adapters
-    projector_lr: float = 0.0    # peak learning rate of the projector; 0: --lr, or beside adapters the paper's 2e-5
+    lr: float = 0.0              # peak learning rate; 0: the method's own
+    projector_lr: float = 0.0    # the projector's; 0: --lr, or beside adapters the paper's 2e-5
     warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
     clip: float = 1.0            # largest gradient norm (LLaVA's default); 0: none
-    lora: int = 0                # rank of adapters to train instead of the language model (the paper's 128); 0: all of it
-    alpha: float = 0.0           # adapters count alpha / rank times (the paper's 256); 0: twice the rank
+    lora: int = 0                # rank of adapters (the paper's 128); 0: train all weights
+    alpha: float = 0.0           # adapters count alpha / rank times; 0: twice the rank (the paper)
 
     # how it is computed
     device: str = "auto"         # cpu, cuda, ...
     dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
-    pack: int = 0                # tokens computed at once, gradients add up over packs; 0: 1024 on the CPU, 8192 on a GPU
-    max_length: int = 0          # longest prompt + answer in tokens; 0: what the model was built for
-    checkpointing: bool = False  # keep less for backward and compute it again; the memory plan says whether it is needed
-    dry_run: bool = False        # print the memory plan for --ckpt's config.json, no weights or data needed, and stop
-    save_every: int = 100        # steps between two states that --resume can go on from; 0: only where SIGTERM stops the run
+    pack: int = 0                # tokens computed at once; 0: 1024 on the CPU, 8192 on a GPU
+    max_length: int = 0          # longest prompt + answer in tokens; 0: what the model has room for
+    checkpointing: bool = False  # compute twice and keep less, where the memory plan says so
+    dry_run: bool = False        # print the memory plan for --ckpt's config.json, and stop
+    save_every: int = 100        # steps between two states for --resume; 0: only at SIGTERM
     resume: bool = False         # go on with the run in --out where it was stopped
 
 
-WITHOUT_INFLUENCE = {"ckpt", "data", "image_root", "out", "reference", "device", "resume", "save_every", "dry_run", "checkpointing"}
+# Settings that a resumed run may change: weights and data are compared by what is in them.
+WITHOUT_INFLUENCE = {
+    "ckpt", "data", "image_root", "out", "reference",
+    "device", "resume", "save_every", "dry_run", "checkpointing",
+}
 
 
 # ---- the order of things, and how fast -----------------------------------------------------------
@@ -116,8 +123,7 @@ def shuffled(items, seed):
 
 
 def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) -> float:
-    """Learning-rate factor of step 0, 1, ..., steps-1: linear warm-up over a share of the steps,
-    then cosine."""
+    """Learning-rate factor of steps 0, ..., steps-1: linear over a share `warmup`, then cosine."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm
@@ -126,21 +132,17 @@ def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) ->
 
 
 def adamw(trained, lr, projector_lr, betas, weight_decay):
-    """AdamW for tensors by name: the projector may have a peak rate of its own (0: the others'),
-    vectors do not decay."""
-    groups = defaultdict(list)                                   # (peak rate, decay) -> tensors
+    """AdamW for tensors by name. The projector may have a peak rate of its own (0: the others')."""
+    groups = {}                                          # (peak rate, decay) -> a group
     for name, p in trained.items():
         in_projector = name.startswith("multi_modal_projector.")
         peak = projector_lr if projector_lr and in_projector else lr
-        decay = weight_decay if p.ndim > 1 else 0.0
-        groups[peak, decay].append(p)
-    described = []
-    for (peak, decay), tensors in groups.items():
-        described.append({"params": tensors, "peak": peak, "weight_decay": decay})
-    optimizer = torch.optim.AdamW(described, lr=lr, betas=betas, fused=True)
+        decay = weight_decay if p.ndim > 1 else 0.0      # vectors do not decay
+        group = {"params": [], "peak": peak, "weight_decay": decay}
+        groups.setdefault((peak, decay), group)["params"].append(p)
+    optimizer = torch.optim.AdamW(list(groups.values()), lr=lr, betas=betas, fused=True)
 
-    # The moments are in place before the first step: what a run needs is taken at once, and can be
-    # kept.
+    # The moments are there before the first step: a run takes its memory at once, and can be kept.
     for p in trained.values():
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
@@ -161,36 +163,30 @@ class Part:
 
 
 def prefetched(make, parts):
-    """(part, make(part)) of every part; the next one is made in a thread (images decoded) while
-    this one is computed with."""
+    """(part, make(part)) of every part; a thread makes the next one while this one is in use."""
     with ThreadPoolExecutor(1) as pool:
-        begun = deque()
+        begun = []
         for part in parts:
             begun.append((part, pool.submit(make, part)))
             if len(begun) == 2:
-                part, made = begun.popleft()
+                part, made = begun.pop(0)
                 yield part, made.result()
         for part, made in begun:
             yield part, made.result()
 
 
-def share(items, budget):
-    """The packs of this process, at most `budget` tokens each, and whether they count.
+def packs(items, budget, pack_of, device) -> Iterator[Part]:
+    """This process's share of a batch, at most `budget` tokens at once.
 
     Of N processes each takes every N-th item. All must compute equally many packs, for they wait
     for each other: who has fewer than another computes one item again, and does not count it.
     """
     world = parallel.world()
     shares = [list(split(items[r::world], budget)) for r in range(world)]
-    mine = [(part, True) for part in shares[parallel.rank()]]
-    missing = max(map(len, shares)) - len(mine)
-    return mine + [(items[:1], False)] * missing
-
-
-def packs(items, budget, pack_of, device) -> Iterator[Part]:
-    """This process's share of a batch, at most `budget` tokens at once."""
-    for (members, counts), pack in prefetched(lambda part: pack_of(part[0]), share(items, budget)):
-        yield Part(members, pack.to(device), counts)
+    mine = shares[parallel.rank()]
+    again = [items[:1]] * (max(map(len, shares)) - len(mine))
+    for k, (members, pack) in enumerate(prefetched(pack_of, mine + again)):
+        yield Part(members, pack.to(device), counts=k < len(mine))
 
 
 # ---- the handle of a loop ------------------------------------------------------------------------
@@ -202,11 +198,21 @@ class Run:
     steps      how many there are in all
     rate       rate(step, steps) scales the learning rate
     out        folder of metrics and state; None: neither is kept
-    depends    what a state must agree with, beside the settings; None: no state is kept
+    depends    what a state must agree with, beside the settings
     """
 
     def __init__(
-        self, model, s, pack_of, *, steps, batch=0, rate=None, betas=(0.9, 0.999), weight_decay=0.0, out=None, depends=None
+        self,
+        model,
+        s,
+        pack_of,
+        *,
+        steps,
+        rate=None,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        out=None,
+        depends=None,
     ):
         # A weight that trains is kept in fp32: in 16 bits it could not take small steps (model.py).
         for p in model.parameters():
@@ -216,7 +222,6 @@ class Run:
         self.settings = s
         self.pack_of = pack_of
         self.total = steps
-        self.batch = batch or s.batch
         self.rate = rate or partial(schedule, warmup=s.warmup)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.trained, s.lr, s.projector_lr, betas, weight_decay)
@@ -233,14 +238,14 @@ class Run:
         self.began = 0.0
 
     def steps(self, order):
-        """(step, its batch) for every step that is not done yet; `order` gives the items from step
-        0 on."""
+        """(step, its batch) for every step not done yet; `order` gives the items from step 0 on."""
+        size = self.settings.batch
+        order = islice(order, self.done * size, None)
         self.first = self.done
-        order = islice(order, self.done * self.batch, None)
         self.model.train()
         for step in range(self.done, self.total):
             self.began = time.perf_counter()
-            self.members = list(islice(order, self.batch))
+            self.members = list(islice(order, size))
             self.recorded = defaultdict(list)
             yield step, self.members
         self.model.eval()
@@ -264,16 +269,18 @@ class Run:
     def columns(self):
         """What all processes recorded of this batch."""
         mine = {name: torch.cat(vectors) for name, vectors in self.recorded.items()}
-        together = defaultdict(list)
-        for share in parallel.gather(mine):
-            for name, vector in share.items():
-                together[name].append(vector)
-        return {name: torch.cat(vectors) for name, vectors in together.items()}
+        shares = parallel.gather(mine)
+        together = {}
+        for name in shares[0]:                           # the first process always has an item
+            together[name] = torch.cat([share[name] for share in shares if share])
+        return together
 
     def update(self, **amounts) -> dict:
-        """Clip, step, write one line, keep a state when it is time -> the line: step, the mean of
-        every recorded column, grad_norm, lr, and each amount of work (pairs=16), also per second
-        (pairs_per_s). Raises BadInput for a NaN."""
+        """Clip, step, write one line, keep a state when it is time -> the line.
+
+        It has the step, the mean of every recorded column, grad_norm, lr, and each amount of work
+        (pairs=16), also per second (pairs_per_s). Raises BadInput for a NaN.
+        """
         row = {"step": self.done + 1}
         for name, column in self.columns().items():
             row[name] = column.mean().item()
@@ -281,10 +288,12 @@ class Run:
         trained = list(self.trained.values())
         pictured = any(item.images for item in self.members)
         parallel.sum_gradients(self.model, trained, pictured)
-        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(trained, self.settings.clip or math.inf)).item()
+        most = self.settings.clip or math.inf
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(trained, most)).item()
         if not math.isfinite(row["loss"] + norm):
             raise BadInput(
-                f"step {row['step']}: loss {row['loss']}, gradient norm {norm}; lower --lr, or use --dtype float32"
+                f"step {row['step']}: loss {row['loss']}, gradient norm {norm}; lower --lr, or use "
+                "--dtype float32"
             )
 
         factor = self.rate(self.done, self.total)
@@ -315,19 +324,20 @@ class Run:
         return found
 
     def about(self):
-        """What a state must agree with: every setting that the weights depend on, and what the
-        caller names."""
-        settings = {f"--{k}": v for k, v in asdict(self.settings).items() if k not in WITHOUT_INFLUENCE}
-        return settings | self.depends | {"processes": parallel.world()}
+        """What a state must agree with."""
+        found = {"processes": parallel.world(), **self.depends}
+        for name, value in asdict(self.settings).items():
+            if name not in WITHOUT_INFLUENCE:
+                found[f"--{name}"] = value
+        return found
 
     def keep(self):
-        """At the end of a step: is it time to keep the state, or to stop? After the last one there
-        is the model itself."""
-        if self.out is None or self.done == self.total:
+        """At the end of a step: is it time to keep the state, or to stop?"""
+        if self.out is None or self.done == self.total:  # behind the last step the model is kept
             return
         stop = any(parallel.gather(self.stop.is_set()))
         due = self.settings.save_every and self.done % self.settings.save_every == 0
-        if self.depends is not None and (stop or due):
+        if stop or due:
             if parallel.rank() == 0:
                 os.fsync(self.metrics.fileno())          # the state counts on these rows
             self.save()
@@ -336,8 +346,7 @@ class Run:
             sys.exit(143)
 
     def save(self):
-        """Keep the state in out/state, then forget older ones. Every process calls it. Raises
-        BadInput on a full disk."""
+        """Keep the state in out/state, then forget older ones. Every process calls it."""
         folder = self.out / "state"
         aside = folder / "next.part"
         target = folder / f"step-{self.done:08d}"
@@ -362,20 +371,16 @@ class Run:
                 for old in folder.glob("step-*"):
                     if old != target:
                         shutil.rmtree(old, ignore_errors=True)
-        # torch raises the latter where its file cannot be written
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:         # a full disk is the latter to torch
             shutil.rmtree(aside, ignore_errors=True)
-            kept = latest_state(self.out)
-            before = f"that after step {int(kept.name[5:])} is whole" if kept else "there is no earlier one"
             raise BadInput(
-                f"the state after step {self.done} cannot be written to {folder} ({error}); {before}; "
-                "make room, then go on with --resume"
+                f"the state after step {self.done} cannot be written to {folder} ({error}); an "
+                "earlier one is whole; make room, then go on with --resume"
             ) from None
 
     @torch.no_grad()
     def restore(self):
-        """Bring weights and moments to where the kept state left them. Raises BadInput for another
-        run's, or a damaged one."""
+        """Bring weights and moments to where the kept state left them."""
         folder = latest_state(self.out)
         if folder is None:
             print(f"nothing to resume in {self.out}: starting at step 1")
@@ -388,22 +393,18 @@ class Run:
             raise BadInput(f"{folder} is damaged ({error!r}); remove it") from None
         if changed := differences(then, self.about()):
             raise BadInput(
-                f"{folder} is the state of another run: other {changed}; give the flags and files of that run, or "
-                "choose another --out"
+                f"{folder} is the state of another run: other {changed}; give the flags and files "
+                "of that run, or choose another --out"
             )
 
         path = folder / f"process-{parallel.rank() if parallel.sharded(self.model) else 0}.pt"
-        places = self.tensors()
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if found.keys() != places.keys():
-                raise ValueError("it holds other tensors than this run has")
-            for name, place in places.items():
-                if found[name].shape != place.shape:
-                    raise ValueError(f"{name} has another shape")
+            for name, place in self.tensors().items():
                 place.copy_(found[name])
-        except Exception as error:    # torn, gone, another name or shape: torch raises many types
-            raise BadInput(f"{path} is damaged ({' '.join(str(error).split())[:200]}); remove {folder}") from None
+        except Exception as error:                       # torn or gone: torch raises many types
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"{path} is damaged ({reason}); remove {folder}") from None
         self.done = step
         print(f"resumed after step {step}: {folder}")
 
@@ -415,7 +416,7 @@ def differences(then, now) -> str:
 
 
 def latest_state(out: Path) -> Path | None:
-    return max((out / "state").glob("step-" + 8 * "[0-9]"), default=None)
+    return max((out / "state").glob("step-*"), default=None)
 
 
 def flush_folder(folder):
@@ -426,28 +427,32 @@ def flush_folder(folder):
 
 # ---- before the loop -----------------------------------------------------------------------------
 
-def door(s: Settings, full_lr: float, adapter_lr: float) -> tuple[Settings, torch.device, torch.dtype]:
-    """What cannot work is refused before anything is read -> the settings with every default filled
-    in, where and in which precision to compute. `full_lr` and `adapter_lr` are the method's own
-    peak learning rates."""
+def dry_run(s):
+    config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
+    memory.dry_run(config, s)
+
+
+def door(s: Settings, full_lr: float, adapter_lr: float):
+    """What cannot work is refused before anything is read -> settings with every default filled in,
+    torch.device, torch.dtype. The method's own peak learning rates are `full_lr`, `adapter_lr`."""
     check_numbers(s)
     if not s.data:
-        raise BadInput("--data is needed: records, preference pairs or conversations, see formats.py")
+        raise BadInput("--data is needed: records, preference pairs, conversations; see formats.py")
     out = Path(s.out)
     if (out / "model").exists() or (out / "adapter").exists():
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
     stopped = latest_state(out)
     if stopped and not s.resume:
         raise BadInput(
-            f"{out} holds a run that was stopped after step {int(stopped.name[5:])}; go on with --resume, or choose "
-            "another --out"
+            f"{out} holds a run that was stopped after step {int(stopped.name[5:])}; go on with "
+            "--resume, or choose another --out"
         )
     if s.alpha and not s.lora:
         raise BadInput("--alpha is about adapters: give --lora, their rank")
     if s.lora and checkpoint.base_folder(checkpoint.resolve(s.ckpt)):
         raise BadInput(
-            f"--ckpt {s.ckpt} is an adapter, and PEFT loads none on top of another; merge it first: "
-            f"python lora.py --ckpt {s.ckpt} --out MODEL"
+            f"--ckpt {s.ckpt} is an adapter, and PEFT loads none on top of another; merge it "
+            f"first: python lora.py --ckpt {s.ckpt} --out MODEL"
         )
 
     device, dtype = device_and_dtype(parallel.start(s.device), s.dtype)
@@ -460,16 +465,11 @@ def door(s: Settings, full_lr: float, adapter_lr: float) -> tuple[Settings, torc
     return s, device, dtype
 
 
-LEAST = {
-    "batch": 1, "epochs": 1, "pack": 0, "max_length": 0, "lora": 0, "clip": 0, "seed": 0,
-    "lr": 0, "projector_lr": 0, "warmup": 0, "alpha": 0, "save_every": 0,
-}
-
-
-def check_numbers(s: Settings):
-    for name, least in LEAST.items():
-        if not least <= getattr(s, name) < math.inf:     # nor is it NaN
-            raise BadInput(f"--{name} {getattr(s, name)}: a number from {least} on")
+def check_numbers(s):
+    for name, value in asdict(s).items():
+        least = {"steps": -1, "batch": 1, "epochs": 1}.get(name, 0)
+        if not isinstance(value, str) and not least <= value < math.inf:     # nor is it NaN
+            raise BadInput(f"--{name} {value}: a number from {least} on")
 
 
 @dataclass
@@ -485,8 +485,7 @@ class Reading:
 def read(s: Settings, trees_of) -> Reading:
     """--data -> what is to be learned from each record, by trees_of(tokens, record, longest).
 
-    Where that raises BadInput, or the record was refused before, it is listed with its reason.
-    Raises BadInput where nothing is left.
+    Where that raises BadInput, the record is listed with its reason, as those refused before are.
     """
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
@@ -504,7 +503,7 @@ def read(s: Settings, trees_of) -> Reading:
 
     formats.report(s.data, len(pictures), rejects, Path(s.out) if parallel.rank() == 0 else None)
     if not trees:
-        raise BadInput(f"{s.data}: no usable record; the reasons are above and in {s.out}/rejects.jsonl")
+        raise BadInput(f"{s.data}: no usable record; see above and {s.out}/rejects.jsonl")
     return Reading(tokens, pixels, trees, len(pictures), sha(*pictures))
 
 
@@ -524,34 +523,31 @@ def trees_digest(trees, pictures="") -> str:
 @contextmanager
 def begin(s, model, items, pack_of, steps, depends) -> Iterator[Run]:
     """Inside: a Run over `items` in --out, its largest pack tried, its state restored with
-    --resume. Metrics go to their file, SIGTERM lets a step finish, memory that is not there is a
-    message. Behind it the weights are in model.dtype again."""
+    --resume; SIGTERM lets a step finish. Behind it the weights are in model.dtype again."""
     if s.lora:
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     elif parallel.world() > 1:
         parallel.shard(model)
-    run = Run(model, s, pack_of, steps=steps, batch=min(s.batch, len(items)), out=Path(s.out), depends=depends)
+    s = replace(s, batch=min(s.batch, len(items)))
+    run = Run(model, s, pack_of, steps=steps, out=Path(s.out), depends=depends)
     if s.resume:
         run.restore()
 
-    hears = threading.current_thread() is threading.main_thread()    # only there are signals heard
-    before = signal.signal(signal.SIGTERM, lambda *_: run.stop.set()) if hears else None
+    before = signal.signal(signal.SIGTERM, lambda *_: run.stop.set())
     try:
         with memory.room(s), open_metrics(run.out, run.done) as run.metrics:
             model.language_model.checkpointing = s.checkpointing
             memory.begin(model, s, items, pack_of)
             yield run
     finally:
-        if hears:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
     if not parallel.sharded(model):
         for p in run.trained.values():
             p.data = p.data.to(model.dtype)
 
 
 def open_metrics(out, done):
-    """Open for the rows after step `done`; rows that a killed process wrote beyond it are cut off,
-    so each step has one."""
+    """Open for the rows after step `done`; what a killed process wrote beyond it is cut off."""
     if parallel.rank():
         return open(os.devnull, "w")
     path = out / "metrics.jsonl"
@@ -564,7 +560,10 @@ def open_metrics(out, done):
     except (OSError, ValueError):                        # gone, or torn
         steps = []
     if steps != list(range(1, done + 1)):
-        raise BadInput(f"{path} does not hold the rows of steps 1 to {done}; put it back, or remove {out}/state")
+        raise BadInput(
+            f"{path} does not hold the rows of steps 1 to {done}; put it back, or remove "
+            f"{out}/state"
+        )
     write_whole(path, lines)
     return open(path, "a", encoding="utf8")
 
@@ -583,8 +582,7 @@ def rates(s, model) -> str:
 
 
 def describe(s: Settings, **more):
-    """Write config.json as the run begins; where one goes on it stays, also if that one is then
-    refused."""
+    """Write config.json as the run begins; where a stopped one goes on, it stays."""
     out = Path(s.out)
     if parallel.rank() == 0 and not (s.resume and latest_state(out)):
         write_whole(out / "config.json", json.dumps(describe_run(s, **more), indent=1) + "\n")
@@ -592,7 +590,7 @@ def describe(s: Settings, **more):
 
 def finish(run: Run, tokens: Tokens, documents=None) -> Path:
     """Write what a run leaves, model/ or adapter/, draw its metrics, forget its state. Every
-    process calls it. `documents` are JSON files that go with the model."""
+    process calls it. `documents` {name: JSON} go with the model."""
     s = run.settings
     source = checkpoint.resolve(s.ckpt)
     documents = {"template.json": asdict(replace(tokens.template, ask=""))} | (documents or {})
@@ -622,13 +620,12 @@ def draw_metrics(out: Path):
     for name in list(rows[0])[1:]:                       # all but the step
         plots[name.removesuffix("_chosen").removesuffix("_rejected")].append(name)
     plt.rcParams |= {"font.size": 8, "axes.formatter.limits": (-3, 4)}
-    figure = plt.figure(figsize=(12, 7))
+    figure = plt.figure(figsize=(12, 7), layout="constrained")
     for k, (title, names) in enumerate(plots.items(), 1):
         axis = figure.add_subplot(-(-len(plots) // 4), 4, k, title=title)
         for name in names:
             axis.plot(steps, [row[name] for row in rows], linewidth=1, label=name)
         if len(names) > 1:
             axis.legend(frameon=False)
-    figure.subplots_adjust(0.06, 0.05, 0.98, 0.94, hspace=0.35)
     figure.savefig(out / "metrics.png", dpi=100)
     plt.close(figure)

@@ -53,7 +53,7 @@ def pair(id, image="good.png", chosen="The circle is red.", rejected="No."):
 BAD = {                                                                  # id: (record, what is said of it)
     "missing-image": (pair("missing-image", "absent.jpg"), "absent.jpg: No such file"),
     "truncated": (pair("truncated", "cut.jpg"), "cut.jpg: cannot be decoded"),
-    "bomb": (pair("bomb", "bomb.png"), "bomb.png: 10000 x 10000 pixels"),
+    "bomb": (pair("bomb", "bomb.png"), "bomb.png: cannot be decoded (10000 x 10000 pixels"),
     "outside": (pair("outside", "../secret.png"), "image ../secret.png leads outside"),
     "same": (pair("same", rejected="The circle is red. "), "chosen and rejected are the same text"),
     "too-long": (pair("too-long", rejected="no dog " * 200), "more than --max_length 400; shorten it or raise the limit"),

@@ -143,7 +143,7 @@ def test_huge_margins_neither_overflow_nor_lose_the_slope():
     ({"beta": math.nan}, "--beta")])
 def test_flags_that_make_no_loss_are_refused(flags, why):
     with pytest.raises(BadInput, match=why):
-        dpo.check_flags(dpo.Settings(**flags))
+        dpo.align(dpo.Settings(**flags))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -332,7 +332,7 @@ def test_a_reference_that_is_not_whole_is_refused(ckpt, data, tmp_path, kept, sp
 def test_a_reference_file_that_is_not_ours_is_never_written_over(ckpt, data, tmp_path):
     """--reference with the data's name by mistake must not cost the data."""
     before = data.read_bytes()
-    with pytest.raises(BadInput, match="has no data.fingerprint.json beside it"):
+    with pytest.raises(BadInput, match="data.fingerprint.json is damaged or not ours"):
         align(ckpt, data, tmp_path / "out", steps=0, reference=str(data))
     assert data.read_bytes() == before
 

@@ -206,21 +206,23 @@ def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_
 
 
 @pytest.mark.parametrize("flags, why", [
-    ({"grades": "0 1 2 3"}, "5 different words"), ({"grades": "0 1 2 3 3"}, "5 different words"),
+    ({"grades": "0 1 2 3"}, "5 different words"),
     ({"target": "4 4 4 4"}, "5 numbers"),
     ({"target": "4 4 4 4 5"}, "5 numbers"), ({"target": "4 4 4 4 x"}, "5 numbers"),
-    ({"form": "{helpfulnes}"}, "does not say the scores"),
-    ({"form": "be good"}, "does not say the scores"),
-    ({"form": "{helpfulness} {verbositty}"}, "does not say the scores")])
+    ({"form": "{helpfulnes}"}, "{helpfulnes} is not an attribute"),
+    ({"form": "{helpfulness} {verbositty}"}, "{verbositty} is not an attribute")])
 def test_a_form_that_cannot_work_is_refused(flags, why):
     with pytest.raises(BadInput, match=why):
         steerlm.steer_form(steerlm.Settings(**flags))
 
 
-def test_grades_that_the_tokenizer_does_not_know_are_refused(tmp_path):
-    with pytest.raises(BadInput, match="does not tell the grades 0 1 2 3 4 apart; choose other --grades"):
-        steerlm.run(steerlm.Settings(ckpt="toy/llava", data="x", out=str(tmp_path / "out"),
-                                     steps=1))
+@pytest.mark.parametrize("flags", [
+    {}, {"form": "be good", "grades": "no one two three four"},
+    {"form": "{helpfulness}", "grades": "no one two three three"}], ids=str)
+def test_grades_that_look_alike_to_the_tokenizer_are_refused(tmp_path, flags):
+    """The miniature's tokenizer knows no digits."""
+    with pytest.raises(BadInput, match="does not tell the scores apart to .*; choose other words"):
+        steerlm.run(steerlm.Settings(ckpt="toy/llava", data="x", out=str(tmp_path), **flags))
 
 
 @pytest.mark.parametrize("damaged", [
