@@ -459,7 +459,8 @@ def table(rows: list[dict]) -> str:
 
     text = []
     for (bench, name), runs in lines.items():
-        line = f"{bench:8} {name:42}{span(runs, 'ms', 2):>18} ms  x {span(runs, 'x', 2):11}"
+        ms = span(runs, "ms", 0 if runs[0]["ms"] >= 100 else 2)
+        line = f"{bench:8} {name:42}{ms:>14} ms  x {span(runs, 'x', 2):11}"
         for key, (unit, digits) in UNITS.items():
             if key in runs[0]:
                 line += f"  {span(runs, key, digits)} {unit}"
