@@ -39,7 +39,7 @@ class BadInput(ValueError):
 
 # ---- a script: settings from flags, trouble as one message ---------------------------------------
 
-def main(settings: type, run):
+def main(settings, run):
     """Run a script: parse its flags, call run(settings), end with one message for a BadInput."""
     # A letter that the terminal cannot show is spelled out; it is no reason for a traceback.
     if hasattr(sys.stdin, "reconfigure"):
@@ -64,7 +64,7 @@ def main(settings: type, run):
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
-def flags(settings: type, argv: list[str] | None = None):
+def flags(settings, argv=None):
     """Build the dataclass `settings` from --name value flags; an unknown flag or a wrong type is an
     error."""
     parser = argparse.ArgumentParser(
@@ -84,7 +84,7 @@ def flags(settings: type, argv: list[str] | None = None):
     return settings(**vars(parser.parse_args(argv)))
 
 
-def trailing_comments(settings: type) -> dict[str, str]:
+def trailing_comments(settings):
     """{name: comment} of every `name: type = value   # comment` in a dataclass and its bases."""
     found = {}
     for kind in reversed(settings.__mro__[:-1]):    # a base's first, for its heirs to speak over
@@ -95,7 +95,7 @@ def trailing_comments(settings: type) -> dict[str, str]:
     return found
 
 
-def on_or_off(text: str) -> bool:
+def on_or_off(text):
     """A switch: --pairs and --pairs 1 are on, --pairs 0 is off, anything else a ValueError."""
     return bool(("0", "1").index(text))
 
@@ -124,7 +124,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     return where, DTYPES[dtype]
 
 
-def hardware() -> str:
+def hardware():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     chip = platform.processor()

@@ -75,7 +75,7 @@ def scored_answers(record: dict) -> list[tuple[int, int]]:
     ]
 
 
-def choose_pair(record: dict, gap: int = GAP, seed: int = 0) -> tuple[int, int] | None:
+def choose_pair(record: dict, gap=GAP, seed=0) -> tuple[int, int] | None:
     """(chosen, rejected) as indices into the record's answers, or None where there is no pair.
 
     The paper's rule (arXiv:2402.10884): chosen is the best answer, rejected a random one among
@@ -112,7 +112,7 @@ class Template:
     system_form: str = ""                # how it is written; empty: it heads the first question
     ask: str = ""                        # behind the last question: SteerLM's wish for scores
 
-    def text(self, messages: list[dict]) -> str:
+    def text(self, messages):
         """Turns as they are, the last a user's -> their text."""
         system = self.system
         if messages[0]["role"] == "system":
@@ -132,16 +132,16 @@ class Template:
                 text += self.user.replace("{content}", content)
         return text
 
-    def reply(self, text: str) -> str:
+    def reply(self, text):
         """What an answer adds to the prompt's text."""
         return self.answer.replace("{content}", text)
 
-    def asked(self, messages: list[dict]) -> list[dict]:
+    def asked(self, messages):
         """The conversation as it is really asked: with `ask` behind its last question."""
         last = messages[-1]
         return [*messages[:-1], last | {"content": last["content"] + self.ask}]
 
-    def prompt(self, messages: list[dict]) -> str:
+    def prompt(self, messages):
         """A conversation that ends with the user -> the text up to where the assistant speaks."""
         return self.text(self.asked(messages))
 
@@ -181,7 +181,7 @@ TEMPLATES = {template.name: template for template in (VICUNA, CHATML, LLAMA_3, M
 SIGNS = {"<|im_start|>": CHATML, "<|start_header_id|>": LLAMA_3, "[INST]": MISTRAL}
 
 
-def find_template(name, path, tokenizer) -> Template:
+def find_template(name, path, tokenizer):
     """--template, or what the model's folder says, or what its tokenizer's own tokens tell."""
     if name:
         if name not in TEMPLATES:
@@ -197,7 +197,7 @@ def find_template(name, path, tokenizer) -> Template:
     return VICUNA
 
 
-def read_template(path) -> Template:
+def read_template(path):
     """template.json: fields of a Template; those it leaves out are a known one's of that name."""
     fields = read_json(path)
     known = TEMPLATES.get(str(fields.get("name")))
@@ -304,10 +304,10 @@ class Tokens:
             return [self.bos, *ids]
         return ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def with_form(self, form: dict) -> "Tokens":
+    def with_form(self, form: dict):
         """The same, for a model that learns to be asked for scores in this form."""
         other = copy(self)
         other.steer = form
@@ -324,7 +324,7 @@ class Tokens:
         other.template = replace(self.template, ask=ask)
         return other
 
-    def check(self, text: str, what: str, allowed: str = ""):
+    def check(self, text, what, allowed=""):
         """Raises BadInput for text that the tokenizer would read as a control token."""
         for token in sorted(self.special):
             if token in text and token != allowed:
@@ -349,12 +349,12 @@ class Tree:
     reference: list[float] = field(default_factory=list) # dpo.py: the answers' log-probs at first
 
     @property
-    def length(self) -> int:
+    def length(self):
         """Of the prompt, in tokens."""
         return len(self.prompt) + (self.patches - 1) * len(self.images)
 
     @property
-    def tokens(self) -> int:
+    def tokens(self):
         """What it costs in a pack."""
         return self.length + sum(len(answer) - 1 for answer in self.answers)
 
@@ -422,7 +422,7 @@ def make_tree(
     return tree
 
 
-def added(tokens, prompt, text, more) -> list[int]:
+def added(tokens, prompt, text, more):
     """The ids that `more` adds to the prompt. Raises BadInput where the prompt's own change."""
     whole = tokens.encode(text + more)
     if whole[:len(prompt)] != prompt:
@@ -457,7 +457,7 @@ class Pack:
         """(N,) the token that predicts targets[i]; the prompt's last one predicts several."""
         return self.read[self.place]
 
-    def to(self, device) -> "Pack":
+    def to(self, device):
         moved = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor | Mask):
@@ -471,7 +471,7 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     rows, targets, owner = [], [], []                    # per scored token
     answers = 0
 
-    def lay(tokens, position, sees) -> int:
+    def lay(tokens, position, sees):
         """Append a segment from `position` on that sees a prompt's range -> where it begins."""
         begin = len(ids)
         ids.extend(tokens)
@@ -513,7 +513,7 @@ def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     )
 
 
-def integers(values) -> Tensor:
+def integers(values):
     return torch.tensor(values, dtype=torch.long)
 
 
@@ -530,7 +530,7 @@ def split(trees: Iterable[Tree], budget: int) -> Iterator[list[Tree]]:
         yield pack
 
 
-def pack_size(wanted: int, device: torch.device) -> int:
+def pack_size(wanted, device):
     """--pack, or where that is 0: what keeps a GPU busy, or what a CPU's caches like."""
     if wanted:
         return wanted
@@ -552,6 +552,6 @@ class Pixels:
         pictures = [preprocess(load_image(path), self.size) for path in paths]       # (3, S, S)
         return torch.from_numpy(np.stack(pictures))
 
-    def pack(self, trees: list[Tree]) -> Pack:
+    def pack(self, trees):
         paths = [path for tree in trees for path in tree.images]
         return make_pack(trees, self(paths))

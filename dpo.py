@@ -203,7 +203,7 @@ def preference(model, pairs, pixels, s) -> dict:
 def reference_logps(model, trees, pixels, budget):
     """log p of every answer under the model as it stands, a list for each tree."""
     world = parallel.world()
-    bar = tqdm(total=len(trees), desc="reference", unit="rec", disable=None, leave=False)
+    bar = tqdm(total=len(trees), desc="reference", disable=None, leave=False)
     mine = []
     for part in training.packs(trees, budget, pixels.pack, model.device):
         sums = answer_logps(model, part.pack).cpu()
@@ -356,8 +356,7 @@ def align(s: Settings) -> Llava:
         return model
 
     before = preference(model, held_out, found.pixels, s) if held_out else None
-    taught = sha(training.trees_digest(pairs), *(repr(pair.reference) for pair in pairs))
-    depends |= {"data": taught}
+    depends |= {"data": training.trees_digest(pairs)}
     with training.begin(s, model, pairs, found.pixels.pack, steps, depends) as run:
         train(run, pairs, s)
     if held_out:

@@ -23,13 +23,13 @@ from torch import Tensor
 
 import kernels
 from common import BadInput, sha
-from kernels import Mask
-from model import Llava, product
+from data import Tree, make_pack
+from model import product
 
 
 # ---- one token -----------------------------------------------------------------------------------
 
-def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
+def sample_token(logits: Tensor, temperature, top_p, u: Tensor) -> Tensor:
     """One token per row of logits (B, V). `u` (B,) are the rows' own uniform numbers in [0, 1).
 
     temperature 0 takes the best token; otherwise the inverse of the cumulative distribution at u,
@@ -53,16 +53,16 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) ->
 
 @torch.no_grad()
 def stream(
-    model: Llava,
-    prompts: list[list[int]],
-    pixels: list[Tensor | None],
+    model,
+    prompts,
+    pixels,
     *,
-    n: int = 1,
-    max_new: int = 1024,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seeds: list[list[int]] | None = None,
-    ends: tuple[int, ...] = (2,),
+    n=1,
+    max_new=1024,
+    temperature=0.0,
+    top_p=1.0,
+    seeds=None,
+    ends=(2,),
 ) -> Iterator[Tensor]:
     """n answers to each of R prompts: per step one token of each, (R*n,).
 
@@ -163,29 +163,23 @@ class Cache:
 def prefill(model, prompts, pixels, n):
     """One packed pass over all prompts -> their Cache, each one's last hidden state (R, D)."""
     device = model.device
-    lengths = [len(prompt) for prompt in prompts]
-    size = torch.tensor(lengths)
-    ends = size.cumsum(0)
-    own = (ends - size).repeat_interleave(size)                              # (T,) its start
-    positions = (torch.arange(len(own)) - own).to(device)
-    nothing = torch.zeros_like(own)
-    mask = Mask(nothing, nothing, own).to(device)
-    ids = torch.tensor(sum(prompts, []), device=device)
+    pack = make_pack([Tree("", prompt, []) for prompt in prompts]).to(device)
     shown = [images for images in pixels if images is not None]
-    x = model.embed(ids, torch.cat(shown).to(device) if shown else None)
+    x = model.embed(pack.ids, torch.cat(shown).to(device) if shown else None)
+    lengths = [len(prompt) for prompt in prompts]
     cache = Cache(len(model.language_model.layers), lengths, n, device)
 
     def attend(layer, q, k, v):
         cache.keep_prompt(layer, k, v)
-        return kernels.attention(q, k, v, mask)
+        return kernels.attention(q, k, v, pack.mask)
 
-    last = (ends - 1).to(device)                                             # (R,)
-    return cache, model.language_model(x, positions, attend, last)           # (R, D)
+    last = cache.prompt_len.cumsum(0) - 1                                    # (R,)
+    return cache, model.language_model(x, pack.positions, attend, last)      # (R, D)
 
 
 # ---- sampling: n answers to each record ----------------------------------------------------------
 
-def answer_seed(seed: int, record_id: str, k: int) -> int:
+def answer_seed(seed, record_id: str, k) -> int:
     """The k-th answer's own seed: the same whatever stands before or beside it in the file."""
     return int(sha(str(seed), record_id, str(k))[:15], 16)
 

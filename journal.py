@@ -7,7 +7,6 @@ The trick. One line of JSON per result, on the disk before the next is asked for
 hash of everything that it depends on. A program that is started again looks for the key first. A
 last line that a kill has torn is cut off.
 """
-import errno
 import fcntl
 import json
 import os
@@ -76,7 +75,7 @@ class Journal:
         with self.lock:
             try:
                 if os.write(self.fd, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                    raise OSError(f"{self.path}: the disk is full")
             except OSError:
                 os.ftruncate(self.fd, self.size)         # no half line for the next to grow onto
                 raise

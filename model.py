@@ -154,7 +154,7 @@ def pick(x, rows):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: TextConfig):
+    def __init__(self, c):
         super().__init__()
         self.K = c.head_dim
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * self.K)
@@ -171,7 +171,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: TextConfig):
+    def __init__(self, c):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size)
@@ -182,7 +182,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: TextConfig):
+    def __init__(self, c):
         super().__init__()
         self.self_attn = Attention(c)
         self.mlp = MLP(c)

@@ -28,17 +28,17 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
-def rank() -> int:
+def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def world() -> int:
+def world():
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -87,7 +87,7 @@ def from_first(make):
 
 # ---- full fine-tuning: shards --------------------------------------------------------------------
 
-def shard(model: nn.Module):
+def shard(model):
     """Keep 1/N of every trained weight here, in fp32. The frozen tower stays whole: it is small.
 
     A block is raised to fp32 just before it is cut: no process ever holds all weights in fp32.
@@ -119,7 +119,7 @@ def shard(model: nn.Module):
             module.set_force_sum_reduction_for_comms(True)                   # gloo knows no other
 
 
-def sharded(model: nn.Module) -> bool:
+def sharded(model):
     return isinstance(model, FSDPModule)
 
 
@@ -135,7 +135,7 @@ def local(x: Tensor) -> Tensor:
 
 # ---- gradients -----------------------------------------------------------------------------------
 
-def backward(model: nn.Module, loss: Tensor):
+def backward(model, loss):
     """loss.backward(). In shards all must bring gradients for the same weights, pictures or not."""
     if sharded(model) and model.config.vision:
         for p in model.multi_modal_projector.parameters():
@@ -143,7 +143,7 @@ def backward(model: nn.Module, loss: Tensor):
     loss.backward()
 
 
-def sum_gradients(model: nn.Module, trained: list[Tensor], pictures: bool):
+def sum_gradients(model, trained: list[Tensor], pictures: bool):
     """After the last backward of a batch: what the processes found is added up. What no pack of the
     global batch used has no gradient, as in one process; `pictures`: has that batch any?"""
     if sharded(model):                                   # they are summed already

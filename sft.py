@@ -45,14 +45,7 @@ class Settings(training.Settings):
 def train(run: Run, order: Iterable[Tree], name: str = "sft"):
     """Train whatever of run.model requires a gradient, in place. `order` gives trees for ever, or
     at least for all steps."""
-    bar = tqdm(
-        run.steps(order),
-        desc=name,
-        unit="step",
-        disable=None,
-        initial=run.done,
-        total=run.total,
-    )
+    bar = tqdm(run.steps(order), desc=name, disable=None, initial=run.done, total=run.total)
     for _, batch in bar:
         scored = sum(scored_tokens(tree) for tree in batch)
         for part in run.packs(batch):

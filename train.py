@@ -23,7 +23,7 @@ machine, same number of processes):
     metrics.jsonl, .png  one line per step, and a picture of them
     rejects.jsonl        what could not be used, and why
     model/, adapter/     the result in llava-hf's layout, or with --lora in PEFT's
-    state/step-00000100/ state.json: the step, and what this run is; process-0.pt: the tensors
+    state/step-00000100/ the step, what this run is, and the tensors
 
 A state appears whole or not at all (written aside, flushed to disk, renamed), and only then are
 older ones removed. What the run is, its settings, weights and data, is kept with it and compared: a
@@ -122,7 +122,7 @@ def shuffled(items, seed):
         epoch += 1
 
 
-def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) -> float:
+def schedule(step, steps, warmup=0.03, floor=0.0) -> float:
     """Learning-rate factor of steps 0, ..., steps-1: linear over a share `warmup`, then cosine."""
     warm = math.ceil(warmup * steps)
     if step < warm:
@@ -275,7 +275,7 @@ class Run:
             together[name] = torch.cat([share[name] for share in shares if share])
         return together
 
-    def update(self, **amounts) -> dict:
+    def update(self, **amounts):
         """Clip, step, write one line, keep a state when it is time -> the line.
 
         It has the step, the mean of every recorded column, grad_norm, lr, and each amount of work
@@ -357,14 +357,13 @@ class Run:
                 aside.mkdir(parents=True)
             parallel.gather(None)                        # the folder is there
             if rank == 0 or parallel.sharded(self.model):
+                state = {"step": self.done, "about": self.about(), "tensors": self.tensors()}
                 with open(aside / f"process-{rank}.pt", "wb") as file:
-                    torch.save(self.tensors(), file)
+                    torch.save(state, file)
                     file.flush()
                     os.fsync(file.fileno())
             parallel.gather(None)                        # everybody's part is on the disk
             if rank == 0:
-                note = {"step": self.done, "about": self.about()}
-                write_whole(aside / "state.json", json.dumps(note, indent=1) + "\n")
                 flush_folder(aside)
                 os.replace(aside, target)
                 flush_folder(folder)
@@ -385,37 +384,33 @@ class Run:
         if folder is None:
             print(f"nothing to resume in {self.out}: starting at step 1")
             return
+        rank = parallel.rank() if parallel.sharded(self.model) else 0
+        path = folder / f"process-{rank}.pt"
         try:
-            note = json.loads((folder / "state.json").read_text())
-            step = note["step"]
-            then = note["about"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{folder} is damaged ({error!r}); remove it") from None
-        if changed := differences(then, self.about()):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            changed = differences(state["about"], self.about())
+            if not changed:
+                for name, place in self.tensors().items():
+                    place.copy_(state["tensors"][name])
+        except Exception as error:                       # torn or gone: torch raises many types
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"{path} is damaged ({reason}); remove {folder}") from None
+        if changed:
             raise BadInput(
                 f"{folder} is the state of another run: other {changed}; give the flags and files "
                 "of that run, or choose another --out"
             )
-
-        path = folder / f"process-{parallel.rank() if parallel.sharded(self.model) else 0}.pt"
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            for name, place in self.tensors().items():
-                place.copy_(found[name])
-        except Exception as error:                       # torn or gone: torch raises many types
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{path} is damaged ({reason}); remove {folder}") from None
-        self.done = step
-        print(f"resumed after step {step}: {folder}")
+        self.done = state["step"]
+        print(f"resumed after step {self.done}: {folder}")
 
 
-def differences(then, now) -> str:
+def differences(then, now):
     """What was otherwise then, in words; empty: nothing."""
     keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     return ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in keys)
 
 
-def latest_state(out: Path) -> Path | None:
+def latest_state(out):
     return max((out / "state").glob("step-*"), default=None)
 
 
@@ -511,10 +506,8 @@ def trees_digest(trees, pictures="") -> str:
     """Names what would be trained on: every token, in order."""
     digest = hashlib.sha256(pictures.encode())
     for tree in trees:
-        names = [Path(path).name for path in tree.images]
-        digest.update(repr((tree.id, tree.history, names)).encode())
-        for ids in (tree.prompt, *tree.answers):
-            digest.update(ids.tobytes() + b"|")
+        names = [Path(path).name for path in tree.images]                    # of any folder
+        digest.update(repr(replace(tree, images=names)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -554,12 +547,9 @@ def open_metrics(out, done):
     if not done:
         return open(path, "w", encoding="utf8")
 
-    try:
-        lines = path.read_text(encoding="utf8").splitlines(keepends=True)[:done]
-        steps = [json.loads(line)["step"] for line in lines]
-    except (OSError, ValueError):                        # gone, or torn
-        steps = []
-    if steps != list(range(1, done + 1)):
+    text = path.read_text(encoding="utf8") if path.exists() else ""
+    lines = text.splitlines(keepends=True)[:done]
+    if len(lines) < done or not lines[-1].endswith("\n"):                    # gone, or torn
         raise BadInput(
             f"{path} does not hold the rows of steps 1 to {done}; put it back, or remove "
             f"{out}/state"
@@ -568,27 +558,27 @@ def open_metrics(out, done):
     return open(path, "a", encoding="utf8")
 
 
-def count_steps(s, items) -> int:
+def count_steps(s, items):
     """How many optimizer steps a run over `items` has."""
     if s.steps >= 0:
         return s.steps
     return max(1, s.epochs * len(items) // min(s.batch, len(items)))
 
 
-def rates(s, model) -> str:
+def rates(s, model):
     """Learning rates, device and precision, for the line that a run begins with."""
     projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
     return f"lr {s.lr}{projector}, {model.device} {model.dtype}"
 
 
-def describe(s: Settings, **more):
+def describe(s, **more):
     """Write config.json as the run begins; where a stopped one goes on, it stays."""
     out = Path(s.out)
     if parallel.rank() == 0 and not (s.resume and latest_state(out)):
         write_whole(out / "config.json", json.dumps(describe_run(s, **more), indent=1) + "\n")
 
 
-def finish(run: Run, tokens: Tokens, documents=None) -> Path:
+def finish(run, tokens, documents=None) -> Path:
     """Write what a run leaves, model/ or adapter/, draw its metrics, forget its state. Every
     process calls it. `documents` {name: JSON} go with the model."""
     s = run.settings
@@ -606,11 +596,9 @@ def finish(run: Run, tokens: Tokens, documents=None) -> Path:
     return result
 
 
-def draw_metrics(out: Path):
+def draw_metrics(out):
     """metrics.jsonl -> metrics.png: one small plot per column, chosen and rejected together."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure                 # without pyplot, which looks for a screen
 
     rows = common.read_jsonl(out / "metrics.jsonl")
     if not rows:
@@ -619,13 +607,11 @@ def draw_metrics(out: Path):
     plots = defaultdict(list)                            # title -> columns
     for name in list(rows[0])[1:]:                       # all but the step
         plots[name.removesuffix("_chosen").removesuffix("_rejected")].append(name)
-    plt.rcParams |= {"font.size": 8, "axes.formatter.limits": (-3, 4)}
-    figure = plt.figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(16, 9), layout="constrained")
     for k, (title, names) in enumerate(plots.items(), 1):
         axis = figure.add_subplot(-(-len(plots) // 4), 4, k, title=title)
         for name in names:
             axis.plot(steps, [row[name] for row in rows], linewidth=1, label=name)
         if len(names) > 1:
             axis.legend(frameon=False)
-    figure.savefig(out / "metrics.png", dpi=100)
-    plt.close(figure)
+    figure.savefig(out / "metrics.png")

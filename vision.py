@@ -52,11 +52,11 @@ class VisionConfig:
     feature_layer: int = -2          # index into [embeddings, after block 1, after block 2, ...]
 
     @property
-    def patches(self) -> int:
+    def patches(self):
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def depth(self) -> int:
+    def depth(self):
         """How many blocks run to reach the feature layer."""
         layer = self.feature_layer
         return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
@@ -66,7 +66,7 @@ class VisionConfig:
 # N images, P tokens each (class token first), D features, H heads of K. Module names are the
 # checkpoints' names.
 
-def quick_gelu(x: Tensor) -> Tensor:
+def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -74,7 +74,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Embeddings(nn.Module):
-    def __init__(self, c: VisionConfig):
+    def __init__(self, c):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size, bias=False)
@@ -87,7 +87,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, c: VisionConfig):
+    def __init__(self, c):
         super().__init__()
         D = c.hidden_size
         self.heads = c.num_attention_heads
@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: VisionConfig):
+    def __init__(self, c):
         super().__init__()
         self.act = ACTIVATIONS[c.hidden_act]
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
@@ -115,7 +115,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: VisionConfig):
+    def __init__(self, c):
         super().__init__()
         self.self_attn = SelfAttention(c)
         self.mlp = MLP(c)

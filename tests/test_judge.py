@@ -425,7 +425,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     journal.append({"key": "a"})
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:5]))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="the disk is full"):
         journal.append({"key": "b", "long": "x" * 100})
     monkeypatch.setattr(os, "write", real)
     journal.append({"key": "c"})
