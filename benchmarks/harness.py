@@ -147,7 +147,11 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
     """
     items = [replace(item, texts=[], finishes=[]) for item in items]
     journal = Memory() if journal is None else journal
-    hash_of = cache(lambda path: hash_of_picture(path, pixels.size))
+
+    @cache
+    def hash_of(path):
+        load_image(path, small=pixels.size)            # a broken one is found before it is shown
+        return sha(Path(path).read_bytes())
 
     def ready(item):
         """(key, item, tree) of what is asked next; the key names all that the answer depends on."""
@@ -189,11 +193,6 @@ def batches(todo, size):
     for key, item, tree in todo:
         alike[item.temperature, item.max_new].append((key, item, tree))
     return [same[at:at + size] for same in alike.values() for at in range(0, len(same), size)]
-
-
-def hash_of_picture(path, size):
-    load_image(path, small=size)                       # a broken one is found before it is shown
-    return sha(Path(path).read_bytes())
 
 
 def conversation(item):

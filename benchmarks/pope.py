@@ -72,7 +72,8 @@ def words(text):
 
 def score(items, rows=None):
     answered = [item for item in items if item.texts]
-    officially, repaired, categories = [], [], {}
+    officially, repaired = [], []
+    categories = {}
     for split in dict.fromkeys(item.row["category"] for item in answered):
         mine = [item for item in answered if item.row["category"] == split]
         images = [item.images[0] for item in mine]
