@@ -12,7 +12,9 @@ A benchmark is one file in this folder, of constants and plain functions that ev
     read(text)                              a judge's reply; ValueError where it cannot be used
     judge_rows(prompts, replies, judge)     judgments in the benchmark's own format
     score(items, rows)                      {"scores", "ok", "total"} of such rows; the official
-                                            figure first, a repaired one beside it
+                                            figure first, a repaired one beside it. May add
+                                            "categories", as its official tool prints them, and
+                                            "unknown", how many answers are none of the choices
 
 Answering. A model reads the very prompt that training uses (data.make_tree), and in a second turn
 its *own* first answer. An answer depends on its prompt, its settings and its own seed, not on what
