@@ -134,7 +134,7 @@ def hardware():
     return f"{chip}, {os.cpu_count()} cores"
 
 
-def describe_run(settings, **more) -> dict:
+def describe_run(settings, **more):
     """What a run's config.json holds: all that tells this run from another."""
     git = subprocess.run(                                # by a shell, which forgives a missing git
         "git describe --always --dirty",
@@ -170,7 +170,7 @@ def write_whole(path: Path, text: str | Iterable[str]):
     os.replace(aside, path)
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]):
+def write_jsonl(path: Path, rows):
     write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -38,7 +38,6 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
 """
 import random
 from array import array
-from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -66,7 +65,7 @@ def usable(answer: dict) -> bool:
     return answer.get("finish") != "length"
 
 
-def scored_answers(record: dict) -> list[tuple[int, int]]:
+def scored_answers(record: dict):
     """(index, S) of every usable answer that a judge has scored."""
     return [
         (k, RUBRIC.quality(answer))
@@ -75,7 +74,7 @@ def scored_answers(record: dict) -> list[tuple[int, int]]:
     ]
 
 
-def choose_pair(record: dict, gap=GAP, seed=0) -> tuple[int, int] | None:
+def choose_pair(record: dict, gap=GAP, seed=0):
     """(chosen, rejected) as indices into the record's answers, or None where there is no pair.
 
     The paper's rule (arXiv:2402.10884): chosen is the best answer, rejected a random one among
@@ -133,7 +132,7 @@ class Template:
         return text
 
     def reply(self, text):
-        """What an answer adds to the prompt's text."""
+        """What an answer adds to the prompt's text. (No `replace` looks into what it puts in.)"""
         return self.answer.replace("{content}", text)
 
     def asked(self, messages):
@@ -212,7 +211,7 @@ def read_template(path):
     return replace(template, ends=ends)
 
 
-def write_scores(form: dict, scores: dict) -> str:
+def write_scores(form, scores):
     """steer.json's form with these scores written into it, each in its own word (steerlm.py)."""
     text = form["text"]
     for name in RUBRIC.attributes:
@@ -297,14 +296,14 @@ class Tokens:
         wanted = about.is_file() and read_json(about).get("add_bos_token")
         self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str):
         """Ids, one per <image>."""
         ids = self.tokenizer.encode(text).ids
         if self.bos is not None and ids[:1] != [self.bos]:
             return [self.bos, *ids]
         return ids
 
-    def decode(self, ids) -> str:
+    def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def with_form(self, form: dict):
@@ -392,14 +391,7 @@ def make_tree(
     text = template.text(messages)
     prompt = tokens.encode(text)
     images = [str(image_path(record["root"], name)) for name in record["images"]]
-    tree = Tree(
-        record["id"],
-        array("i", prompt),
-        [],
-        images,
-        image=tokens.image,
-        patches=tokens.patches,
-    )
+    tree = Tree(record["id"], array("i", prompt), [], images, [], tokens.image, tokens.patches)
 
     for k, answer in enumerate(answers):
         tokens.check(answer, f"answer {k}")
@@ -517,7 +509,7 @@ def integers(values):
     return torch.tensor(values, dtype=torch.long)
 
 
-def split(trees: Iterable[Tree], budget: int) -> Iterator[list[Tree]]:
+def split(trees, budget):
     """Packs of at most `budget` tokens, in order; a tree longer than that is a pack of its own."""
     pack, room = [], budget
     for tree in trees:
@@ -543,7 +535,7 @@ class Pixels:
     def __init__(self, config):
         self.size = config.vision.image_size if config.vision else 0
 
-    def __call__(self, paths: list[str]) -> Tensor | None:
+    def __call__(self, paths):
         """n files -> (n, 3, S, S), or None for no files. In numpy: torch would start threads in
         whatever thread this runs in, and OpenMP, once it counts more of them than cores, lets none
         wait awake any more (common.py)."""

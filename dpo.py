@@ -44,7 +44,7 @@ import checkpoint
 import parallel
 import train as training
 from common import BadInput, main, read_jsonl, sha, write_jsonl, write_whole
-from data import GAP, Tree, choose_pair, make_tree
+from data import GAP, choose_pair, make_tree
 from model import Llava, answer_logps
 
 
@@ -281,12 +281,12 @@ def stored_reference(path, note, trees, depends):
 
 # ---- the script ----------------------------------------------------------------------------------
 
-def is_held_out(record_id: str, share: float) -> bool:
+def is_held_out(record_id, share):
     """By a checksum of the record's id: whatever the order, the seed and the other records are."""
     return zlib.crc32(record_id.encode()) % 1000 < 1000 * share
 
 
-def make_pairs(trees, choices, reference) -> list[Tree]:
+def make_pairs(trees, choices, reference):
     """The trees that have a pair (a choice is two indices, or None), with its reference."""
     pairs = []
     for tree, choice, logps in zip(trees, choices, reference):

@@ -102,7 +102,7 @@ class Answer:
     finish: str           # "stop" where the model ended it, "length" where the budget did
 
 
-def generate(model, prompts, pixels, *, n=1, ends=(2,), **how) -> list[list[Answer]]:
+def generate(model, prompts, pixels, *, n=1, ends=(2,), **how):
     """n whole answers to each of R prompts; arguments as for `stream`."""
     said = list(stream(model, prompts, pixels, n=n, ends=ends, **how))
     said = torch.stack(said, 1).tolist()                                     # R*n rows of steps
@@ -179,7 +179,7 @@ def prefill(model, prompts, pixels, n):
 
 # ---- sampling: n answers to each record ----------------------------------------------------------
 
-def answer_seed(seed, record_id: str, k) -> int:
+def answer_seed(seed, record_id, k):
     """The k-th answer's own seed: the same whatever stands before or beside it in the file."""
     return int(sha(str(seed), record_id, str(k))[:15], 16)
 
@@ -195,7 +195,7 @@ def sample_answers(
     top_p=1.0,
     max_new=1024,
     seed=0,
-) -> list[list[dict]]:
+):
     """n answers {"text", "finish"} to the prompt of each data.Tree; finish is "stop", or "length"
     where max_new cut it off. `tokens` and `pixels` are this model's data.Tokens and data.Pixels."""
     seeds = [[answer_seed(seed, tree.id, k) for k in range(n)] for tree in trees]

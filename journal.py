@@ -11,13 +11,12 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from common import BadInput
 
 
-def journal_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def journal_rows(path: Path):
     """(where it ends, row) of every row in a journal, but a last line that a kill has torn."""
     end = 0
     with open(path, "rb") as file:
@@ -61,12 +60,12 @@ class Journal:
             self.note(row, end)
         os.ftruncate(self.fd, self.size)
 
-    def note(self, row: dict, end: int):
+    def note(self, row, end):
         if self.seen(row):
             self.begins[row["key"]] = self.size
         self.size = end
 
-    def seen(self, row: dict) -> bool:
+    def seen(self, row):
         """Called once for every row, found or appended: does it stand for its key from now on?"""
         return True
 
@@ -82,10 +81,10 @@ class Journal:
             self.note(row, self.size + len(line))
         os.fsync(self.fd)                                # unlocked: several may wait for one flush
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key):
         return key in self.begins
 
-    def __getitem__(self, key: str) -> dict:
+    def __getitem__(self, key):
         with open(self.path, "rb") as file:
             file.seek(self.begins[key])
             return json.loads(file.readline())

@@ -9,7 +9,7 @@ that only some of them used has a gradient only there.
 
 The trick. (1) A batch is drawn as if there were one process, and every loss is divided by the size
 of the *global* batch before backward, so gradients are summed, never averaged. (2) All take the
-same number of packs (train.share); who has none left computes one again and counts it with weight
+same number of packs (train.packs); who has none left computes one again and counts it with weight
 0. (3) Weights that a pack did not use get a zero.
 
     full fine-tuning   FSDP2's fully_shard (arXiv:2304.11277): each process keeps 1/N of every
@@ -43,7 +43,7 @@ def world():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(device: str) -> str:
+def start(device: str):
     """Meet the other processes, if there are any -> the device that is this one's."""
     if world() == 1:
         return device
@@ -61,14 +61,14 @@ def start(device: str) -> str:
     return device
 
 
-def seat() -> tuple[int, int]:
+def seat():
     """(rank, world) of those who have met; (0, 1) before that, and where nobody meets."""
     if dist.is_available() and dist.is_initialized():
         return rank(), world()
     return 0, 1
 
 
-def gather(mine) -> list:
+def gather(mine):
     """What every process has, in their order."""
     if world() == 1:
         return [mine]
@@ -123,12 +123,12 @@ def sharded(model):
     return isinstance(model, FSDPModule)
 
 
-def whole(x: Tensor) -> Tensor:
+def whole(x) -> Tensor:
     """All of a weight that is kept in shards. Every process must ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def local(x: Tensor) -> Tensor:
+def local(x) -> Tensor:
     """This process's part of it."""
     return x.to_local() if isinstance(x, DTensor) else x
 

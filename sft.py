@@ -79,7 +79,7 @@ def target(record: dict) -> str:
     raise BadInput("has no golden answer and no scored ones")
 
 
-def golden_tree(tokens, record, longest) -> list[Tree]:
+def golden_tree(tokens, record, longest):
     return [make_tree(tokens, record, [target(record)], history=True, max_length=longest)]
 
 

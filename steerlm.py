@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import sft
 import checkpoint
 from common import BadInput, main
-from data import Tokens, Tree, make_tree, scored_answers, target_scores, write_scores
+from data import Tokens, make_tree, scored_answers, target_scores, write_scores
 from judge.rubric import RUBRIC
 
 FORM = "\nAnswer with " + ", ".join(f"{name} {{{name}}}" for name in RUBRIC.attributes) + "."
@@ -39,7 +39,7 @@ class Settings(sft.Settings):
     target: str = "4 4 4 4 4"    # scores to ask for afterwards, in the order of the rubric
 
 
-def steer_form(s: Settings) -> dict:
+def steer_form(s: Settings):
     """What steer.json holds: {"text", "grades", "target"}."""
     grades = s.grades.split()
     if len(grades) != len(LEVELS):
@@ -65,7 +65,7 @@ def check_words(tokens, form):
         )
 
 
-def trees_under_scores(tokens, record, longest) -> list[Tree]:
+def trees_under_scores(tokens, record, longest):
     """One tree per scored answer, the question of each asking for that answer's own scores."""
     trees = []
     for k, _ in scored_answers(record):

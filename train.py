@@ -47,7 +47,6 @@ import threading
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -122,7 +121,7 @@ def shuffled(items, seed):
         epoch += 1
 
 
-def schedule(step, steps, warmup=0.03, floor=0.0) -> float:
+def schedule(step, steps, warmup=0.03, floor=0.0):
     """Learning-rate factor of steps 0, ..., steps-1: linear over a share `warmup`, then cosine."""
     warm = math.ceil(warmup * steps)
     if step < warm:
@@ -175,7 +174,7 @@ def prefetched(make, parts):
             yield part, made.result()
 
 
-def packs(items, budget, pack_of, device) -> Iterator[Part]:
+def packs(items, budget, pack_of, device):
     """This process's share of a batch, at most `budget` tokens at once.
 
     Of N processes each takes every N-th item. All must compute equally many packs, for they wait
@@ -502,7 +501,7 @@ def read(s: Settings, trees_of) -> Reading:
     return Reading(tokens, pixels, trees, len(pictures), sha(*pictures))
 
 
-def trees_digest(trees, pictures="") -> str:
+def trees_digest(trees, pictures=""):
     """Names what would be trained on: every token, in order."""
     digest = hashlib.sha256(pictures.encode())
     for tree in trees:
@@ -514,7 +513,7 @@ def trees_digest(trees, pictures="") -> str:
 # ---- around the loop -----------------------------------------------------------------------------
 
 @contextmanager
-def begin(s, model, items, pack_of, steps, depends) -> Iterator[Run]:
+def begin(s, model, items, pack_of, steps, depends):
     """Inside: a Run over `items` in --out, its largest pack tried, its state restored with
     --resume; SIGTERM lets a step finish. Behind it the weights are in model.dtype again."""
     if s.lora:
@@ -578,7 +577,7 @@ def describe(s, **more):
         write_whole(out / "config.json", json.dumps(describe_run(s, **more), indent=1) + "\n")
 
 
-def finish(run, tokens, documents=None) -> Path:
+def finish(run, tokens, documents=None):
     """Write what a run leaves, model/ or adapter/, draw its metrics, forget its state. Every
     process calls it. `documents` {name: JSON} go with the model."""
     s = run.settings
@@ -611,7 +610,6 @@ def draw_metrics(out):
     for k, (title, names) in enumerate(plots.items(), 1):
         axis = figure.add_subplot(-(-len(plots) // 4), 4, k, title=title)
         for name in names:
-            axis.plot(steps, [row[name] for row in rows], linewidth=1, label=name)
-        if len(names) > 1:
-            axis.legend(frameon=False)
+            axis.plot(steps, [row[name] for row in rows], label=name)
+        axis.legend()
     figure.savefig(out / "metrics.png")
