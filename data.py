@@ -83,8 +83,7 @@ def choose_pair(record: dict, gap=GAP, seed=0):
     nor other records matter. Equal texts are never paired.
     """
     if record.get("pair"):
-        chosen, rejected = record["pair"]
-        return chosen, rejected
+        return tuple(record["pair"])
     scored = scored_answers(record)
     if not scored:
         return None
@@ -288,10 +287,11 @@ class Tokens:
                 "take tokenizer.json from the llava-hf folder of the same model"
             )
 
-        # Control tokens: their text must not stand in anybody's words. <s> may be asked for outside
-        # tokenizer.json.
+        # Control tokens: their text must not stand in anybody's words.
         added = self.tokenizer.get_added_tokens_decoder().values()
-        self.special = frozenset(token.content for token in added if token.special)
+        self.special = sorted(token.content for token in added if token.special)
+
+        # <s> stands in front where tokenizer.json says so, or else tokenizer_config.json.
         about = path.with_name("tokenizer_config.json")
         wanted = about.is_file() and read_json(about).get("add_bos_token")
         self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
@@ -325,7 +325,7 @@ class Tokens:
 
     def check(self, text, what, allowed=""):
         """Raises BadInput for text that the tokenizer would read as a control token."""
-        for token in sorted(self.special):
+        for token in self.special:
             if token in text and token != allowed:
                 raise BadInput(
                     f"{what} contains {token}, which the tokenizer reads as a control token; "

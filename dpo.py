@@ -341,7 +341,10 @@ def align(s: Settings) -> Llava:
     logps = cached_reference(model, found, path, s.pack, depends)
     pairs, held_out = [], []
     for pair in make_pairs(found.trees, choices, logps):
-        (held_out if is_held_out(pair.id, s.holdout) else pairs).append(pair)
+        if is_held_out(pair.id, s.holdout):
+            held_out.append(pair)
+        else:
+            pairs.append(pair)
     found.trees.clear()                                  # answers outside pairs are not needed now
 
     steps = training.count_steps(s, pairs)

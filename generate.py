@@ -105,9 +105,8 @@ class Answer:
 def generate(model, prompts, pixels, *, n=1, ends=(2,), **how):
     """n whole answers to each of R prompts; arguments as for `stream`."""
     said = list(stream(model, prompts, pixels, n=n, ends=ends, **how))
-    said = torch.stack(said, 1).tolist()                                     # R*n rows of steps
-    answers = [until(ids, ends) for ids in said]
-    return [answers[r * n:(r + 1) * n] for r in range(len(prompts))]
+    said = torch.stack(said, 1).view(len(prompts), n, -1)                    # (R, n, steps)
+    return [[until(ids, ends) for ids in answers] for answers in said.tolist()]
 
 
 def until(ids, ends):

@@ -27,7 +27,7 @@ class Settings(sft.Settings):
     least: int = 0               # smallest S of an answer worth learning; 12: only perfect ones
 
 
-def best(record: dict, least: int = 0, seed: int = 0) -> int:
+def best(record, least=0, seed=0):
     """The index of the answer with the largest S; ties are drawn."""
     scored = scored_answers(record)
     if not scored:

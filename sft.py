@@ -17,7 +17,6 @@ too. The miniature's own stages (toy/build.py) run through `train` below.
 
     python sft.py --ckpt llava-1.5-7b-hf --data llava_instruct.json --out runs/sft
 """
-from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -42,7 +41,7 @@ class Settings(training.Settings):
 
 # ---- the loop ------------------------------------------------------------------------------------
 
-def train(run: Run, order: Iterable[Tree], name: str = "sft"):
+def train(run: Run, order, name="sft"):
     """Train whatever of run.model requires a gradient, in place. `order` gives trees for ever, or
     at least for all steps."""
     bar = tqdm(run.steps(order), desc=name, disable=None, initial=run.done, total=run.total)

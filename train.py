@@ -372,7 +372,7 @@ class Run:
         except (OSError, RuntimeError) as error:         # a full disk is the latter to torch
             shutil.rmtree(aside, ignore_errors=True)
             raise BadInput(
-                f"the state after step {self.done} cannot be written to {folder} ({error}); an "
+                f"the state after step {self.done} cannot be written to {folder} ({error}); any "
                 "earlier one is whole; make room, then go on with --resume"
             ) from None
 

@@ -58,8 +58,7 @@ class VisionConfig:
     @property
     def depth(self):
         """How many blocks run to reach the feature layer."""
-        layer = self.feature_layer
-        return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
+        return range(self.num_hidden_layers + 1)[self.feature_layer]
 
 
 # ---- the transformer -----------------------------------------------------------------------------
@@ -140,7 +139,7 @@ class ViT(nn.Module):
         self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def after(self, depth: int, pixels: Tensor) -> Tensor:
+    def after(self, depth, pixels):
         """What `depth` blocks make of (N, 3, S, S) pixels -> (N, P, D), class token first."""
         x = self.pre_layrnorm(self.embeddings(pixels))                   # (N, P, D)
         N, P, D = x.shape
@@ -215,7 +214,7 @@ def load_image(path: Path, small: int = 0) -> Image.Image:
     return decode_image(data, path, small)
 
 
-def decode_image(data: bytes, name, small: int = 0) -> Image.Image:
+def decode_image(data, name, small=0):
     """The bytes of an image file -> RGB; `name` and `small` as for load_image."""
     try:
         image = Image.open(BytesIO(data))

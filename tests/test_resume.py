@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_good_state(make, tmp
         dpo.run(make(out))
     assert calls == [1, 2, 3]
     assert "the state after step 3 cannot be written" in str(error.value)
-    assert "an earlier one is whole; make room" in str(error.value)
+    assert "any earlier one is whole; make room" in str(error.value)
     assert [path.name for path in (out / "state").iterdir()] == ["step-00000002"]
     dpo.run(make(out, resume=True))
     dpo.run(make(tmp_path / "whole"))
