@@ -51,7 +51,7 @@ def main(settings, run):
         return run(flags(settings))
     except BadInput as problem:
         message = str(problem)
-    except OSError as problem:    # a full disk, a folder that may not be written, --out a file
+    except OSError as problem:                           # a full disk, no permission, ...
         said = problem.strerror or problem
         message = f"{problem.filename or ''}: {said}; nothing that was finished is lost"
     except KeyboardInterrupt:
@@ -87,7 +87,7 @@ def flags(settings, argv=None):
 def trailing_comments(settings):
     """{name: comment} of every `name: type = value   # comment` in a dataclass and its bases."""
     found = {}
-    for kind in reversed(settings.__mro__[:-1]):    # a base's first, for its heirs to speak over
+    for kind in reversed(settings.__mro__[:-1]):         # bases first, heirs speak over them
         for line in inspect.getsource(kind).splitlines():
             match = re.match(r"    (\w+):[^#]*#\s*(.*)", line)
             if match:

@@ -36,7 +36,7 @@ class Settings(sft.Settings):
     out: str = "runs/steerlm"    # run folder
     form: str = FORM             # appended to the question; {helpfulness} and so on become grades
     grades: str = "0 1 2 3 4"    # the words for them, lowest first
-    target: str = "4 4 4 4 4"    # scores to ask for afterwards, in the order of the rubric
+    target: str = "4 4 4 4 4"    # scores to ask for afterwards, in the order of the default --form
 
 
 def steer_form(s: Settings):

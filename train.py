@@ -80,11 +80,11 @@ class Settings:
     seed: int = 0                # order of the records, and every other choice
 
     # how long, and how fast
-    steps: int = -1              # optimizer steps; -1: --epochs; 0: dpo.py's reference only
+    steps: int = -1              # optimizer steps; -1: --epochs passes; 0: only dpo.py's reference
     epochs: int = 3              # passes over the data (the paper's 3)
     batch: int = 128             # records per optimizer step (the paper's 128)
     lr: float = 0.0              # peak learning rate; 0: the method's own
-    projector_lr: float = 0.0    # the projector's; 0: --lr, or beside adapters the paper's 2e-5
+    projector_lr: float = 0.0    # the projector's peak rate; 0: --lr, with --lora the paper's 2e-5
     warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
     clip: float = 1.0            # largest gradient norm (LLaVA's default); 0: none
     lora: int = 0                # rank of adapters (the paper's 128); 0: train all weights
@@ -520,7 +520,7 @@ def begin(s, model, items, pack_of, steps, depends):
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     elif parallel.world() > 1:
         parallel.shard(model)
-    s = replace(s, batch=min(s.batch, len(items)))
+    s = replace(s, batch=min(s.batch, len(items)))       # a step takes no item twice
     run = Run(model, s, pack_of, steps=steps, out=Path(s.out), depends=depends)
     if s.resume:
         run.restore()

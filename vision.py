@@ -80,7 +80,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.patches + 1, c.hidden_size)
 
     def forward(self, pixels):                                           # (N, 3, S, S)
-        patches = self.patch_embedding(pixels).flatten(2).mT    # (N, D, S/p, S/p) -> (N, P-1, D)
+        patches = self.patch_embedding(pixels).flatten(2).mT             # (N, P-1, D)
         cls = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([cls, patches], 1) + self.position_embedding.weight       # (N, P, D)
 
@@ -195,7 +195,7 @@ def image_path(root: Path, name) -> Path:
     root = Path(root).resolve()
     try:
         path = (root / name).resolve()
-    except (OSError, ValueError, RuntimeError) as error:    # a zero byte, a loop of symlinks
+    except (OSError, ValueError, RuntimeError) as error:     # a zero byte, a loop of links
         raise BadInput(f"image {name!r} is not a file name ({error})") from None
     if not path.is_relative_to(root):
         raise BadInput(f"image {name} leads outside {root}; move it inside or set --image_root")
