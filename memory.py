@@ -202,6 +202,8 @@ def dry_run(config: Config, s) -> None:
     """Print the plan without data or weights; for a GPU, unless --device cpu says otherwise."""
     device = torch.device("cpu" if s.device == "cpu" else "cuda")
     gpu = device.type == "cuda"
+    if s.dtype not in ("auto", *DTYPES):
+        raise BadInput(f"--dtype {s.dtype}: choose one of {', '.join(DTYPES)}")
     dtype = DTYPES.get(s.dtype, torch.bfloat16 if gpu else torch.float32)
     tokens = pack_size(s.pack, device)
     load = Load(tokens, tokens // 3, tokens // PICTURED if config.vision else 0)

@@ -422,6 +422,8 @@ def flush_folder(folder):
 # ---- before the loop -----------------------------------------------------------------------------
 
 def dry_run(s):
+    """The memory plan from --ckpt's config.json alone."""
+    check_numbers(s)
     config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
     memory.dry_run(config, s)
 
@@ -515,7 +517,7 @@ def trees_digest(trees, pictures=""):
 @contextmanager
 def begin(s, model, items, pack_of, steps, depends):
     """Inside: a Run over `items` in --out, its largest pack tried, its state restored with
-    --resume; SIGTERM lets a step finish. Behind it the weights are in model.dtype again."""
+    --resume; SIGTERM lets a step finish. Behind it whole weights are in model.dtype again."""
     if s.lora:
         lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     elif parallel.world() > 1:
@@ -533,7 +535,7 @@ def begin(s, model, items, pack_of, steps, depends):
             yield run
     finally:
         signal.signal(signal.SIGTERM, before)
-    if not parallel.sharded(model):
+    if not parallel.sharded(model) and not s.lora:       # adapters are small, and stay as they are
         for p in run.trained.values():
             p.data = p.data.to(model.dtype)
 
