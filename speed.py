@@ -244,7 +244,8 @@ def bench_sample(s: Settings, folder: Path) -> list[dict]:
     write_prompts(folder, SIZES[s.size].vision)
     job = {"what": "sample", "folder": str(folder), "n": 4, "words": 64}
     rows = in_turn({"remedy": job, "transformers.generate": job}, s.rounds)
-    return [row | {"tokens_per_s": 1000 * PAIRS * 4 * 64 / row["ms"]} for row in rows]
+    tokens = PAIRS * job["n"] * job["words"]
+    return [row | {"tokens_per_s": 1000 * tokens / row["ms"]} for row in rows]
 
 
 # ---- kernels, in this process --------------------------------------------------------------------
@@ -279,7 +280,8 @@ def ways_to_attend(mask: Mask) -> dict[str, Callable]:
 
     def heads_first(attend: Callable, **how) -> Callable:
         def way(*qkv: Tensor) -> Tensor:
-            return attend(*(x.transpose(0, 1)[None] for x in qkv), **how)    # (1, H, T, D)
+            laid_out = [x.transpose(0, 1)[None] for x in qkv]    # (T, H, D) -> (1, H, T, D)
+            return attend(*laid_out, **how)
         return way
 
     ways = {
