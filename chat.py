@@ -82,7 +82,8 @@ class Speaker:
         if room < 1:
             raise BadInput(f"{self.name}: {len(prompt)} tokens so far, and it was built for "
                            f"{self.tokens.room}; /reset")
-        strange = prompt.count(self.tokens.tokenizer.token_to_id("<unk>"))
+        unknown = self.tokens.tokenizer.token_to_id("<unk>")
+        strange = self.tokens.encode(record["messages"][-1]["content"]).count(unknown)
         if strange:
             print(f"({self.name} does not know {strange} of these words)")
 

@@ -190,9 +190,13 @@ def read_config(folder: Path) -> tuple[Config, Path | None]:
 def resolve(ckpt: str) -> Path:
     """--ckpt names a folder; toy/llava and toy/vicuna are found beside this file, too."""
     for folder in (Path(ckpt), HERE / ckpt):
+        for name in ("model", "adapter"):
+            if (folder / "metrics.jsonl").exists() and (folder / name).is_dir():
+                raise BadInput(f"--ckpt {ckpt} is a run's folder; its model is {folder / name}")
         if folder.is_dir():
             return folder
-    raise BadInput(f"--ckpt {ckpt}: no such folder")
+    raise BadInput(f"--ckpt {ckpt}: no such folder. A model of the hub has to be there first: "
+                   f"hf download {ckpt} --local-dir {Path(ckpt).name}")
 
 
 def beside(folder, what, name):

@@ -51,6 +51,8 @@ def main(settings, run):
         return run(flags(settings))
     except BadInput as problem:
         message = str(problem)
+    except BrokenPipeError:                              # ... | head
+        os._exit(0)
     except OSError as problem:                           # a full disk, no permission, ...
         said = problem.strerror or problem
         message = f"{problem.filename or ''}: {said}; nothing that was finished is lost"
@@ -96,8 +98,10 @@ def trailing_comments(settings):
 
 
 def on_or_off(text):
-    """A switch: --pairs and --pairs 1 are on, --pairs 0 is off, anything else a ValueError."""
-    return bool(("0", "1").index(text))
+    """A switch: --pairs and --pairs 1 are on, --pairs 0 is off."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text}: 0 or 1")
+    return text == "1"
 
 
 # ---- where and how to compute --------------------------------------------------------------------

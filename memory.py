@@ -152,7 +152,7 @@ def needs(config: Config, load: Load, dtype: torch.dtype, rank: int = 0, world: 
 
 # ---- said ahead of the first step ----------------------------------------------------------------
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device, world: int) -> int:
     """What this process may have there: what it has, and its share of the rest; 0: unknown."""
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -163,7 +163,7 @@ def free_bytes(device: torch.device) -> int:
     except OSError:                                      # macOS
         return 0
     kib = dict(re.findall(r"^(MemAvailable|RssAnon):\s+(\d+)", lines, re.M))
-    return 1024 * (int(kib["RssAnon"]) + int(kib["MemAvailable"]) // parallel.world())
+    return 1024 * (int(kib["RssAnon"]) + int(kib["MemAvailable"]) // world)
 
 
 def plan(config: Config, s, load: Load, device: torch.device, dtype: torch.dtype,
@@ -184,7 +184,7 @@ def plan(config: Config, s, load: Load, device: torch.device, dtype: torch.dtype
             f"  {'':12}{'plain':>10}{'--checkpointing':>18}")
     for row in plain:
         text += f"\n  {row:12}{plain[row] / bytes_each:10.2f}{again[row] / bytes_each:18.2f}"
-    free = free_bytes(device)
+    free = free_bytes(device, world)
     if not free:
         return text
 

@@ -82,8 +82,8 @@ def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
         return freq / rope["factor"]
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)                    # 1: a short wave
+        rounds = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+        keep = ((rounds - low) / (high - low)).clamp(0, 1)                    # 1: a short wave
         return freq * (keep + (1 - keep) / rope["factor"])
     raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3")
 

@@ -25,6 +25,7 @@ from toy.tasks import write_prompts
 @dataclass
 class Settings(dpo.Settings):
     """The whole story on the miniature: sample, judge, align, compare."""
+    out: str = "runs/story"      # run folder
     batch: int = 16              # pairs per optimizer step
     lr: float = 1e-4             # peak learning rate of a model this small (LOG.md)
     holdout: float = 0.1         # share of the pairs to measure preference accuracy on
@@ -69,8 +70,8 @@ def run(s: Settings):
     write_whole(out / "scores.json", json.dumps(describe_run(s, seconds=seconds, scores=rows)) + "\n")
     print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in toy/items.py)")
     print(items.table(rows))
-    print(f"\nscores: {out}/scores.json   next: the same on records of your own, "
-          f"python dpo.py --ckpt toy/llava --data {out}/records.jsonl --batch 16 --lr 1e-4")
+    print(f"\nscores: {out}/scores.json   next: step three again, at another rate: "
+          f"python dpo.py --data {out}/records.jsonl --batch 16 --lr 5e-5 --out runs/again")
 
 
 if __name__ == "__main__":

@@ -436,6 +436,9 @@ def door(s: Settings, full_lr: float, adapter_lr: float):
         raise BadInput("--data is needed: records, preference pairs, conversations; see formats.py")
     out = Path(s.out)
     if (out / "model").exists() or (out / "adapter").exists():
+        if s.resume:                                     # a scheduler starts what has ended, too
+            print(f"{out} is finished already")
+            sys.exit(0)
         raise BadInput(f"{out} already holds a trained model; choose another --out or remove it")
     stopped = latest_state(out)
     if stopped and not s.resume:
@@ -500,6 +503,13 @@ def read(s: Settings, trees_of) -> Reading:
     formats.report(s.data, len(pictures), rejects, Path(s.out) if parallel.rank() == 0 else None)
     if not trees:
         raise BadInput(f"{s.data}: no usable record; see above and {s.out}/rejects.jsonl")
+    words = sum(len(tree.prompt) for tree in trees)
+    unknown = tokens.tokenizer.token_to_id("<unk>")
+    strange = sum(tree.prompt.count(unknown) for tree in trees)
+    if strange > 0.1 * words:
+        raise BadInput(
+            f"{s.data}: {s.ckpt} does not know {strange} of {words} words; name another --ckpt"
+        )
     return Reading(tokens, pixels, trees, len(pictures), sha(*pictures))
 
 

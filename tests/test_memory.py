@@ -206,24 +206,23 @@ def test_the_plan_says_whether_to_set_checkpointing(monkeypatch):
     plain, again = (sum(needs(config, *about, gpu=False, checkpointing=c).values()) for c in (0, 1))
 
     def advice(free, **flags):
-        monkeypatch.setattr(memory, "free_bytes", lambda device: int(free / memory.ROOM))
+        monkeypatch.setattr(memory, "free_bytes", lambda device, world: int(free / memory.ROOM))
         said = memory.plan(config, Settings(**flags), load, torch.device("cpu"), torch.float32, 1)
         return said.splitlines()[-1].split("cpu: ")[1]
 
     assert advice(plain + 9) == "fits" == advice(again + 9, checkpointing=True)
     assert advice(plain - 9) == advice(again + 9) == "does not fit plainly; set --checkpointing"
     assert advice(again - 9).startswith("may not fit: lower --pack, ")
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device, world: 0)
     assert "free" not in memory.plan(config, Settings(), load, torch.device("cuda"), torch.float32, 1)
 
 
-def test_what_is_free_counts_what_the_process_has_already(monkeypatch):
-    before = memory.free_bytes(torch.device("cpu"))
+def test_what_is_free_counts_what_the_process_has_already():
+    before = memory.free_bytes(torch.device("cpu"), 1)
     mine = torch.ones(50_000_000)
-    assert memory.free_bytes(torch.device("cpu")) > before - 100e6 and mine.sum() > 0
+    assert memory.free_bytes(torch.device("cpu"), 1) > before - 100e6 and mine.sum() > 0
     assert GIB / 4 < before < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 1.1
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert memory.free_bytes(torch.device("cpu")) < 0.7 * before
+    assert memory.free_bytes(torch.device("cpu"), 2) < 0.7 * before
 
 
 def test_the_probe_runs_the_largest_pack_twice_and_leaves_nothing_behind(ckpt, monkeypatch, capsys):

@@ -199,6 +199,26 @@ def test_a_run_leaves_its_files_and_a_picture_of_its_metrics_and_is_never_writte
             script.run(settings(script, ckpt, data, out))
 
 
+def test_a_finished_run_that_is_resumed_says_so_and_ends_well(ckpt, data, tmp_path, capsys):
+    dpo.run(settings(dpo, ckpt, data, tmp_path / "out"))
+    with pytest.raises(SystemExit) as ended:
+        dpo.run(settings(dpo, ckpt, data, tmp_path / "out", resume=True))
+    assert ended.value.code == 0 and "is finished already" in capsys.readouterr().out
+
+
+def test_data_whose_words_the_model_does_not_know_is_refused(data, tmp_path):
+    with pytest.raises(BadInput, match=r"toy/llava does not know \d+ of \d+ words; name another --ckpt"):
+        dpo.run(settings(dpo, "toy/llava", data, tmp_path / "out"))
+
+
+def test_a_runs_folder_is_no_checkpoint_and_a_name_of_the_hub_says_how_to_get_it(ckpt, data, tmp_path):
+    dpo.run(settings(dpo, ckpt, data, tmp_path / "out"))
+    with pytest.raises(BadInput, match=f"is a run's folder; its model is {tmp_path}/out/model"):
+        checkpoint.resolve(str(tmp_path / "out"))
+    with pytest.raises(BadInput, match="hf download llava-hf/x --local-dir x"):
+        checkpoint.resolve("llava-hf/x")
+
+
 def test_a_trained_folder_keeps_the_template_it_was_trained_with(tmp_path):
     """--template against what the tokenizer's tokens tell; the next run, and whoever loads the
     model, ask as it was trained."""

@@ -8,13 +8,17 @@ draws its own; those of this repository are drawn from results/reproduce.jsonl:
 
     python -m toy.figures
 """
+from dataclasses import dataclass
+from pathlib import Path
+
+import common  # first: it tells OpenMP how to wait
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import HERE, read_jsonl
+from common import HERE, main, read_jsonl
 
 METHODS = {
     "LLaVA-mini": "black",
@@ -94,5 +98,12 @@ def draw(rows, out):
     print(f"figures: {out}")
 
 
+@dataclass
+class Settings:
+    """Draw the experiment's figures."""
+    rows: str = str(HERE / "results/reproduce.jsonl")    # what reproduce.py wrote
+    out: str = str(HERE / "results/figures")             # folder of the figures
+
+
 if __name__ == "__main__":
-    draw(read_jsonl(HERE / "results/reproduce.jsonl"), HERE / "results/figures")
+    main(Settings, lambda s: draw(read_jsonl(s.rows), Path(s.out)))
