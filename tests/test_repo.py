@@ -123,7 +123,7 @@ def test_flags_that_messages_pages_and_comments_speak_of_exist():
     known = set().union(*map(flags_of, NAMES)) | {"nproc_per_node", "good"}     # torchrun's, and a fork's
     foreign = {"common.py", "docs/forking.md"}                                  # flags as such; forks' own
     for name in {*NAMES, *PAGES} - foreign:
-        text = re.sub(r"^ *(vllm|pip|git) .*", "", source(name), flags=re.M)
+        text = re.sub(r"^ *(vllm|pip|git|hf) .*", "", source(name), flags=re.M)
         spoken = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
         assert spoken <= known, f"{name} speaks of --{', --'.join(spoken - known)}"
 
@@ -168,17 +168,17 @@ def test_requirements_are_what_the_code_imports():
 # ---- numbers on the front page come from results/ ------------------------------------------------------------------
 
 def test_the_readmes_story_is_drawn_from_results():
-    """Its table is three columns of what `python story.py` wrote, the first line of results/story.jsonl."""
+    """Its table is four columns of what `python story.py` wrote, the first line of results/story.jsonl."""
     from benchmarks.harness import aligned, shown
     from toy.items import COLUMNS
     rows = json.loads(source("results/story.jsonl").split("\n")[0])["scores"]
-    picked = [name for name in COLUMNS if name in ("text", "terse", "judged")]
+    picked = [name for name in COLUMNS if name in ("text", "terse", "describe", "judged")]
     cells = {}
     for model, scores in rows.items():
         cells[model] = [shown(scores[name], COLUMNS[name]) if name in scores else "-" for name in picked]
     for line in aligned(cells, picked).splitlines():
         assert f"    {line}\n" in README, f"not in README.md: {line}"
-    assert len(COLUMNS) == 9, "three of the nine columns, it says"
+    assert len(COLUMNS) == 9, "four of the nine columns, it says"
 
 
 def times_as_long(path: str) -> str:
