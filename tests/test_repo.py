@@ -120,10 +120,10 @@ def test_every_command_shown_names_a_script_and_real_flags():
 
 def test_flags_that_messages_pages_and_comments_speak_of_exist():
     """"set --image_root", "lower --lr": advice must be takeable."""
-    known = set().union(*map(flags_of, NAMES)) | {"nproc_per_node", "good"}     # torchrun's, and a fork's
+    known = set().union(*map(flags_of, NAMES)) | {"nproc_per_node", "local", "good"}     # torchrun's, hf's --local-dir, a fork's
     foreign = {"common.py", "docs/forking.md"}                                  # flags as such; forks' own
     for name in {*NAMES, *PAGES} - foreign:
-        text = re.sub(r"^ *(vllm|pip|git|hf) .*", "", source(name), flags=re.M)
+        text = re.sub(r"^ *(vllm|pip|git) .*", "", source(name), flags=re.M)
         spoken = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
         assert spoken <= known, f"{name} speaks of --{', --'.join(spoken - known)}"
 
