@@ -67,7 +67,7 @@ def forgetting(rows):
     steered = values(rows, "SteerLM", "text").mean()
     axis.plot([], " ", label=f"SteerLM asked for all fours:\ntext {steered:.1f}, off the page")
 
-    axis.set_title(f"What each method makes of the same judged answers ({len(x)} seeds)")
+    axis.set_title(f"What each method makes of the same questions ({len(x)} seeds)")
     axis.set_xlabel("image answers, the judge's S (0 to 12)")
     axis.set_ylabel("text ability, MT-mini (1 to 10)")
     axis.legend(frameon=False, bbox_to_anchor=(1, 1))
