@@ -57,7 +57,7 @@ class Settings(JudgeSettings):
     ckpt: str = "toy/vicuna,toy/llava"   # checkpoint folders, comma-separated
     bench: str = "miniature"       # benchmarks, comma-separated, or the miniature
     data_dir: str = ""             # official files, a folder per benchmark (docs/benchmarks.md)
-    out: str = "runs/evaluate"     # answers, judgments, results; the same again: go on there
+    out: str = "runs/evaluate"     # a folder of results per checkpoint; the same again: go on there
     answers: str = ""              # a stored answer file of the one --bench instead of a checkpoint
     judgments: str = ""            # a stored judgment file of the one --bench: nothing is asked
     compare: tuple = ()            # result folders to put side by side
@@ -257,9 +257,12 @@ def run_miniature(s):
         model = checkpoint.load(checkpoint.resolve(ckpt), device, dtype)
         tokens = tokens_of(s, ckpt, model.config)
         rows[ckpt], answers = miniature.measure(model, tokens, out, ckpt, s.split)
-        write_jsonl(out / f"answers-{slug(ckpt)}.jsonl", answers)
-    write_whole(out / "scores.json", json.dumps(describe_run(s, scores=rows), indent=1) + "\n")
-    print(json.dumps(rows) if s.json else f"{miniature.table(rows)}\nanswers and scores: {out}")
+        folder = out / slug(ckpt)
+        write_jsonl(folder / "answers.jsonl", answers)
+        run = describe_run(s, scores={ckpt: rows[ckpt]})
+        write_whole(folder / "scores.json", json.dumps(run, indent=1) + "\n")
+    said = f"{miniature.table(rows)}\nanswers and scores: {out}, a folder for each checkpoint"
+    print(json.dumps(rows) if s.json else said)
 
 
 def check(s, names, ckpts):
@@ -291,15 +294,14 @@ def run(s):
         models = stored_judgments(s, names[0])
     else:
         for model in ckpts or [Path(s.answers).stem]:
-            where = out / slug(model) if len(ckpts) > 1 else out
-            models[model] = evaluate(s, names, model, where)
+            models[model] = evaluate(s, names, model, out / slug(model))
 
     if s.json:
         print(json.dumps(models))
     else:
         print("\n\n".join(f"{model}\n{table(results)}" for model, results in models.items()))
         if not s.judgments:
-            print(f"answers, judgments and results: {out}")
+            print(f"answers, judgments and results: {out}, a folder for each checkpoint")
     low = [f"{model} {r['bench']} {r['coverage']:.1%}" for model, results in models.items()
            for r in results if r["coverage"] < s.coverage]
     if low:

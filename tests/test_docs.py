@@ -236,4 +236,4 @@ def test_a_benchmark_is_one_file_and_its_name(tmp_path):
     said = run(copy, "evaluate.py", *flags, "--answers", str(tmp_path / "mine.jsonl"), "--json")
     assert json.loads(said)["mine"][0]["scores"]["exact"]["mean"] == 0.5
     run(copy, "evaluate.py", *flags, "--ckpt", "toy/llava", "--max_new", "4")
-    assert len(rows_of(tmp_path / "out/gsm8k/toy-llava.jsonl")) == 2
+    assert len(rows_of(tmp_path / "out/toy-llava/gsm8k/toy-llava.jsonl")) == 2

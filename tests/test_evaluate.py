@@ -99,6 +99,11 @@ def results(out) -> dict[str, dict]:
     return {r["bench"]: r for r in json.loads((Path(out) / "results.json").read_text())["results"]}
 
 
+def where(s) -> Path:
+    """The folder of the one checkpoint, or of the stored answers."""
+    return Path(s.out) / harness.slug(Path(s.answers).stem if s.answers else s.ckpt)
+
+
 def files(out) -> dict[str, bytes]:
     """Everything that is written for others to read: answers and judgments in their own formats, and the scores."""
     found = {str(p.relative_to(out)): p.read_bytes() for p in Path(out).rglob("*") if p.suffix in (".jsonl", ".json")
@@ -156,8 +161,9 @@ def test_stored_answers_can_be_judged_without_a_model(settings, out, monkeypatch
     monkeypatch.setattr(checkpoint, "load", lambda *a: pytest.fail("a model is loaded"))
     path = out / "mt_bench/model_answer" / f"{harness.slug(settings.ckpt)}.jsonl"
     with Server() as server:
-        evaluate.run(replace(settings, judge_url=server.url, bench="mt_bench", answers=str(path)))
-    one, two = results(out)["mt_bench"], results(settings.out)["mt_bench"]
+        stored = replace(settings, judge_url=server.url, bench="mt_bench", answers=str(path))
+        evaluate.run(stored)
+    one, two = results(out)["mt_bench"], results(where(stored))["mt_bench"]
     assert one["scores"] == two["scores"] and one["length"] == two["length"] and two["cut"] is None, "such a file says nothing of what was cut off"
 
 
@@ -172,13 +178,14 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
 def test_an_answer_that_equals_the_reference_is_a_draw_that_nobody_is_asked_about(settings, data, tmp_path):
     rows = [{"instruction": item.row["instruction"], "output": item.row["output"]} for item in items_of(data, BENCHES["alpaca_eval"])]
     with Server() as server:
-        evaluate.run(replace(settings, bench="alpaca_eval", answers=str(write(tmp_path / "same.json", rows)), judge_url=server.url))
-    assert not server.asked and results(settings.out)["alpaca_eval"]["scores"]["win rate"]["mean"] == 50
+        stored = replace(settings, bench="alpaca_eval", answers=str(write(tmp_path / "same.json", rows)), judge_url=server.url)
+        evaluate.run(stored)
+    assert not server.asked and results(where(stored))["alpaca_eval"]["scores"]["win rate"]["mean"] == 50
 
 
 def test_answered_but_not_judged(settings, capsys):
     evaluate.run(replace(settings, judge="", bench="mm_vet"))
-    assert "not judged" in capsys.readouterr().out and results(settings.out)["mm_vet"]["scores"] == {}
+    assert "not judged" in capsys.readouterr().out and results(where(settings))["mm_vet"]["scores"] == {}
 
 
 # ---- batches, finish reasons, turns ----------------------------------------------------------------------------
@@ -241,7 +248,7 @@ def prompts_of(s: Settings, monkeypatch) -> list[str]:
 
 def test_the_second_turn_holds_the_models_own_first_answer(settings, monkeypatch):
     seen = prompts_of(replace(settings, bench="mt_bench"), monkeypatch)
-    rows = harness.load(Path(settings.out) / "mt_bench/model_answer" / f"{harness.slug(settings.ckpt)}.jsonl")
+    rows = harness.load(where(settings) / "mt_bench/model_answer" / f"{harness.slug(settings.ckpt)}.jsonl")
     assert len(seen) == 6 and sorted(t for *_, t in seen) == [0, 0, 0.1, 0.1, 0.7, 0.7]
     for n, row in zip((81, 111, 151), rows):
         text = f"USER: first {n}? ASSISTANT: {row['choices'][0]['turns'][0]}</s>USER: second {{{n}}}? ASSISTANT:"
@@ -270,8 +277,8 @@ def test_calls_that_fail_in_every_way_leave_the_mean_over_the_rest(tmp_path, cap
     monkeypatch.setenv("GEMINI_API_KEY", "a-key-of-twenty-characters")
     with Server(faults=0.3, stall=1.2, seed=10) as server:
         status, said = code(*argv, "--judge_url", server.url)
-    table, found = capsys.readouterr().out, results(tmp_path / "out")["mt_bench"]
-    rows = read_jsonl(tmp_path / "out/mt_bench/model_judgment/gemini-fake_single.jsonl")
+    table, found = capsys.readouterr().out, results(tmp_path / "out/m")["mt_bench"]
+    rows = read_jsonl(tmp_path / "out/m/mt_bench/model_judgment/gemini-fake_single.jsonl")
     faults = {(r["question_id"], r["turn"]): fault_of(r["user_prompt"], 0.3, 10) for r in rows}
     states = {key: expected(kind) if kind else "ok" for key, kind in faults.items()}
     assert set(LASTING) <= set(faults.values()), "every lasting fault is met"
@@ -296,7 +303,7 @@ def test_a_reply_that_says_nothing_is_no_score(settings, data, name, bad, monkey
     monkeypatch.setattr(judge_server, "opinion", opinion)
     with Server() as server, pytest.raises(BadInput, match="less than --coverage"):
         evaluate.run(replace(settings, bench=name, judge_url=server.url))
-    found, total = results(settings.out)[name], len(items_of(data, BENCHES[name]))
+    found, total = results(where(settings))[name], len(items_of(data, BENCHES[name]))
     assert found["states"] == {"ok": total - 1, "unparseable": 1} and found["coverage"] == (total - 1) / total
     assert next(iter(found["scores"].values()))["n"] == total - 1 and server.asked[victim[0]] == judge.ASKS
 
@@ -306,7 +313,7 @@ def test_a_missing_picture_is_not_an_answer(settings, data, tmp_path, capsys):
     os.remove(copy / "pope/val2014/COCO_1.jpg")
     with pytest.raises(BadInput, match="pope 50.0%"):
         evaluate.run(replace(settings, bench="pope", data_dir=str(copy), coverage=0.6, judge=""))
-    found = results(settings.out)["pope"]
+    found = results(where(settings))["pope"]
     assert found["scores"]["F1"]["n"] == 12 and len(found["unanswered"]) == 12 and "12 not answered (image" in capsys.readouterr().out
     evaluate.run(replace(settings, bench="pope", data_dir=str(copy), coverage=0.5, judge=""))
 
@@ -348,13 +355,14 @@ def test_kill_9_while_answering_and_while_judging(settings, data, tmp_path, one_
         asked = dict(server.asked)
     with Server(delay=0.1) as server:
         out = tmp_path / "killed"
-        kill_when(out / "answers-journal.jsonl", 9, flags(out, server.url))
-        answered = (out / "answers-journal.jsonl").read_bytes().count(b"\n")
+        own = out / harness.slug(settings.ckpt)
+        kill_when(own / "answers-journal.jsonl", 9, flags(out, server.url))
+        answered = (own / "answers-journal.jsonl").read_bytes().count(b"\n")
         assert 9 <= answered < 15 and not (out / "judge-journal.jsonl").exists()
-        with open(out / "answers-journal.jsonl", "ab") as f:
+        with open(own / "answers-journal.jsonl", "ab") as f:
             f.write(b'{"key": "torn')
         kill_when(out / "judge-journal.jsonl", 5, flags(out, server.url))
-        assert not (out / "results.json").exists()
+        assert not (own / "results.json").exists()
         server.delay = 0
         assert code(*flags(out, server.url)) == (0, "")
         again = sum(server.asked.values()) - len(asked)
@@ -366,14 +374,18 @@ def test_what_answers_depend_on_is_in_their_key(settings, tmp_path, monkeypatch)
     """Length, seed, precision, and another checkpoint in the same folder."""
     asked, original = [], harness.sample_answers
     monkeypatch.setattr(harness, "sample_answers", lambda *a, **how: asked.append(how["max_new"]) or original(*a, **how))
-    settings = replace(settings, bench="mt_bench", judge="", max_new=4)
-    other = str(tiny_checkpoint(tmp_path / "other", "llama", seed=5))
-    for change in ({}, {"max_new": 5}, {"seed": 1}, {"dtype": "bfloat16"}, {"ckpt": other}):
+    ckpt = shutil.copytree(settings.ckpt, tmp_path / "ckpt")
+    settings = replace(settings, bench="mt_bench", judge="", max_new=4, ckpt=str(ckpt))
+    for change in ({}, {"max_new": 5}, {"seed": 1}, {"dtype": "bfloat16"}, {"ckpt": "another"}):
+        if "ckpt" in change:
+            evaluate.run(settings)
+            assert not asked
+            shutil.rmtree(ckpt)
+            tiny_checkpoint(ckpt, "llama", seed=5)
+            change = {}
         evaluate.run(replace(settings, **change))
         assert asked, f"{change} was answered from the journal of another run"
         asked.clear()
-    evaluate.run(settings)
-    assert not asked
 
 
 def test_another_picture_of_the_same_name_is_asked_about_anew(settings, data, tmp_path, monkeypatch):
@@ -489,9 +501,14 @@ def test_without_arguments_the_miniature_runs(tmp_path, capsys, monkeypatch):
     assert code("--out", tmp_path) == (0, "")
     head, vicuna, llava, *_ = capsys.readouterr().out.splitlines()
     assert head.split() == list(miniature.COLUMNS) and vicuna.split()[0] == "toy/vicuna" and vicuna.split()[-1] == "-" and "±" in llava
-    said = {r["id"]: r["answers"] for r in read_jsonl(tmp_path / "answers-toy-vicuna.jsonl")}
+    said = {r["id"]: r["answers"] for r in read_jsonl(tmp_path / "toy-vicuna" / "answers.jsonl")}
     assert len(said) == 22 and all(len(pair) == 2 for pair in said.values())
-    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["toy/llava"]["exist"]["n"] == 4
+    assert json.loads((tmp_path / "toy-llava" / "scores.json").read_text())["scores"]["toy/llava"]["exist"]["n"] == 4
+
+    # One at a time into the same folder: neither is lost.
+    assert code("--out", tmp_path, "--ckpt", "toy/vicuna") == (0, "")
+    found = [json.loads((tmp_path / name / "scores.json").read_text())["scores"] for name in ("toy-vicuna", "toy-llava")]
+    assert [list(scores) for scores in found] == [["toy/vicuna"], ["toy/llava"]]
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it")
@@ -500,12 +517,24 @@ def test_the_whole_of_it_takes_less_than_a_minute(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and time.monotonic() - began < 60
     story = json.loads((ROOT / "results/story.jsonl").read_text().split("\n")[0])["scores"]     # it begins with the same two models
-    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
-    for ours, theirs in zip(scores.values(), (story["Vicuna-mini"], story["LLaVA-mini"])):
+    scores = [json.loads((tmp_path / name / "scores.json").read_text())["scores"][f"toy/{name[4:]}"] for name in ("toy-vicuna", "toy-llava")]
+    for ours, theirs in zip(scores, (story["Vicuna-mini"], story["LLaVA-mini"])):
         assert {name: figure["mean"] for name, figure in ours.items()} == pytest.approx({name: figure["mean"] for name, figure in theirs.items()})
 
 
 # ---- side by side ----------------------------------------------------------------------------------------------
+
+def test_checkpoints_that_come_one_by_one_keep_their_results_and_can_be_compared(settings, data, tmp_path, capsys):
+    folders = []
+    for name in ("a", "b"):
+        stored = write(tmp_path / f"{name}.jsonl", [{"question_id": item.id, "text": "yes" if name == "a" else "no"} for item in items_of(data, BENCHES["pope"])])
+        evaluate.run(replace(settings, bench="pope", answers=str(stored), judge=""))
+        folders.append(f"{settings.out}/{name}")
+    capsys.readouterr()
+    evaluate.run(Settings(compare=tuple(folders), out=str(tmp_path / "compare")))
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.split()[:1] in (["a"], ["b"])]
+    assert len(rows) == 2 and rows[0][1] != rows[1][1]
+
 
 def test_compare_shows_the_papers_layout(finished, llava, vicuna, tmp_path, capsys):
     for name, ckpt in (("a", llava), ("b", vicuna)):
