@@ -10,7 +10,7 @@ journal.jsonl as they come; each line is named by a hash of everything it depend
 command goes on where it was stopped, and a changed prompt, picture, model or setting is asked
 anew. records.jsonl appears when all is done: every record as it came, in its order, with answers
 and scores, and the pictures beside it (hard links where possible), so that the folder stands
-alone.
+alone. Where all has answers and no judge is named, there is only a look: no record is written.
 
     python annotate.py --data prompts.jsonl --judge gemini:MODEL --dry_run     what would it cost?
     python annotate.py --data prompts.jsonl --judge gemini:MODEL --ckpt DIR    sample and judge
@@ -289,7 +289,8 @@ def bring_pictures(record, out) -> dict:
     root = Path(record["root"]).resolve()
     sources = [image_path(root, name) for name in record["images"]]
     names = [str(source.relative_to(root)) for source in sources]
-    for source, target in zip(sources, (out / name for name in names)):
+    for source, name in zip(sources, names):
+        target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             try:
@@ -304,6 +305,8 @@ def bring_pictures(record, out) -> dict:
 
 
 def check_settings(s) -> None:
+    if not s.data:
+        raise BadInput("--data is needed: records, questions, preference pairs; see formats.py")
     if not 1 <= s.n <= 26 or min(s.max_new, s.batch, s.gap) < 1:
         raise BadInput("--n must lie from 1 to 26, --max_new, --batch and --gap be at least 1")
     if not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1:
@@ -314,24 +317,30 @@ def check_settings(s) -> None:
         door(s, dry=s.dry_run)
 
 
-def annotate(s: Settings) -> list[dict]:
-    """--data -> records with answers and scores, in memory and in --out; nothing in the processes
-    that only sample."""
+def annotate(s: Settings):
+    """--data -> (records with answers and scores, the file that holds them, where its pictures
+    are); that file is in --out, or --data itself where nothing was to be sampled or judged. None
+    in the processes that only sample."""
     check_settings(s)
     device = parallel.start(s.device)                    # from here on process 0 alone speaks
     first = parallel.rank() == 0
     out = Path(s.out)
+    file = out / "records.jsonl"
     records, rejects = formats.read(s.data, s.image_root)
-    formats.report(s.data, len(records), rejects, out if first and not s.dry_run else None)
-    if rejects and Path(s.data).resolve() == (out / "records.jsonl").resolve():
-        raise BadInput(f"{s.data} would lose what is rejected; mend it, or choose another --out")
+    looks = s.dry_run or not s.judge and all(record["answers"] for record in records)
+    lost = set()                                         # of an earlier file of that name
+    if not looks and file.exists():
+        lost = {name for name, _ in formats.checked(file)} - {record["id"] for record in records}
+    formats.report(s.data, len(records), rejects, None if looks or lost or not first else out)
+    if lost:
+        raise BadInput(f"{file} would lose {len(lost)} records, which {s.data} does not hold or "
+                       "which were rejected; choose another --out")
     if s.dry_run:
         print(plan(s, records))
-        return []
+        return None
 
-    if first:
+    if first and not looks:
         records = [bring_pictures(record, out) for record in records]
-        write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
     if not all(record["answers"] for record in records):
         if not s.ckpt:
             raise BadInput(f"{s.data} has records without answers; say with --ckpt who gives them")
@@ -339,20 +348,24 @@ def annotate(s: Settings) -> list[dict]:
         if too_long:
             formats.report(s.data, len(records), rejects + too_long, out if first else None)
     if not first:
-        return []
+        return None
     if not records:
-        raise BadInput(f"{s.data}: no usable record; the reasons are in {out}/rejects.jsonl")
+        raise BadInput(f"{s.data}: no usable record; the reasons stand above")
 
+    root = records[0]["root"]
     if s.judge:
         records = judge(s, records, out)
     records = [without(record, "root", "images_sha") for record in records]
-    write_jsonl(out / "records.jsonl", records)
+    if looks:
+        return records, s.data, root
+    write_jsonl(file, records)
+    write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
     answers = sum(len(record["answers"]) for record in records)
-    print(f"records: {out / 'records.jsonl'}, {len(records)} of them, {answers} answers")
-    return records
+    print(f"records: {file}, {len(records)} of them, {answers} answers")
+    return records, file, root
 
 
-def look(s, records) -> None:
+def look(s, records, data, root) -> None:
     """Numbers, board and export, where asked for; and what to run next."""
     out = Path(s.out)
     if s.pairs:
@@ -360,29 +373,38 @@ def look(s, records) -> None:
         write_whole(out / "pairs.json", json.dumps(describe_run(s, pairs=numbers)) + "\n")
         print(report.show(numbers))
     if s.board:
-        write_whole(Path(s.board), report.board(records, out, s.gap, s.seed))
+        write_whole(Path(s.board), report.board(records, root, s.gap, s.seed))
         print(f"board: {s.board}, to be opened in a browser")
 
     pairs = []
     for record in records:
         pair = choose_pair(record, s.gap, s.seed)
-        if pair:
-            pairs.append(report.to_trl(record, pair))
+        if not pair:
+            continue
+        if s.export:                                     # its pictures lie beside it, as always
+            record = bring_pictures(record | {"root": root}, out)
+        pairs.append(report.to_trl(record, pair))
     if s.export:
         write_jsonl(out / "trl.jsonl", pairs)
         print(f"export: {out / 'trl.jsonl'}, {len(pairs)} pairs")
     if pairs:
-        rates = " --batch 16 --lr 1e-4" if s.judge == "oracle" else ""       # the miniature's
-        print(f"next: python dpo.py --ckpt {s.ckpt or 'DIR'} --data {out}/records.jsonl{rates}")
+        ckpt = "DIR"
+        rates = ""
+        aligned = "runs/aligned"
+        if (records[0].get("judge") or {}).get("model") == "oracle":
+            ckpt = "toy/llava"
+            rates = " --batch 16 --lr 5e-5"              # as in docs/experiment.md
+        while Path(aligned).exists():
+            aligned += "-again"
+        print(f"next: python dpo.py --ckpt {s.ckpt or ckpt} --data {data}{rates} --out {aligned}")
     elif not s.judge:
-        print(f"next: python annotate.py --data {out}/records.jsonl --out {out} "
-              "--judge gemini:MODEL --dry_run")
+        print(f"next: python annotate.py --data {data} --out {out} --judge gemini:MODEL --dry_run")
 
 
 def run(s: Settings) -> None:
-    records = annotate(s)
-    if records:
-        look(s, records)
+    found = annotate(s)
+    if found:
+        look(s, *found)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ answer helpful finds it correct); whether chosen answers are simply the longer o
 the place at which an answer was shown decides: places are shuffled, so every place should hold the
 best answer equally often.
 
-    python annotate.py --data runs/annotate/records.jsonl --pairs --board board.html
+    python annotate.py --data runs/annotate/records.jsonl --pairs --board runs/annotate/board.html
 """
 import json
 import math

@@ -164,7 +164,7 @@ def test_what_does_not_fit_the_model_is_rejected_before_anything_is_sampled(ckpt
 # ---- the door --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, why", [
-    ({"ckpt": ""}, "say with --ckpt who"), ({"ckpt": "nowhere"}, "no such folder"), ({"export": "csv"}, "the one format known is trl"),
+    ({"prompts": ""}, "--data is needed"), ({"ckpt": ""}, "say with --ckpt who"), ({"ckpt": "nowhere"}, "no such folder"), ({"export": "csv"}, "the one format known is trl"),
     ({"n": 0}, "--n must lie from 1 to 26"), ({"n": 27}, "from 1 to 26"), ({"max_new": 0}, "at least 1"), ({"batch": 0}, "at least 1"),
     ({"gap": 0}, "at least 1"), ({"temperature": -1.0}, "not be negative"), ({"top_p": 0.0}, "--top_p above 0"), ({"top_p": 1.5}, "at most 1")], ids=str)
 def test_the_door(ckpt, prompts, tmp_path, flags, why):
@@ -175,22 +175,46 @@ def test_the_door(ckpt, prompts, tmp_path, flags, why):
 def test_a_damaged_record_is_not_lost_where_its_file_would_be_written_over(prompts, tmp_path):
     path = write(prompts.parent / "records.jsonl", [lines(prompts)[0] | {"answers": [{"text": "a"}]}, {"id": "bad"}])
     before = path.read_text()
-    with pytest.raises(BadInput, match="would lose what is rejected"):
-        annotate.run(annotate.Settings(data=str(path), out=str(path.parent)))
-    assert path.read_text() == before
+    with pytest.raises(BadInput, match="would lose 1 records, which .* or which were rejected; choose another --out"):
+        annotate.run(annotate.Settings(data=str(path), out=str(path.parent), judge="oracle"))
+    assert path.read_text() == before and not (path.parent / "rejects.jsonl").exists()
+
+
+def test_a_look_at_other_records_leaves_the_folder_as_it_was_and_a_judge_is_refused(ckpt, prompts, tmp_path, monkeypatch, capsys):
+    """--out is the default of every command, so it may hold the judged records of another file."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs" / "annotate"
+    sample(ckpt, prompts, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    folder = tmp_path / "other"
+    folder.mkdir()
+    picture(9, 9).save(folder / "x.png")
+    scored = [{"text": text, "scores": dict.fromkeys(ATTRIBUTES, k)} for k, text in enumerate(("a", "b"))]
+    row = {"id": "q", "images": ["x.png"], "messages": [{"role": "user", "content": "<image>\nWhat?"}], "answers": scored,
+           "judge": {"model": "oracle"}}
+    other = write(folder / "other.jsonl", [row])
+    look = annotate.Settings(data=str(other), pairs=True, board="board.html")
+    annotate.run(look)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "pairs.json"} == before
+    assert json.loads(Page((tmp_path / "board.html").read_text()).scripts[0])["records"][0]["pictures"]
+    with pytest.raises(BadInput, match=f"runs/annotate/records.jsonl would lose 11 records, which {other} does not hold"):
+        annotate.run(annotate.Settings(data=str(other), judge="oracle"))
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "pairs.json"} == before
+
+    # What to run next is the same after a look, and goes to a folder that is free.
+    want = f"next: python dpo.py --ckpt toy/llava --data {other} --batch 16 --lr 5e-5 --out runs/aligned"
+    assert want in capsys.readouterr().out.splitlines()
+    (tmp_path / "runs" / "aligned").mkdir()
+    annotate.run(annotate.Settings(data=str(other), export="trl", out=str(tmp_path / "trl")))
+    assert capsys.readouterr().out.splitlines()[-1] == want + "-again"
+    assert formats.read(tmp_path / "trl" / "trl.jsonl")[0][0]["images"] == ["x.png"], "with its picture"
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------
 
-def answered(prompts):
-    """The prompts with an answer each, so that nothing is sampled."""
-    return write(prompts, [row | {"answers": [{"text": "a"}]} for row in lines(prompts)[:2]])
-
-
-def test_another_picture_of_the_same_name_is_not_written_over(prompts, tmp_path):
+def test_another_picture_of_the_same_name_is_not_written_over(ckpt, prompts, tmp_path):
     """Not even one of equal size and time."""
-    settings = annotate.Settings(data=str(answered(prompts)), out=str(tmp_path / "out"))
-    annotate.run(settings)
+    sample(ckpt, write(prompts, lines(prompts)[:2]), tmp_path / "out")
     source, target = prompts.parent / "0.png", tmp_path / "out" / "0.png"
     assert source.samefile(target), "a hard link"
     before, about = target.read_bytes(), target.stat()
@@ -202,14 +226,14 @@ def test_another_picture_of_the_same_name_is_not_written_over(prompts, tmp_path)
     assert target.read_bytes() == before
 
 
-def test_pictures_are_copied_where_they_cannot_be_linked_and_names_become_relative(prompts, tmp_path, monkeypatch):
+def test_pictures_are_copied_where_they_cannot_be_linked_and_names_become_relative(ckpt, prompts, tmp_path, monkeypatch):
     def link(source, target):
         raise OSError("another disk")
     monkeypatch.setattr(os, "link", link)
-    raw = lines(answered(prompts))
+    raw = lines(prompts)[:2]
     raw[1]["images"] = [str(prompts.parent / "1.png")]
-    annotate.run(annotate.Settings(data=str(write(prompts, raw)), out=str(tmp_path / "out")))
-    assert [row["images"] for row in lines(tmp_path / "out" / "records.jsonl")] == [["0.png"], ["1.png"]]
+    rows = sampled(ckpt, write(prompts, raw), tmp_path / "out")
+    assert [row["images"] for row in rows] == [["0.png"], ["1.png"]]
     assert (tmp_path / "out" / "1.png").read_bytes() == (prompts.parent / "1.png").read_bytes() and not list((tmp_path / "out").glob("*.part"))
 
 
@@ -499,10 +523,11 @@ def test_the_miniature_end_to_end(miniature, tmp_path, capsys):
     annotate.run(annotate.Settings(ckpt="toy/llava", data=str(miniature), judge="oracle", temperature=1.0, max_new=48, batch=64, out=str(out),
                                    pairs=True, board=str(out / "board.html"), export="trl"))
     said = capsys.readouterr().out
-    assert "judged: 40 ok" in said and "position bias" in said and f"next: python dpo.py --ckpt toy/llava --data {out}/records.jsonl" in said
+    assert "judged: 40 ok" in said and "position bias" in said and f"next: python dpo.py --ckpt toy/llava --data {out}/records.jsonl --batch 16 --lr 5e-5 --out " in said
     names = {p.name for p in out.iterdir()}
     assert {"records.jsonl", "answers-0.jsonl", "pairs.json", "board.html", "trl.jsonl", "config.json", "rejects.jsonl"} <= names
     rows = lines(out / "records.jsonl")
+    config = (out / "config.json").read_text()
     for row in rows:
         assert row["judge"] == {"model": "oracle", "version": "exact", "prompt_sha": common.sha(RUBRIC.text(False)), "state": "ok",
                                 "order": shown_order(row, 0), "usage": {}}
@@ -520,7 +545,7 @@ def test_the_miniature_end_to_end(miniature, tmp_path, capsys):
         assert [row["pair"] and tuple(row["pair"]) for row in shown] == pairs
         for row, pair in zip(rows, pairs):
             assert not pair or exported[row["id"]]["rejected"][0]["content"][0]["text"] == row["answers"][pair[1]]["text"]
-    assert lines(out / "records.jsonl") == rows
+    assert lines(out / "records.jsonl") == rows and (out / "config.json").read_text() == config
 
 
 def test_scores_of_an_earlier_judge_do_not_survive_a_new_one(prompts, tmp_path, monkeypatch):
