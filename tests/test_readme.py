@@ -46,4 +46,4 @@ def test_the_commands_run_as_written(tmp_path):
         words = [sys.executable, *shlex.split(line)[1:]]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, input="/draw\n/quit\n")
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert (tmp_path / "board.html").exists() and (tmp_path / "runs/aligned/model/model.safetensors").exists()
+    assert (tmp_path / "runs/annotate/board.html").exists() and (tmp_path / "runs/aligned/model/model.safetensors").exists()

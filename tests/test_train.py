@@ -206,9 +206,9 @@ def test_a_finished_run_that_is_resumed_says_so_and_ends_well(ckpt, data, tmp_pa
     assert ended.value.code == 0 and "is finished already" in capsys.readouterr().out
 
 
-def test_data_whose_words_the_model_does_not_know_is_refused(data, tmp_path):
-    with pytest.raises(BadInput, match=r"toy/llava does not know \d+ of \d+ words; name another --ckpt"):
-        dpo.run(settings(dpo, "toy/llava", data, tmp_path / "out"))
+def test_data_whose_words_the_model_does_not_know_is_remarked_upon(data, tmp_path, capsys):
+    dpo.run(settings(dpo, "toy/llava", data, tmp_path / "out", steps=0))
+    assert "note: toy/llava does not know" in capsys.readouterr().out
 
 
 def test_a_runs_folder_is_no_checkpoint_and_a_name_of_the_hub_says_how_to_get_it(ckpt, data, tmp_path):
