@@ -211,6 +211,13 @@ def test_data_whose_words_the_model_does_not_know_is_remarked_upon(data, tmp_pat
     assert "note: toy/llava does not know" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"dtype": "fp16"}, {"lr": math.nan}])
+def test_a_dry_run_refuses_what_a_run_would(ckpt, wrong):
+    for script in (sft, dpo):
+        with pytest.raises(BadInput, match=f"--{next(iter(wrong))} "):
+            script.run(script.Settings(ckpt=str(ckpt), dry_run=True, **wrong))
+
+
 def test_a_runs_folder_is_no_checkpoint_and_a_name_of_the_hub_says_how_to_get_it(ckpt, data, tmp_path):
     dpo.run(settings(dpo, ckpt, data, tmp_path / "out"))
     with pytest.raises(BadInput, match=f"is a run's folder; its model is {tmp_path}/out/model"):
