@@ -9,9 +9,11 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import os
 import platform
 import re
+import reprlib
 import subprocess
 import sys
 import time
@@ -157,6 +159,51 @@ def describe_run(settings, **more):
         "threads": torch.get_num_threads(),
         **more,
     }
+
+
+# ---- what others wrote ---------------------------------------------------------------------------
+
+KINDS = {
+    "a text": lambda x: isinstance(x, str),
+    "a list": lambda x: isinstance(x, list),
+    "an object": lambda x: isinstance(x, dict),
+    "true or false": lambda x: isinstance(x, bool),
+    "a number": lambda x: type(x) in (int, float) and math.isfinite(x),
+    "a positive number": lambda x: type(x) in (int, float) and 0 < x < math.inf,
+    "a whole number": lambda x: type(x) is int,
+    "a positive whole number": lambda x: type(x) is int and x > 0,
+}
+
+
+def field(row: dict, name: str, kind: str, where, *default):
+    """row[name], which must be of a kind of KINDS; where it is missing or null, the default if there
+    is one. Raises BadInput, which says where, the field and what stands there instead."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if value is None and default:
+        return default[0]
+    if not KINDS[kind](value):
+        found = "missing" if value is None else shown(reprlib.repr(value))
+        raise BadInput(f"{where}: {name} is {found}, but must be {kind}")
+    return value
+
+
+def read_json(path: Path, kind: str = "an object", remedy: str = ""):
+    """A JSON document of this kind. Raises BadInput naming the file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf8"))
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}{remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is no JSON ({error}){remedy}") from None
+    if not KINDS[kind](found):
+        raise BadInput(f"{path} must hold {kind}, and holds {reprlib.repr(found)}{remedy}")
+    return found
+
+
+def shown(text: str, most: int = 60) -> str:
+    """What somebody else wrote, for a message: on one line, escaped, cut to `most` letters."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most + 1])
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 # ---- files ---------------------------------------------------------------------------------------

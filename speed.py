@@ -41,7 +41,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
 import checkpoint
@@ -290,6 +289,8 @@ def ways_to_attend(mask: Mask) -> dict[str, Callable]:
             F.scaled_dot_product_attention, attn_mask=dense),
     }
     if mask.own.is_cuda:                                 # elsewhere FlexAttention has no backward
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
         def seen(batch, head, i, j):
             return sees(mask.lo[i], mask.hi[i], mask.own[i], i, j)
 
