@@ -34,7 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import parallel
-from common import HERE, BadInput, sha, write_whole
+from common import HERE, BadInput, field, read_json, sha, shown, write_whole
 from model import Config, Llava, TextConfig, rope_frequencies
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
 
@@ -87,18 +87,16 @@ def hub_name(name, text_only):
 
 # ---- config.json ---------------------------------------------------------------------------------
 
-def read_json(path):
-    """A JSON object from a file of a checkpoint's folder. Raises BadInput naming it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-        return found
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(
-            f"{path} cannot be read ({error}); --ckpt takes a folder with config.json, weights and "
-            "tokenizer.json"
-        ) from None
+KIND_OF = {
+    int: "a positive whole number", float: "a positive number", bool: "true or false",
+    str: "a text", dict: "an object", object: "anything",
+}
+MOST = {"num_hidden_layers": 1000, "max_position_embeddings": 2 ** 63}     # of all others 2 ** 19
+ROPE = {                                                 # what each kind of RoPE has to state
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def only(raw, where, remedy="", **known):
@@ -106,58 +104,100 @@ def only(raw, where, remedy="", **known):
     computes. Raises BadInput."""
     for name, value in known.items():
         if (raw.get(name) or value) != value:
-            raise BadInput(f"{where}: {name} is {raw[name]!r}, only {value!r} is known{remedy}")
+            raise BadInput(f"{where}: {name} is {raw[name]!r:.60}, only {value!r} is known{remedy}")
 
 
-def stated(raw, config):
-    """What a config.json says about the fields of a config class."""
-    return {name: raw[name] for name in config.__annotations__ if raw.get(name) is not None}
+def stated(raw, config, where):
+    """What a config.json says about the fields of a config class, each of its type. A size that no
+    model has is refused before anything is built of it."""
+    found = {}
+    for name, kind in config.__annotations__.items():
+        value = field(raw, name, KIND_OF[kind], where, None)
+        if kind is int and (value or 0) > MOST.get(name, 2 ** 19):
+            raise BadInput(f"{where}: {name} is {value:.0e}, more than any model has")
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def rope_config(raw, where):
+    # transformers 5 says rope_parameters, older ones rope_theta and rope_scaling with a "type"
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = dict(field(raw, name, "an object", where, {}))
+        if rope:
+            break
+    kind = rope.pop("type", None) or "default"
+    rope.setdefault("rope_type", kind)
+    rope.setdefault("rope_theta", field(raw, "rope_theta", "a positive number", where, 10000.0))
+
+    where = f"{where}: {name}"
+    kind = rope["rope_type"]
+    if kind not in list(ROPE):
+        raise BadInput(f"{where}: rope_type {kind!r:.60} is not known, only {', '.join(ROPE)}")
+    for number in ("rope_theta", *ROPE[kind]):
+        field(rope, number, "a positive number", where)
+    return rope
 
 
 def text_config(raw, where="config.json"):
     only(raw, where, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    sizes = stated(raw, TextConfig)
+    sizes = stated(raw, TextConfig, where)
     heads = sizes.get("num_attention_heads", 32)
     sizes.setdefault("num_key_value_heads", heads)
     sizes.setdefault("head_dim", sizes.get("hidden_size", 4096) // heads)
-
-    # transformers 5 says rope_parameters, older ones rope_theta and rope_scaling with a "type"
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    kind = rope.pop("type", None) or "default"
-    rope.setdefault("rope_type", kind)
-    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    rope_frequencies(rope, sizes["head_dim"])            # fails where it lacks something
-    return TextConfig(**sizes, rope=rope)
+    config = TextConfig(**sizes | {"rope": rope_config(raw, where)})
+    if config.hidden_size % heads or heads % config.num_key_value_heads or config.head_dim % 2:
+        raise BadInput(
+            f"{where}: hidden_size {config.hidden_size} must be a multiple of num_attention_heads "
+            f"{heads}, that of num_key_value_heads {config.num_key_value_heads}, and head_dim "
+            f"{config.head_dim} even"
+        )
+    if not rope_frequencies(config.rope, config.head_dim).isfinite().all():
+        raise BadInput(f"{where}: {config.rope} makes no finite frequencies")
+    return config
 
 
 def vision_config(raw, layer, where):
     only(raw, where, model_type="clip_vision_model")
-    config = VisionConfig(**stated(raw, VisionConfig), feature_layer=layer)
+    config = VisionConfig(**stated(raw, VisionConfig, where) | {"feature_layer": layer})
+    if config.hidden_size % config.num_attention_heads or config.image_size % config.patch_size:
+        raise BadInput(
+            f"{where}: hidden_size {config.hidden_size} must be a multiple of num_attention_heads "
+            f"{config.num_attention_heads}, image_size {config.image_size} of patch_size "
+            f"{config.patch_size}"
+        )
     n = config.num_hidden_layers
     if layer not in range(-n - 1, n + 1):
         raise BadInput(f"{where}: vision_feature_layer {layer} is not one of {n} layers")
     if config.hidden_act not in ACTIVATIONS:
-        raise BadInput(f"{where}: vision hidden_act {config.hidden_act!r} is not known")
+        raise BadInput(f"{where}: vision hidden_act {config.hidden_act!r:.60} is not known")
     return config
 
 
 def llava_hf(raw, where):
     only(raw, where, model_type="llava", projector_hidden_act="gelu",
          vision_feature_select_strategy="default")
-    only(raw["text_config"], where, model_type="llama")
-    text = text_config(raw["text_config"], where)
-    text.tie_word_embeddings = bool(raw.get("tie_word_embeddings") or text.tie_word_embeddings)
-    vision = vision_config(raw["vision_config"], raw.get("vision_feature_layer", -2), where)
-    return Config(text, vision, raw.get("image_token_index", 32000))
+    text = field(raw, "text_config", "an object", where)
+    only(text, where, model_type="llama")
+    text = text_config(text, f"{where}: text_config")
+    tied = field(raw, "tie_word_embeddings", "true or false", where, False)
+    text.tie_word_embeddings = tied or text.tie_word_embeddings
+    layer = field(raw, "vision_feature_layer", "a whole number", where, -2)
+    vision = field(raw, "vision_config", "an object", where)
+    vision = vision_config(vision, layer, f"{where}: vision_config")
+    return Config(text, vision, field(raw, "image_token_index", "a whole number", where, 32000))
 
 
 def original_llava(raw, where):
     only({"mm_projector_type": "linear"} | raw, where, mm_projector_type="mlp2x_gelu",
          mm_vision_select_feature="patch", mm_use_im_start_end=False)
-    tower = beside(where.parent, "vision_tower", raw["mm_vision_tower"])
-    clip = read_json(tower / "config.json")
-    layer = raw.get("mm_vision_select_layer", -2)
-    vision = vision_config(clip.get("vision_config", clip), layer, tower / "config.json")
+    name = field(raw, "mm_vision_tower", "a text", where)
+    tower = beside(where.parent, "vision_tower", name)
+    about = tower / "config.json"
+    clip = read_json(about)
+    clip = field(clip, "vision_config", "an object", about, clip)
+    layer = field(raw, "mm_vision_select_layer", "a whole number", where, -2)
+    vision = vision_config(clip, layer, about)
 
     text = text_config(raw, where)
     image_token = text.vocab_size
@@ -170,19 +210,15 @@ def read_config(folder: Path) -> tuple[Config, Path | None]:
     has its base model's. Raises BadInput."""
     folder = base_folder(folder) or folder
     where = folder / "config.json"
-    raw = read_json(where)
-    try:
-        if "text_config" in raw:
-            return llava_hf(raw, where), None
-        if "mm_vision_tower" in raw:
-            return original_llava(raw, where)
-        if raw.get("model_type") == "llama":
-            return Config(text_config(raw, where), None, image_token=-1), None
-    except BadInput:
-        raise
-    except Exception as error:                           # half a config, or words for numbers
-        raise BadInput(f"{where} cannot be used ({error!r}); is it whole?") from None
-    raise BadInput(f"{where}: model_type {raw.get('model_type')!r} is neither LLaVA nor Llama")
+    raw = read_json(where, remedy="; --ckpt takes a folder with config.json, weights and "
+                                  "tokenizer.json")
+    if "text_config" in raw:
+        return llava_hf(raw, where), None
+    if "mm_vision_tower" in raw:
+        return original_llava(raw, where)
+    if raw.get("model_type") == "llama":
+        return Config(text_config(raw, where), None, image_token=-1), None
+    raise BadInput(f"{where}: model_type {raw.get('model_type')!r:.60} is neither LLaVA nor Llama")
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -200,21 +236,25 @@ def resolve(ckpt: str) -> Path:
 
 
 def beside(folder, what, name):
-    """The folder of another model that this one cannot do without. Raises BadInput."""
-    name = Path(str(name))
+    """The folder of another model, a whole one, that this one cannot do without. Raises BadInput."""
+    name = Path(name)
     places = [folder / what, name, folder / name, folder.parent / name.name]
     for place in places:
-        if place != folder and (place / "config.json").is_file():
+        adapter = os.path.isfile(place / "adapter_config.json")
+        if place != folder and os.path.isfile(place / "config.json") and not adapter:
             return place
     tried = ", ".join(map(str, places))
-    raise BadInput(f"{folder}: its {what} {name} was looked for in {tried}; put it in one of them")
+    sought = shown(f"{name} was looked for in {tried}", 600)
+    raise BadInput(f"{folder}: its {what} {sought}; put it in one of them, a whole one (lora.py "
+                   "makes one of an adapter)")
 
 
 def base_folder(folder: Path) -> Path | None:
     """The model that an adapter is a correction of; None where `folder` is no adapter."""
     config = folder / "adapter_config.json"
     if config.is_file():
-        return beside(folder, "base_model", read_json(config).get("base_model_name_or_path"))
+        name = field(read_json(config), "base_model_name_or_path", "a text", config)
+        return beside(folder, "base_model", name)
 
 
 def tokenizer_folder(folder):
@@ -226,10 +266,12 @@ def weight_files(folder):
     """safetensors first; .bin only where there are none. An index says which files count."""
     for pattern in ("*.safetensors", "*model*.bin"):
         for index in folder.glob(f"{pattern}.index.json"):
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise BadInput(f"{index} is damaged: it has no weight_map")
-            return [folder / name for name in sorted(set(weight_map.values()))]
+            weight_map = field(read_json(index), "weight_map", "an object", index)
+            names = sorted(set(map(str, weight_map.values())))
+            for name in names:
+                if Path(name).name != name or not os.path.isfile(folder / name):
+                    raise BadInput(f"{index}: weight_map names {shown(name)}, no file beside it")
+            return [folder / name for name in names]
         found = sorted(folder.glob(pattern))
         if found:
             projector = folder.glob("non_lora_trainables.bin")           # LLaVA's, beside adapters
@@ -261,7 +303,10 @@ def tensors(folder):
             raise BadInput(
                 f"{path}: cannot be read ({error!r:.200}); download it again, best as safetensors"
             ) from None
-        yield from found
+        for key, value in found:
+            if getattr(value, "layout", None) is not torch.strided or value.is_meta:
+                raise BadInput(f"{path}: {key!r:.60} is no plain tensor, but {type(value).__name__}")
+            yield str(key), value
 
 
 def weights(folder):
@@ -270,13 +315,15 @@ def weights(folder):
     if base:
         yield from corrected(weights(base), folder)
         return
-    _, tower = read_config(folder)
+    config, tower = read_config(folder)
+    plain = (config.text.vocab_size - 2, config.text.hidden_size)
     carried = False
     for key, value in tensors(folder):
         if re.search(BUFFERS, key):
             continue
         name = canonical(key)
-        if tower and name in (EMBEDDING, HEAD):          # <image> and <pad>, improbable as <unk>
+        if tower and name in (EMBEDDING, HEAD) and value.shape == plain:
+            # <image> and <pad>, improbable as <unk>
             value = torch.cat([value, value[:1].expand(2, -1)])
         carried = carried or name.startswith("vision_tower.")
         yield key, name, value
@@ -288,18 +335,26 @@ def weights(folder):
                 yield key, "vision_tower." + key.removeprefix("vision_model."), value
 
 
+# What init_lora_weights may say (PEFT's `LoraLayer.update_layer`): of PiSSA, OLoRA, CorDA, LoftQ and
+# LoRA-GA, B A is no correction of the base model, but of what they left of it.
+KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+MERGE = "; merge it with PEFT first"
+
+
 def corrected(named, folder):
     """Weights of a base model with PEFT's adapter in `folder` added: W + scale B A, in fp32; a
     weight that it holds whole (the projector's) takes the place of the base model's."""
     where = folder / "adapter_config.json"
     config = read_json(where)
-    only(config, where, "; merge it with PEFT first", peft_type="LORA", use_dora=False, bias="none",
-         fan_in_fan_out=False, rank_pattern={}, alpha_pattern={})
-    try:
-        rank = config["r"]
-        scale = config["lora_alpha"] / (rank ** 0.5 if config.get("use_rslora") else rank)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise BadInput(f"{where}: r and lora_alpha are not two numbers ({error!r})") from None
+    only(config, where, MERGE, peft_type="LORA", use_dora=False, bias="none", fan_in_fan_out=False,
+         rank_pattern={}, alpha_pattern={}, loftq_config={}, layer_replication=None,
+         alora_invocation_tokens=None)
+    start = config.get("init_lora_weights")
+    if start not in KEEP_THE_BASE:
+        raise BadInput(f"{where}: init_lora_weights {start!r:.60} changed the base model{MERGE}")
+    rank = field(config, "r", "a positive whole number", where)
+    alpha = field(config, "lora_alpha", "a number", where)
+    rooted = field(config, "use_rslora", "true or false", where, False)
 
     adapter = {canonical(key): value for key, value in tensors(folder)}
     if not adapter:
@@ -309,13 +364,17 @@ def corrected(named, folder):
         layer = name.removesuffix(".weight")
         halves = [f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"]
         shapes = [adapter[half].shape for half in halves if half in adapter]
-        if shapes == [(*value.shape[:1], rank), (rank, *value.shape[1:])]:
+        if not quantized(value) and shapes == [(*value.shape[:1], rank), (rank, *value.shape[1:])]:
             b, a = (adapter.pop(half).float() for half in halves)
-            value = value.float().addmm(b, a, alpha=scale)
+            value = value.float().addmm(b, a, alpha=alpha / (rank ** 0.5 if rooted else rank))
         yield key, name, value
     if adapter:
-        names = ", ".join(sorted(adapter)[:20])
+        names = shown(", ".join(sorted(adapter)), 1000)
         raise BadInput(f"{folder}: these fit no weight of the base model, with r = {rank}: {names}")
+
+
+def quantized(value):
+    return not value.is_floating_point() or value.itemsize < 2
 
 
 def flaw(name, value, places, found):
@@ -327,7 +386,7 @@ def flaw(name, value, places, found):
     shape = places[name].shape
     if value.shape != shape:
         return f"misshapen: {tuple(value.shape)}, not {tuple(shape)}"
-    if not value.is_floating_point() or value.itemsize < 2:
+    if quantized(value):
         return f"quantized: {value.dtype}; take the checkpoint that it was made from"
     if not value.isfinite().all():
         return "not finite: it holds NaN or infinity"
@@ -353,7 +412,7 @@ def load(ckpt: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     for key, name, value in weights(folder):
         problem = flaw(name, value, places, found)
         if problem:
-            flaws.append(f"{key}: {problem}")
+            flaws.append(f"{shown(key, 200)}: {problem}")
         found[name] = None if problem else value.to(device=device, dtype=dtype)
     if tied:
         found.setdefault(HEAD, found.get(EMBEDDING))

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import math
 import os
 import platform
 import re
@@ -163,15 +162,17 @@ def describe_run(settings, **more):
 
 # ---- what others wrote ---------------------------------------------------------------------------
 
+LARGEST = 2 ** 63        # what arithmetic takes; JSON may hold thousands of digits, inf and NaN
 KINDS = {
+    "anything": lambda x: True,
     "a text": lambda x: isinstance(x, str),
     "a list": lambda x: isinstance(x, list),
     "an object": lambda x: isinstance(x, dict),
     "true or false": lambda x: isinstance(x, bool),
-    "a number": lambda x: type(x) in (int, float) and math.isfinite(x),
-    "a positive number": lambda x: type(x) in (int, float) and 0 < x < math.inf,
-    "a whole number": lambda x: type(x) is int,
-    "a positive whole number": lambda x: type(x) is int and x > 0,
+    "a number": lambda x: type(x) in (int, float) and abs(x) < LARGEST,
+    "a positive number": lambda x: type(x) in (int, float) and 0 < x < LARGEST,
+    "a whole number": lambda x: type(x) is int and abs(x) < LARGEST,
+    "a positive whole number": lambda x: type(x) is int and 0 < x < LARGEST,
 }
 
 

@@ -38,6 +38,7 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
 """
 import random
 from array import array
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -48,12 +49,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoint import TAKE_TOKENIZER, read_json, tokenizer_folder
-from common import BadInput
+import common
+from checkpoint import TAKE_TOKENIZER, tokenizer_folder
+from common import BadInput, read_json, shown
 from judge.rubric import RUBRIC
 from kernels import Mask
 from vision import image_path, load_image, preprocess
 
+LEVELS = range(RUBRIC.lowest, RUBRIC.highest + 1)
 GAP = 2          # smallest difference in S between chosen and rejected (the paper's rule)
 MARKER = "<image>"
 
@@ -207,7 +210,29 @@ def read_template(path):
     texts = [*vars(replace(template, ends="")).values(), *ends]
     if isinstance(template.ends, str) or not all(isinstance(text, str) for text in texts):
         raise BadInput(f"{path} is damaged: every field is text, and ends a list of texts")
+    no_slot = "{content}" not in template.user or "{content}" not in template.answer
+    if no_slot or not template.answer.endswith(ends[:1]) or MARKER in "".join(texts):
+        raise BadInput(
+            f"{path} is damaged: user and answer hold {{content}}, answer ends with the first of "
+            f"ends, and none holds {MARKER}"
+        )
     return replace(template, ends=ends)
+
+
+def check_form(form, where):
+    """steer.json's {"text", "grades", "target"}. Raises BadInput unless there is a word for each
+    score, and the text has a place for some."""
+    text = common.field(form, "text", "a text", where)
+    grades = common.field(form, "grades", "a list", where)
+    RUBRIC.check(form.get("target"), where)
+    words = {word for word in grades if isinstance(word, str)}
+    if not len(words) == len(grades) == len(LEVELS):
+        raise BadInput(f"{where}: grades must be {len(LEVELS)} different words, lowest first")
+    wishes = [write_scores(form, dict.fromkeys(RUBRIC.attributes, level)) for level in LEVELS]
+    if wishes[0] == wishes[1] or set("{}") & set("".join(wishes)):
+        raise BadInput(
+            f"{where}: {shown(text)!r} must name attributes in braces, and have no other braces"
+        )
 
 
 def write_scores(form, scores):
@@ -234,6 +259,18 @@ def target_scores(text: str) -> dict:
 
 # ---- tokens --------------------------------------------------------------------------------------
 
+@contextmanager
+def library_errors(path):
+    """Whatever the tokenizers library raises over a file: a bare Exception, or a panic, which is
+    none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise BadInput(f"{path}: cannot be read or used ({shown(str(error), 200)})") from None
+
+
 class Tokens:
     """A checkpoint's tokenizer.json, its template, and the few ids that this code needs.
 
@@ -245,10 +282,8 @@ class Tokens:
         path = tokenizer_folder(Path(folder)) / "tokenizer.json"
         if not path.is_file():
             raise BadInput(TAKE_TOKENIZER.format(folder=path.parent))
-        try:
+        with library_errors(path):
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:                       # the library raises a bare Exception
-            raise BadInput(f"{path}: cannot be read ({error})") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.source = path
@@ -257,7 +292,7 @@ class Tokens:
         # How an answer is asked for, and how it ends.
         self.template = find_template(template, path, self.tokenizer)
         ends = [self.tokenizer.token_to_id(token) for token in self.template.ends]
-        if not ends or ends[0] is None:
+        if ends[0] is None:
             raise BadInput(
                 f"{path}: has no {' or '.join(self.template.ends)}, which ends every answer in the "
                 f"{self.template.name} template; choose another --template"
@@ -268,15 +303,10 @@ class Tokens:
         self.steer = None
         stored = path.with_name("steer.json")
         if stored.is_file():
-            form = read_json(stored)
-            try:
-                asked = write_scores(form, form["target"])
-            except (LookupError, TypeError, AttributeError):
-                raise BadInput(
-                    f"{stored} is damaged: it lacks text, grades or target; steerlm.py writes it"
-                ) from None
+            self.steer = read_json(stored)
+            check_form(self.steer, f"{stored} is damaged")
+            asked = write_scores(self.steer, self.steer["target"])
             self.template = replace(self.template, ask=asked)
-            self.steer = form
 
         # Pictures.
         self.image = self.tokenizer.token_to_id(MARKER)
@@ -290,15 +320,32 @@ class Tokens:
         # Control tokens: their text must not stand in anybody's words.
         added = self.tokenizer.get_added_tokens_decoder().values()
         self.special = sorted(token.content for token in added if token.special)
+        self.check(self.template.ask, stored)
 
         # <s> stands in front where tokenizer.json says so, or else tokenizer_config.json.
         about = path.with_name("tokenizer_config.json")
-        wanted = about.is_file() and read_json(about).get("add_bos_token")
+        wanted = about.is_file() and common.field(
+            read_json(about), "add_bos_token", "true or false", about, False
+        )
         self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
+
+        # Any word may be used, and needs its row of the weights; control tokens stand in prompts.
+        vocab = self.tokenizer.get_vocab()
+        for word in {*self.special} - {"<unk>"}:
+            vocab.pop(word, None)
+        asked = self.template.prompt([{"role": "user", "content": ""}])
+        most = max([*vocab.values(), *self.ends, *self.encode(asked)])
+        if most >= config.text.vocab_size:
+            word = self.tokenizer.id_to_token(most)
+            raise BadInput(
+                f"{path}: {word!r:.60} has id {most}, but config.json says vocab_size "
+                f"{config.text.vocab_size}; take tokenizer.json from the model's own folder"
+            )
 
     def encode(self, text: str):
         """Ids, one per <image>."""
-        ids = self.tokenizer.encode(text).ids
+        with library_errors(self.source):
+            ids = self.tokenizer.encode(text).ids
         if self.bos is not None and ids[:1] != [self.bos]:
             return [self.bos, *ids]
         return ids

@@ -53,8 +53,8 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: object = 1               # these two are carried along: one id, several or none
+    eos_token_id: object = 2
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
 
@@ -80,12 +80,11 @@ def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
         return freq
     if kind == "linear":
         return freq / rope["factor"]
-    if kind == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        rounds = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
-        keep = ((rounds - low) / (high - low)).clamp(0, 1)                    # 1: a short wave
-        return freq * (keep + (1 - keep) / rope["factor"])
-    raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3")
+
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    rounds = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+    keep = ((rounds - low) / (high - low)).clamp(0, 1)                        # 1: a short wave
+    return freq * (keep + (1 - keep) / rope["factor"])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

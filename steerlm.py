@@ -17,17 +17,15 @@ otherwise. Scores are never in the loss: they stand in the user's turn.
 
     python steerlm.py --ckpt llava-1.5-7b-hf --data runs/annotate/records.jsonl --out runs/steerlm
 """
-import re
 from dataclasses import dataclass
 
 import sft
 import checkpoint
 from common import BadInput, main
-from data import Tokens, make_tree, scored_answers, target_scores, write_scores
+from data import LEVELS, Tokens, check_form, make_tree, scored_answers, target_scores, write_scores
 from judge.rubric import RUBRIC
 
 FORM = "\nAnswer with " + ", ".join(f"{name} {{{name}}}" for name in RUBRIC.attributes) + "."
-LEVELS = range(RUBRIC.lowest, RUBRIC.highest + 1)
 
 
 @dataclass
@@ -41,13 +39,8 @@ class Settings(sft.Settings):
 
 def steer_form(s: Settings):
     """What steer.json holds: {"text", "grades", "target"}."""
-    grades = s.grades.split()
-    if len(grades) != len(LEVELS):
-        raise BadInput(f"--grades {s.grades}: {len(LEVELS)} different words, lowest first")
-    form = {"text": s.form, "grades": grades, "target": target_scores(s.target)}
-    unknown = re.findall(r"{\w*}", write_scores(form, form["target"]))
-    if unknown:                                          # a slip of the pen
-        raise BadInput(f"--form {s.form!r}: {unknown[0]} is not an attribute in braces")
+    form = {"text": s.form, "grades": s.grades.split(), "target": target_scores(s.target)}
+    check_form(form, "--form and --grades")
     return form
 
 
@@ -57,6 +50,7 @@ def check_words(tokens, form):
     seen = set()
     for level in LEVELS:
         wish = write_scores(form, dict.fromkeys(RUBRIC.attributes, level))
+        tokens.check(wish, "--form")
         seen.add(tuple(tokens.encode(wish)))
     if len(seen) != len(LEVELS):
         unknown = tokens.tokenizer.token_to_id("<unk>")

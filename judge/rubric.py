@@ -66,7 +66,7 @@ class Rubric:
         for name in self.attributes:
             value = scores.get(name)
             if type(value) is not int or not self.lowest <= value <= self.highest:
-                raise BadInput(f"{where}: score {name} is {value!r}, "
+                raise BadInput(f"{where}: score {name} is {value!r:.60}, "
                                f"not an integer from {self.lowest} to {self.highest}")
 
     # ---- what the judge reads -------------------------------------------------------------------

@@ -225,9 +225,11 @@ FITS_NONE = "these fit no weight of the base model, with r = 4: "
     (lambda t, c: c.update(use_dora=True), "use_dora is True, only False is known; merge it with PEFT first"),
     (lambda t, c: c.update(bias="all"), "bias is 'all'"),
     (lambda t, c: c.update(rank_pattern={"q_proj": 8}), "rank_pattern"),
-    (lambda t, c: c.pop("r"), "not two numbers"), (lambda t, c: c.update(r="4"), "not two numbers"),
-    (lambda t, c: c.update(r=0), "not two numbers"), (lambda t, c: c.update(lora_alpha="8"), "not two numbers"),
-    (lambda t, c: c.update(lora_alpha=None), "not two numbers"),
+    (lambda t, c: c.pop("r"), "r is missing, but must be a positive whole number"),
+    (lambda t, c: c.update(r="4"), "r is '4', but must be"), (lambda t, c: c.update(r=0), "r is 0, but must be"),
+    (lambda t, c: c.update(lora_alpha="8"), "lora_alpha is '8', but must be a number"),
+    (lambda t, c: c.update(lora_alpha=None), "lora_alpha is missing"),
+    (lambda t, c: c.update(use_rslora="yes"), "use_rslora is 'yes', but must be true or false"),
     (lambda t, c: c.update(base_model_name_or_path="somebody/gone"), "its base_model somebody/gone was looked for in")])
 def test_an_adapter_that_does_not_fit_is_refused_and_named(run, tmp_path, spoil, why):
     folder = shutil.copytree(run[0] / "adapter", tmp_path / "adapter")

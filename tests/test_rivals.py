@@ -209,16 +209,16 @@ def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_
     ({"grades": "0 1 2 3"}, "5 different words"),
     ({"target": "4 4 4 4"}, "5 numbers"),
     ({"target": "4 4 4 4 5"}, "5 numbers"), ({"target": "4 4 4 4 x"}, "5 numbers"),
-    ({"form": "{helpfulnes}"}, "{helpfulnes} is not an attribute"),
-    ({"form": "{helpfulness} {verbositty}"}, "{verbositty} is not an attribute")])
+    ({"grades": "no one two three three"}, "5 different words"),
+    ({"form": "be good"}, "'be good' must name attributes in braces"),
+    ({"form": "{helpfulnes}"}, "'{helpfulnes}' must name attributes in braces"),
+    ({"form": "{helpfulness} {verbositty}"}, "and have no other braces")])
 def test_a_form_that_cannot_work_is_refused(flags, why):
     with pytest.raises(BadInput, match=why):
         steerlm.steer_form(steerlm.Settings(**flags))
 
 
-@pytest.mark.parametrize("flags", [
-    {}, {"form": "be good", "grades": "no one two three four"},
-    {"form": "{helpfulness}", "grades": "no one two three three"}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"grades": "no one two thrice quarce"}], ids=str)
 def test_grades_that_look_alike_to_the_tokenizer_are_refused(tmp_path, flags):
     """The miniature's tokenizer knows no digits."""
     with pytest.raises(BadInput, match="does not tell the scores apart to .*; choose other words"):
@@ -234,7 +234,7 @@ def test_a_damaged_steer_json_is_named(ckpt, tokens, tmp_path, damaged):
     checkpoint.save(checkpoint.load(ckpt), folder, ckpt)
     text = damaged if isinstance(damaged, str) else json.dumps(FORM | damaged)
     (folder / "steer.json").write_text(text)
-    with pytest.raises(BadInput, match="steer.json (is damaged|cannot be read)"):
+    with pytest.raises(BadInput, match="steer.json (is damaged|is no JSON|must hold an object)"):
         Tokens(folder, checkpoint.read_config(folder)[0])
 
 

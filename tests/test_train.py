@@ -251,7 +251,7 @@ def test_a_trained_folder_keeps_the_template_it_was_trained_with(tmp_path):
     assert second == replace(TEMPLATES["vicuna_v1"], system="Be kind.")
     assert second.prompt(turns("Hi?")) == "Be kind. USER: Hi? ASSISTANT:"
     (first / "template.json").write_text("{")
-    with pytest.raises(BadInput, match="template.json cannot be read"):
+    with pytest.raises(BadInput, match="template.json is no JSON"):
         dpo.run(settings(dpo, first, data, tmp_path / "third", steps=1))
 
 
