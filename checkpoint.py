@@ -122,15 +122,13 @@ def stated(raw, config, where):
 
 def rope_config(raw, where):
     # transformers 5 says rope_parameters, older ones rope_theta and rope_scaling with a "type"
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = dict(field(raw, name, "an object", where, {}))
-        if rope:
-            break
+    rope = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = field(raw, name, "an object", where, {}) or rope
     kind = rope.pop("type", None) or "default"
     rope.setdefault("rope_type", kind)
     rope.setdefault("rope_theta", field(raw, "rope_theta", "a positive number", where, 10000.0))
 
-    where = f"{where}: {name}"
     kind = rope["rope_type"]
     if kind not in list(ROPE):
         raise BadInput(f"{where}: rope_type {kind!r:.60} is not known, only {', '.join(ROPE)}")
@@ -267,7 +265,7 @@ def weight_files(folder):
     for pattern in ("*.safetensors", "*model*.bin"):
         for index in folder.glob(f"{pattern}.index.json"):
             weight_map = field(read_json(index), "weight_map", "an object", index)
-            names = sorted(set(map(str, weight_map.values())))
+            names = sorted({str(name) for name in weight_map.values()})
             for name in names:
                 if Path(name).name != name or not os.path.isfile(folder / name):
                     raise BadInput(f"{index}: weight_map names {shown(name)}, no file beside it")
@@ -315,16 +313,14 @@ def weights(folder):
     if base:
         yield from corrected(weights(base), folder)
         return
-    config, tower = read_config(folder)
-    plain = (config.text.vocab_size - 2, config.text.hidden_size)
+    _, tower = read_config(folder)
     carried = False
     for key, value in tensors(folder):
         if re.search(BUFFERS, key):
             continue
         name = canonical(key)
-        if tower and name in (EMBEDDING, HEAD) and value.shape == plain:
-            # <image> and <pad>, improbable as <unk>
-            value = torch.cat([value, value[:1].expand(2, -1)])
+        if tower and name in (EMBEDDING, HEAD) and value.dim():
+            value = torch.cat([value, value[:1], value[:1]])     # <image>, <pad>: rare as <unk>
         carried = carried or name.startswith("vision_tower.")
         yield key, name, value
 
@@ -364,17 +360,13 @@ def corrected(named, folder):
         layer = name.removesuffix(".weight")
         halves = [f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"]
         shapes = [adapter[half].shape for half in halves if half in adapter]
-        if not quantized(value) and shapes == [(*value.shape[:1], rank), (rank, *value.shape[1:])]:
+        if value.itemsize > 1 and shapes == [(*value.shape[:1], rank), (rank, *value.shape[1:])]:
             b, a = (adapter.pop(half).float() for half in halves)
             value = value.float().addmm(b, a, alpha=alpha / (rank ** 0.5 if rooted else rank))
         yield key, name, value
     if adapter:
         names = shown(", ".join(sorted(adapter)), 1000)
         raise BadInput(f"{folder}: these fit no weight of the base model, with r = {rank}: {names}")
-
-
-def quantized(value):
-    return not value.is_floating_point() or value.itemsize < 2
 
 
 def flaw(name, value, places, found):
@@ -386,7 +378,7 @@ def flaw(name, value, places, found):
     shape = places[name].shape
     if value.shape != shape:
         return f"misshapen: {tuple(value.shape)}, not {tuple(shape)}"
-    if quantized(value):
+    if not value.is_floating_point() or value.itemsize < 2:
         return f"quantized: {value.dtype}; take the checkpoint that it was made from"
     if not value.isfinite().all():
         return "not finite: it holds NaN or infinity"

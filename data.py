@@ -38,7 +38,6 @@ A worked example, prompt [7 8 9], answers [a b E] and [c E], E = </s>, packed at
 """
 import random
 from array import array
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -210,29 +209,28 @@ def read_template(path):
     texts = [*vars(replace(template, ends="")).values(), *ends]
     if isinstance(template.ends, str) or not all(isinstance(text, str) for text in texts):
         raise BadInput(f"{path} is damaged: every field is text, and ends a list of texts")
-    no_slot = "{content}" not in template.user or "{content}" not in template.answer
-    if no_slot or not template.answer.endswith(ends[:1]) or MARKER in "".join(texts):
-        raise BadInput(
-            f"{path} is damaged: user and answer hold {{content}}, answer ends with the first of "
-            f"ends, and none holds {MARKER}"
-        )
+    slots = "{content}" in template.user and "{content}" in template.answer
+    if not slots or MARKER in "".join(texts):
+        raise BadInput(f"{path} is damaged: user and answer hold {{content}}, none {MARKER}")
     return replace(template, ends=ends)
 
 
 def check_form(form, where):
-    """steer.json's {"text", "grades", "target"}. Raises BadInput unless there is a word for each
-    score, and the text has a place for some."""
-    text = common.field(form, "text", "a text", where)
-    grades = common.field(form, "grades", "a list", where)
-    RUBRIC.check(form.get("target"), where)
-    words = {word for word in grades if isinstance(word, str)}
-    if not len(words) == len(grades) == len(LEVELS):
-        raise BadInput(f"{where}: grades must be {len(LEVELS)} different words, lowest first")
-    wishes = [write_scores(form, dict.fromkeys(RUBRIC.attributes, level)) for level in LEVELS]
-    if wishes[0] == wishes[1] or set("{}") & set("".join(wishes)):
+    """steer.json's {"text", "grades", "target"}. Raises BadInput where it is not that, or scores
+    written into it would not show."""
+    try:
+        scores = [dict.fromkeys(RUBRIC.attributes, level) for level in LEVELS]
+        wishes = {write_scores(form, each) for each in scores}
+        fits = len(wishes) == len(form["grades"]) == len(LEVELS)
+        braces = set("{}") & set("".join(wishes))
+    except (LookupError, TypeError, AttributeError):
+        fits = False
+    if not fits or braces:
         raise BadInput(
-            f"{where}: {shown(text)!r} must name attributes in braces, and have no other braces"
+            f"{where}: text must name attributes in braces and have no other braces, grades be "
+            f"{len(LEVELS)} different words, lowest first"
         )
+    RUBRIC.check(form.get("target"), where)
 
 
 def write_scores(form, scores):
@@ -259,18 +257,6 @@ def target_scores(text: str) -> dict:
 
 # ---- tokens --------------------------------------------------------------------------------------
 
-@contextmanager
-def library_errors(path):
-    """Whatever the tokenizers library raises over a file: a bare Exception, or a panic, which is
-    none."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise BadInput(f"{path}: cannot be read or used ({shown(str(error), 200)})") from None
-
-
 class Tokens:
     """A checkpoint's tokenizer.json, its template, and the few ids that this code needs.
 
@@ -282,8 +268,11 @@ class Tokens:
         path = tokenizer_folder(Path(folder)) / "tokenizer.json"
         if not path.is_file():
             raise BadInput(TAKE_TOKENIZER.format(folder=path.parent))
-        with library_errors(path):
+        try:
             self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer.encode("")
+        except BaseException as error:                   # the library's panics are no Exception
+            raise BadInput(f"{path}: cannot be read ({shown(str(error), 200)})") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.source = path
@@ -292,7 +281,7 @@ class Tokens:
         # How an answer is asked for, and how it ends.
         self.template = find_template(template, path, self.tokenizer)
         ends = [self.tokenizer.token_to_id(token) for token in self.template.ends]
-        if ends[0] is None:
+        if not ends or ends[0] is None:
             raise BadInput(
                 f"{path}: has no {' or '.join(self.template.ends)}, which ends every answer in the "
                 f"{self.template.name} template; choose another --template"
@@ -329,23 +318,23 @@ class Tokens:
         )
         self.bos = self.tokenizer.token_to_id("<s>") if wanted else None
 
-        # Any word may be used, and needs its row of the weights; control tokens stand in prompts.
+        # Any word may be used, control tokens where prompts have them: each needs a row of weights.
         vocab = self.tokenizer.get_vocab()
-        for word in {*self.special} - {"<unk>"}:
-            vocab.pop(word, None)
-        asked = self.template.prompt([{"role": "user", "content": ""}])
-        most = max([*vocab.values(), *self.ends, *self.encode(asked)])
+        words = [vocab[word] for word in vocab.keys() - self.special]
+        most = max(words + self.encode("\u263a" + self.template.user + self.template.answer))
         if most >= config.text.vocab_size:
-            word = self.tokenizer.id_to_token(most)
             raise BadInput(
-                f"{path}: {word!r:.60} has id {most}, but config.json says vocab_size "
-                f"{config.text.vocab_size}; take tokenizer.json from the model's own folder"
+                f"{path}: {self.tokenizer.id_to_token(most)!r:.60} has id {most}, but config.json "
+                f"says vocab_size {config.text.vocab_size}; take tokenizer.json from the model's "
+                "own folder"
             )
 
     def encode(self, text: str):
         """Ids, one per <image>."""
-        with library_errors(self.source):
+        try:
             ids = self.tokenizer.encode(text).ids
+        except Exception as error:                       # a bare one, too
+            raise BadInput(f"{self.source} cannot spell {shown(text)!r} ({error})") from None
         if self.bos is not None and ids[:1] != [self.bos]:
             return [self.bos, *ids]
         return ids

@@ -210,8 +210,8 @@ def test_steerlm_leaves_a_folder_that_asks_as_it_was_trained_and_can_be_steered_
     ({"target": "4 4 4 4"}, "5 numbers"),
     ({"target": "4 4 4 4 5"}, "5 numbers"), ({"target": "4 4 4 4 x"}, "5 numbers"),
     ({"grades": "no one two three three"}, "5 different words"),
-    ({"form": "be good"}, "'be good' must name attributes in braces"),
-    ({"form": "{helpfulnes}"}, "'{helpfulnes}' must name attributes in braces"),
+    ({"form": "be good"}, "text must name attributes in braces"),
+    ({"form": "{helpfulnes}"}, "text must name attributes in braces"),
     ({"form": "{helpfulness} {verbositty}"}, "and have no other braces")])
 def test_a_form_that_cannot_work_is_refused(flags, why):
     with pytest.raises(BadInput, match=why):
