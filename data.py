@@ -204,14 +204,16 @@ def read_template(path):
     try:
         template = replace(known, **fields) if known else Template(**fields)
         ends = tuple(template.ends)
-    except TypeError as error:
+        texts = "".join([*vars(replace(template, ends="")).values(), *ends])
+        texts.encode()                                   # half a character is no text
+    except (TypeError, UnicodeError) as error:
         raise BadInput(f"{path} is damaged ({error}); see data.Template") from None
-    texts = [*vars(replace(template, ends="")).values(), *ends]
-    if isinstance(template.ends, str) or not all(isinstance(text, str) for text in texts):
-        raise BadInput(f"{path} is damaged: every field is text, and ends a list of texts")
     slots = "{content}" in template.user and "{content}" in template.answer
-    if not slots or MARKER in "".join(texts):
-        raise BadInput(f"{path} is damaged: user and answer hold {{content}}, none {MARKER}")
+    if isinstance(template.ends, str | dict) or not slots or MARKER in texts:
+        raise BadInput(
+            f"{path} is damaged: user and answer hold {{content}}, ends is a list, nothing holds "
+            f"{MARKER}"
+        )
     return replace(template, ends=ends)
 
 

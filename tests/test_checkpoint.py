@@ -6,6 +6,7 @@ The layouts are written by hand here (names and config.json as on the hub), from
 them must give back that model's weights, bit by bit. transformers, where installed, writes and reads them as well.
 """
 import json
+import math
 import os
 import re
 
@@ -243,6 +244,70 @@ def test_a_model_this_code_would_compute_wrongly_is_refused(tmp_path, tiny, chan
         load(folder)
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("name, value", [
+    ("vocab_size", "64"), ("vocab_size", 10 ** 400), ("hidden_size", True), ("hidden_size", []), ("intermediate_size", -1),
+    ("num_hidden_layers", 1.5), ("num_hidden_layers", 10 ** 9), ("head_dim", 10 ** 9), ("head_dim", 0),
+    ("rms_norm_eps", "x"), ("rms_norm_eps", math.nan), ("rms_norm_eps", math.inf), ("rms_norm_eps", True),
+    ("max_position_embeddings", "x"), ("tie_word_embeddings", "yes"), ("rope_theta", -1), ("rope_theta", math.inf),
+    ("rope_scaling", "x"), ("rope_scaling", [1]), ("rope_parameters", 7), ("rope_parameters", [])])
+def test_a_field_of_another_type_is_named(name, value):
+    """Also numbers beyond every model's, before anything is built of them."""
+    with pytest.raises(BadInput, match=f"^config.json: {name} is .*, (but must be|more than any model has)"):
+        checkpoint.text_config({name: value})
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("rope, name", [
+    (LINEAR | {"factor": None}, "factor"), (LINEAR | {"factor": "2"}, "factor"), (LINEAR | {"factor": math.nan}, "factor"),
+    (LINEAR | {"factor": True}, "factor"), (LINEAR | {"factor": 10 ** 400}, "factor"), (LINEAR | {"factor": -2.0}, "factor"),
+    (LINEAR | {"rope_theta": None}, "rope_theta"), (LINEAR | {"rope_theta": [1]}, "rope_theta"),
+    (LINEAR | {"rope_type": ["linear"]}, "rope_type"), (LINEAR | {"rope_type": None}, "rope_type"),
+    *((LLAMA3 | {name: None}, name) for name in LLAMA3 if name != "rope_type"),
+    (LLAMA3 | {"rope_theta": 1e-300}, "rope_theta")], ids=str)
+def test_a_number_of_rope_that_is_none_is_named_in_both_spellings(spelling, rope, name):
+    with pytest.raises(BadInput, match=f"^config.json: .*{name}"):
+        checkpoint.text_config({spelling: rope})
+
+
+@pytest.mark.parametrize("change", [
+    {"hidden_size": 65}, {"num_attention_heads": 6, "num_key_value_heads": 4, "hidden_size": 60}, {"head_dim": 31}], ids=str)
+def test_sizes_that_do_not_divide_are_named(change):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    said = "hidden_size .* must be a multiple of num_attention_heads .* num_key_value_heads .*, and head_dim .* even"
+    assert checkpoint.text_config(sizes).hidden_size == 64
+    with pytest.raises(BadInput, match=said):
+        checkpoint.text_config(sizes | change)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"vision_config": "x"}, "config.json: vision_config is 'x', but must be an object"),
+    ({"vision_config": {"patch_size": -1}}, "config.json: vision_config: patch_size is -1, but must be"),
+    ({"vision_config": {"image_size": "28"}}, "config.json: vision_config: image_size is '28', but must be"),
+    ({"vision_config": {"image_size": 30, "patch_size": 14}}, "image_size 30 of patch_size 14"),
+    ({"vision_config": {"hidden_size": 30, "num_attention_heads": 4}}, "hidden_size 30 must be a multiple of num_attention"),
+    ({"vision_config": {"hidden_act": []}}, r"hidden_act is \[\], but must be a text"),
+    ({"vision_feature_layer": True}, "vision_feature_layer is True, but must be a whole number"),
+    ({"image_token_index": 4.0}, "image_token_index is 4.0, but must be a whole number"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, but must be true or false"),
+    ({"text_config": None}, "text_config is missing, but must be an object"),
+    ({"text_config": {"vocab_size": None, "hidden_size": "64"}}, "config.json: text_config: hidden_size is '64'")])
+def test_a_field_of_llava_of_another_type_is_named(tmp_path, tiny, change, said):
+    folder = write(tmp_path / "x", llava_json(tiny.config) | change, rename(weights_of(tiny), *HUB))
+    with pytest.raises(BadInput, match=said) as problem:
+        load(folder)
+    assert str(folder / "config.json") in str(problem.value)
+
+
+def test_what_llama_3_says_about_its_ends_is_carried_along():
+    c = checkpoint.text_config({"eos_token_id": [128001, 128009], "bos_token_id": 0, "max_position_embeddings": 10 ** 7})
+    assert (c.eos_token_id, c.bos_token_id, c.max_position_embeddings) == ([128001, 128009], 0, 10 ** 7)
+
+
 def test_the_digest_of_a_model_changes_with_a_bit_of_a_weight_and_with_its_rope(tmp_path, tiny):
     names = {checkpoint.digest(tiny)}
     for change in (lambda m: m.head.data[0, 0].add_(1e-6), lambda m: m.config.text.rope.update(rope_theta=5e5)):
@@ -378,6 +443,28 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, tiny):
     torch.save(torch.ones(3), folder / "pytorch_model.bin")        # no dictionary at all
     with pytest.raises(BadInput, match="pytorch_model.bin: cannot be read"):
         load(folder)
+
+
+@pytest.mark.parametrize("value", [3, None, {"w": torch.ones(1)}, torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")],
+                         ids=["a number", "nothing", "a dictionary", "sparse", "without memory"])
+def test_a_bin_that_holds_other_things_than_tensors_is_refused(tmp_path, tiny, value):
+    folder = write(tmp_path / "x", llava_json(tiny.config), rename(weights_of(tiny), *HUB) )
+    (folder / "model.safetensors").unlink()
+    torch.save(rename(weights_of(tiny), *HUB) | {"odd": value}, folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="pytorch_model.bin: 'odd' is no plain tensor"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "x\x1b[2J", 3, None, [1], "", "..", "a\0b", "gone.bin"],
+                         ids=ascii)
+def test_an_index_names_files_that_lie_beside_it(tmp_path, tiny, name):
+    folder = write(tmp_path / "x", llava_json(tiny.config), rename(weights_of(tiny), *HUB), shards=2)
+    write(tmp_path / "other", {}, {"w": torch.ones(1)})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"] | {"w": name}}))
+    with pytest.raises(BadInput, match=r"index.json: weight_map names .*, no file beside it") as problem:
+        load(folder)
+    assert str(problem.value).isprintable()
 
 
 def test_safetensors_are_preferred_to_bin(tmp_path, tiny):

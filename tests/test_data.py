@@ -7,12 +7,14 @@ that change nothing.
 import json
 import os
 import random
+import re
+import shutil
 from array import array
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import hf_checkpoint, judged, record, tiny_checkpoint, turns, write_tokenizer
+from conftest import ROOT, hf_checkpoint, judged, record, tiny_checkpoint, turns, write_tokenizer
 from tokenizers import Tokenizer, models
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -243,11 +245,68 @@ def test_template_json_beside_the_tokenizer_is_what_the_model_was_trained_with(t
     "{", "[]", '{"name": []}', '{"name": "mine"}', '{"name": "vicuna_v1", "colour": "red"}',
     '{"name": "vicuna_v1", "user": 3}',
     '{"name": "vicuna_v1", "ends": [7]}', '{"name": "vicuna_v1", "ends": "</s>"}',
-    '{"name": "vicuna_v1", "ends": 7}'])
+    '{"name": "vicuna_v1", "ends": 7}', '{"name": "vicuna_v1", "ends": {"</s>": 1}}',
+    '{"name": "vicuna_v1", "user": "USER: ASSISTANT:"}', '{"name": "vicuna_v1", "answer": "</s>"}',
+    '{"name": "vicuna_v1", "system": "<image>"}', '{"name": "vicuna_v1", "ends": ["\\ud800"]}'])
 def test_a_damaged_template_json_is_named(tmp_path, byte_config, damaged):
     write_tokenizer(tmp_path, "byte")
     (tmp_path / "template.json").write_text(damaged)
     with pytest.raises(BadInput, match="template.json (is damaged|is no JSON|must hold an object)"):
+        Tokens(tmp_path, byte_config)
+
+
+def beyond(path, word, number):
+    """tokenizer.json, that word's id another number."""
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"][word] = number
+    for token in raw["added_tokens"]:
+        if token["content"] == word:
+            token["id"] = number
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize("word", ["red", "</s>", "<unk>"])
+def test_words_beyond_the_weights_are_refused_at_the_door(tmp_path, text_only, word):
+    """A word that anybody may write, the end of every answer, what stands for unknown words."""
+    folder = toy_copy(tmp_path, text_only)
+    path = folder / "tokenizer.json"
+    config, _ = checkpoint.read_config(folder)
+    Tokens(folder, config)
+    beyond(path, word, config.text.vocab_size)
+    said = rf"{re.escape(str(path))}: '{word}' has id {config.text.vocab_size}, but config.json says vocab_size"
+    with pytest.raises(BadInput, match=said):
+        Tokens(folder, config)
+
+
+def test_control_tokens_that_no_prompt_has_may_lie_beyond_the_weights(tmp_path):
+    folder = toy_copy(tmp_path, text_only=True)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config, _ = checkpoint.read_config(folder)
+    assert tokenizer.token_to_id("[PAD]") >= config.text.vocab_size
+    assert Tokens(folder, config).encode("red")
+
+
+def toy_copy(tmp_path, text_only):
+    return shutil.copytree(ROOT / ("toy/vicuna" if text_only else "toy/llava"), tmp_path / "toy")
+
+
+def test_a_damaged_tokenizer_is_named_even_where_its_library_panics(tmp_path, byte_config):
+    write_tokenizer(tmp_path, "byte")
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(raw))
+    with pytest.raises(BadInput, match="tokenizer.json: cannot be read"):
+        Tokens(tmp_path, byte_config)
+
+
+def test_tokenizer_config_says_true_or_false(tmp_path, byte_config):
+    write_tokenizer(tmp_path, "byte")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": "no"}')
+    with pytest.raises(BadInput, match="tokenizer_config.json: add_bos_token is 'no', but must be true or false"):
         Tokens(tmp_path, byte_config)
 
 

@@ -19,6 +19,7 @@ import sft
 from common import BadInput
 from conftest import RECORDS, hf_checkpoint, rows_of, tiny_checkpoint, tiny_model, write_data
 from data import Pixels, Tokens, make_tree
+from test_checkpoint import write_original
 from model import answer_logps
 
 
@@ -230,6 +231,12 @@ FITS_NONE = "these fit no weight of the base model, with r = 4: "
     (lambda t, c: c.update(lora_alpha="8"), "lora_alpha is '8', but must be a number"),
     (lambda t, c: c.update(lora_alpha=None), "lora_alpha is missing"),
     (lambda t, c: c.update(use_rslora="yes"), "use_rslora is 'yes', but must be true or false"),
+    *((lambda t, c, way=way: c.update(init_lora_weights=way), f"init_lora_weights {way!r} changed the base model; merge it")
+      for way in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "of tomorrow", ["pissa"])),
+    (lambda t, c: c.update(loftq_config={"loftq_bits": 4}), "loftq_config is {'loftq_bits': 4}"),
+    (lambda t, c: c.update(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
+    (lambda t, c: c.update(base_model_name_or_path=["x"]), "base_model_name_or_path is ['x'], but must be a text"),
+    (lambda t, c: c.update(r=10 ** 400), "r is 1000"), (lambda t, c: c.update(lora_alpha=math.nan), "lora_alpha is nan"),
     (lambda t, c: c.update(base_model_name_or_path="somebody/gone"), "its base_model somebody/gone was looked for in")])
 def test_an_adapter_that_does_not_fit_is_refused_and_named(run, tmp_path, spoil, why):
     folder = shutil.copytree(run[0] / "adapter", tmp_path / "adapter")
@@ -241,6 +248,64 @@ def test_an_adapter_that_does_not_fit_is_refused_and_named(run, tmp_path, spoil,
     with pytest.raises(BadInput, match=re.escape(why)) as problem:
         checkpoint.load(folder)
     assert str(folder) in str(problem.value)
+
+
+@pytest.mark.parametrize("way", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_that_began_beside_its_base_is_read(run, tmp_path, way):
+    folder = shutil.copytree(run[0] / "adapter", tmp_path / "adapter")
+    change(folder / "adapter_config.json", init_lora_weights=way)
+    assert checkpoint.digest(checkpoint.load(folder)) == checkpoint.digest(checkpoint.load(run[0] / "adapter"))
+
+
+def test_an_adapter_of_an_adapter_is_refused_even_in_a_circle(run, ckpt, tmp_path):
+    a, b = (shutil.copytree(run[0] / "adapter", tmp_path / name) for name in "ab")
+    for here, there in ((a, b), (b, a)):
+        shutil.copy(ckpt / "config.json", here)
+        change(here / "adapter_config.json", base_model_name_or_path=str(there))
+    for look in (checkpoint.load, checkpoint.stamp):
+        with pytest.raises(BadInput, match="put it in one of them, a whole one"):
+            look(a)
+
+
+def test_an_adapter_on_quantized_weights_is_refused(run, ckpt, tmp_path):
+    folder = shutil.copytree(run[0] / "adapter", tmp_path / "adapter")
+    base = shutil.copytree(ckpt, tmp_path / "base")
+    change(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: w.to(torch.int8) if "up_proj" in name else w for name, w in weights.items()}, base / "model.safetensors")
+    with pytest.raises(BadInput, match="these fit no weight .*up_proj"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_llava_s_own_lora_folder_is_read_with_its_projector(tmp_path, kind):
+    """config.json, adapters in either kind of file and non_lora_trainables.bin, on an original LLaVA."""
+    base = write_original(tmp_path / "llava", tiny_model(), tmp_path / "llava/vision_tower")
+    plain = checkpoint.load(base)
+    q = "layers.1.self_attn.q_proj"
+    A, B = torch.randn(3, 64), torch.randn(128, 3)
+    halves = {f"base_model.model.model.{q}.lora_A.weight": A, f"base_model.model.model.{q}.lora_B.weight": B}
+    ours = {"0.weight": "linear_1.weight", "0.bias": "linear_1.bias", "2.weight": "linear_2.weight", "2.bias": "linear_2.bias"}
+    trained = {name: torch.randn_like(plain.multi_modal_projector.get_parameter(place)) for name, place in ours.items()}
+
+    folder = tmp_path / "llava-lora"
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    about = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    (torch.save if kind == "bin" else save_file)(halves, folder / f"adapter_model.{kind}")
+    projector = {f"base_model.model.model.mm_projector.{name}": value for name, value in trained.items()}
+    torch.save(projector, folder / "non_lora_trainables.bin")
+
+    assert checkpoint.base_folder(folder) == base, "an adapter, though it has a config.json"
+    model = checkpoint.load(folder)
+    for name, place in ours.items():
+        assert torch.equal(model.multi_modal_projector.get_parameter(place), trained[name])
+    for (name, p), (_, before) in zip(model.named_parameters(), plain.named_parameters()):
+        if f"language_model.{q}" in name:
+            torch.testing.assert_close(p, before + 2 * B @ A)
+        elif "projector" not in name:
+            assert torch.equal(p, before), name
 
 
 def test_what_llava_s_own_training_leaves_is_read_whole(run, ckpt, tmp_path):
@@ -333,6 +398,28 @@ def test_an_adapter_made_by_peft_loads_here_and_gives_their_logits(data, tmp_pat
         want = theirs_logits(theirs, tree, pixels)
         torch.testing.assert_close(our_logits(ours, tree, pixels), want, atol=2e-3, rtol=1e-3)
         assert (our_logits(plain, tree, pixels) - want).abs().max() > 0.1
+
+
+def test_an_adapter_that_began_as_pissa_is_read_once_peft_has_converted_it(data, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, base = hf_checkpoint(tmp_path / "hf", "byte")
+    base.config._name_or_path = base.name_or_path = str(folder)
+    targets = r".*language_model.*\.(q_proj|down_proj)"
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights="pissa"))
+    theirs.peft_config["default"].init_lora_weights = True            # as PEFT's own example does
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.mul_(1.5)
+    theirs.save_pretrained(tmp_path / "raw")
+    with pytest.raises(BadInput, match="init_lora_weights 'pissa' changed the base model; merge it with PEFT first"):
+        checkpoint.load(tmp_path / "raw")
+    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = checkpoint.load(tmp_path / "adapter")
+    tree, pixels = first_answers(folder, ours.config, data)[0], Pixels(ours.config)
+    torch.testing.assert_close(our_logits(ours, tree, pixels), theirs_logits(theirs, tree, pixels), atol=2e-3, rtol=1e-3)
 
 
 def test_peft_loads_a_text_only_adapter(tmp_path):

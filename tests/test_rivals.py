@@ -227,7 +227,10 @@ def test_grades_that_look_alike_to_the_tokenizer_are_refused(tmp_path, flags):
 
 @pytest.mark.parametrize("damaged", [
     "{", "[]", "{}", {"text": 3}, {"grades": "01234"[:3]}, {"grades": 5}, {"target": {}},
-    {"target": [4] * 5},
+    {"target": [4] * 5}, {"text": "{helpfulness.__class__.__mro__}"}, {"text": "{"}, {"text": "{nope} {helpfulness}"},
+    {"text": "{helpfulness} }"}, {"text": "{0}"}, {"text": "{{helpfulness}}"}, {"text": "{helpfulness!r:>9}"},
+    {"text": "be good"}, {"grades": ["{", "1", "2", "3", "4"]}, {"grades": [0, 1, 2, 3, 4]}, {"grades": list("01233")},
+    {"text": None}, {"target": None},
     {"target": ALL_FOURS | {"verbosity": 9}}, {"target": ALL_FOURS | {"verbosity": "4"}}], ids=str)
 def test_a_damaged_steer_json_is_named(ckpt, tokens, tmp_path, damaged):
     folder = tmp_path / "steered"
@@ -236,6 +239,15 @@ def test_a_damaged_steer_json_is_named(ckpt, tokens, tmp_path, damaged):
     (folder / "steer.json").write_text(text)
     with pytest.raises(BadInput, match="steer.json (is damaged|is no JSON|must hold an object)"):
         Tokens(folder, checkpoint.read_config(folder)[0])
+
+
+def test_a_form_with_a_control_token_is_refused(ckpt, tokens, tmp_path):
+    folder = checkpoint.save(checkpoint.load(ckpt), tmp_path / "steered", ckpt)
+    (folder / "steer.json").write_text(json.dumps(FORM | {"text": FORM["text"] + "</s>"}))
+    with pytest.raises(BadInput, match="steer.json contains </s>, which the tokenizer reads as a control token"):
+        Tokens(folder, checkpoint.read_config(folder)[0])
+    with pytest.raises(BadInput, match="--form contains <image>"):
+        steerlm.check_words(tokens, FORM | {"text": "<image>" + FORM["text"]})
 
 
 # ---- the loss ------------------------------------------------------------------------------------
