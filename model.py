@@ -72,6 +72,7 @@ def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
 
     Llama 3: wavelengths longer than the old context are stretched by `factor`, short ones kept, and
     the band between is interpolated (source: transformers `_compute_llama3_parameters`).
+    checkpoint.py refuses every other kind, and one that lacks a number.
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     freq = rope["rope_theta"] ** (-pairs / head_dim)
