@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 import parallel
 from common import HERE, BadInput, field, read_json, sha, shown, write_whole
-from model import Config, Llava, TextConfig, rope_frequencies
+from model import Config, Llava, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
 
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
@@ -121,15 +121,15 @@ def stated(raw, config, where):
 
 
 def rope_config(raw, where):
+    """TextConfig's `rope`. Raises BadInput where it is of another kind, or lacks a number."""
     # transformers 5 says rope_parameters, older ones rope_theta and rope_scaling with a "type"
     rope = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope = field(raw, name, "an object", where, {}) or rope
-    kind = rope.pop("type", None) or "default"
-    rope.setdefault("rope_type", kind)
+    old = rope.pop("type", None)
+    kind = rope.setdefault("rope_type", old or "default")
     rope.setdefault("rope_theta", field(raw, "rope_theta", "a positive number", where, 10000.0))
 
-    kind = rope["rope_type"]
     if kind not in list(ROPE):
         raise BadInput(f"{where}: rope_type {kind!r:.60} is not known, only {', '.join(ROPE)}")
     for number in ("rope_theta", *ROPE[kind]):
@@ -150,8 +150,6 @@ def text_config(raw, where="config.json"):
             f"{heads}, that of num_key_value_heads {config.num_key_value_heads}, and head_dim "
             f"{config.head_dim} even"
         )
-    if not rope_frequencies(config.rope, config.head_dim).isfinite().all():
-        raise BadInput(f"{where}: {config.rope} makes no finite frequencies")
     return config
 
 

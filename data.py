@@ -221,13 +221,12 @@ def check_form(form, where):
     """steer.json's {"text", "grades", "target"}. Raises BadInput where it is not that, or scores
     written into it would not show."""
     try:
-        scores = [dict.fromkeys(RUBRIC.attributes, level) for level in LEVELS]
-        wishes = {write_scores(form, each) for each in scores}
+        levels = [dict.fromkeys(RUBRIC.attributes, level) for level in LEVELS]
+        wishes = {write_scores(form, scores) for scores in levels}
         fits = len(wishes) == len(form["grades"]) == len(LEVELS)
-        braces = set("{}") & set("".join(wishes))
-    except (LookupError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):     # other types
         fits = False
-    if not fits or braces:
+    if not fits or set("{}") & set("".join(wishes)):
         raise BadInput(
             f"{where}: text must name attributes in braces and have no other braces, grades be "
             f"{len(LEVELS)} different words, lowest first"
