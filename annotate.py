@@ -35,7 +35,9 @@ from tqdm import tqdm
 import checkpoint
 import formats
 import parallel
-from common import BadInput, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
+from common import (
+    BadInput, describe_run, device_and_dtype, lock, main, sha, write_jsonl, write_whole,
+)
 from data import GAP, Pixels, Tokens, choose_pair, make_tree
 from generate import check_room, sample_answers
 from journal import Journal, journal_rows
@@ -56,6 +58,7 @@ class Settings(JudgeSettings):
     data: str = ""               # records, questions or preference files (see formats.py)
     ckpt: str = ""               # who answers; needed for records that have no answers yet
     image_root: str = ""         # folder the image names start from; empty: the data file's own
+    follow_links: bool = False   # images may be links that lead out of that folder
     out: str = "runs/annotate"   # records.jsonl, pictures, journals; the same again: go on there
     template: str = ""           # how the model wants its prompts; empty: as its tokenizer says
     seed: int = 0                # of sampling, of the order of answers, of the rejected one
@@ -286,22 +289,28 @@ def without(row, *names) -> dict:
 
 def bring_pictures(record, out) -> dict:
     """The record with its pictures in `out`, under their names (hard links where possible)."""
-    root = Path(record["root"]).resolve()
-    sources = [image_path(root, name) for name in record["images"]]
-    names = [str(source.relative_to(root)) for source in sources]
-    for source, name in zip(sources, names):
+    root = Path(record["root"]).absolute()
+    names = []
+    for name in record["images"]:
+        source = image_path(root, name, record.get("follow_links", False))
+        inside = root if source.is_relative_to(root) else root.resolve()
+        name = source.relative_to(inside)
+        names.append(str(name))
+        if name.suffix in (".json", ".jsonl", ".part") or str(name) == "lock":
+            raise BadInput(f"record {record['id']}: image {name} has the name of a file of the "
+                           "run; rename it")
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             try:
-                os.link(source, target)
+                os.link(source.resolve(), target)
             except OSError:                              # another disk
                 shutil.copyfile(source, f"{target}.part")
                 os.replace(f"{target}.part", target)
         elif not filecmp.cmp(source, target, shallow=False):
             raise BadInput(f"record {record['id']}: {target} is another picture of that name; "
                            "choose another --out")
-    return record | {"images": names, "root": str(out)}
+    return record | {"images": names, "root": str(out), "follow_links": False}
 
 
 def check_settings(s) -> None:
@@ -326,12 +335,15 @@ def annotate(s: Settings):
     first = parallel.rank() == 0
     out = Path(s.out)
     file = out / "records.jsonl"
-    records, rejects = formats.read(s.data, s.image_root)
+    records, rejects = formats.read(s.data, s.image_root, follow_links=s.follow_links)
     looks = s.dry_run or not s.judge and all(record["answers"] for record in records)
     lost = set()                                         # of an earlier file of that name
     if not looks and file.exists():
         lost = {name for name, _ in formats.checked(file)} - {record["id"] for record in records}
-    formats.report(s.data, len(records), rejects, None if looks or lost or not first else out)
+    writes = first and not looks and not lost
+    if writes:
+        lock(out)
+    formats.report(s.data, len(records), rejects, out if writes else None)
     if lost:
         raise BadInput(f"{file} would lose {len(lost)} records, which {s.data} does not hold or "
                        "which were rejected; choose another --out")
@@ -355,7 +367,7 @@ def annotate(s: Settings):
     root = records[0]["root"]
     if s.judge:
         records = judge(s, records, out)
-    records = [without(record, "root", "images_sha") for record in records]
+    records = [without(record, "root", "images_sha", "follow_links") for record in records]
     if looks:
         return records, s.data, root
     write_jsonl(file, records)
@@ -382,7 +394,8 @@ def look(s, records, data, root) -> None:
         if not pair:
             continue
         if s.export:                                     # its pictures lie beside it, as always
-            record = bring_pictures(record | {"root": root}, out)
+            where = {"root": root, "follow_links": s.follow_links}
+            record = bring_pictures(record | where, out)
         pairs.append(report.to_trl(record, pair))
     if s.export:
         write_jsonl(out / "trl.jsonl", pairs)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Iterator
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import parallel
@@ -506,7 +507,10 @@ def write_folder(folder, file, tensors, documents, source):
                 shutil.copyfile(source / name, aside / name)
         for name, document in documents.items():
             write_whole(aside / name, json.dumps(document, indent=1) + "\n")
-        save_file(tensors, aside / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, aside / file, metadata={"format": "pt"})
+        except SafetensorError as error:                 # a full disk, to this library
+            raise OSError(f"{aside / file}: {error}") from None
         shutil.copymode(aside / name, aside / file)      # from the library: for its owner alone
         with open(aside / file, "rb+") as f:
             os.fsync(f.fileno())

@@ -6,6 +6,7 @@ one source.
 """
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
@@ -177,8 +178,8 @@ KINDS = {
 
 
 def field(row: dict, name: str, kind: str, where, *default):
-    """row[name], which must be of a kind of KINDS; where it is missing or null, the default if there
-    is one. Raises BadInput, which says where, the field and what stands there instead."""
+    """row[name], which must be of a kind of KINDS; where it is missing or null, the default if one
+    is given. Raises BadInput, which says where, the field and what stands there instead."""
     value = row.get(name) if isinstance(row, dict) else None
     if value is None and default:
         return default[0]
@@ -208,6 +209,27 @@ def shown(text: str, most: int = 60) -> str:
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
+LOCKS = {}               # folder -> its open lock file, held until this process ends
+
+
+def lock(folder: Path):
+    """Make a run's folder, and have it for this process alone: another one that asks for it, before
+    this one ends, gets a BadInput. A killed process holds nothing."""
+    folder = Path(folder).resolve()
+    if folder in LOCKS:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise BadInput(
+            f"{folder} is being written by another process; wait for it, or choose another --out"
+        ) from None
+    LOCKS[folder] = file
+
 
 def write_whole(path: Path, text: str | Iterable[str]):
     """Text, or pieces of it -> a file that appears complete or not at all: written aside, flushed

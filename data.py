@@ -427,7 +427,8 @@ def make_tree(
     messages = template.asked(record["messages"])
     text = template.text(messages)
     prompt = tokens.encode(text)
-    images = [str(image_path(record["root"], name)) for name in record["images"]]
+    links = record.get("follow_links", False)
+    images = [str(image_path(record["root"], name, links)) for name in record["images"]]
     tree = Tree(record["id"], array("i", prompt), [], images, [], tokens.image, tokens.patches)
 
     for k, answer in enumerate(answers):

@@ -34,7 +34,9 @@ import common  # first: it tells OpenMP how to wait
 import checkpoint
 from benchmarks import alpaca_eval, compare, llava_bench, mm_vet, mmbench, mt_bench, pope
 from benchmarks.harness import Folder, answer, dump, load, mean, shown, slug
-from common import BadInput, describe_run, device_and_dtype, main, sha, write_jsonl, write_whole
+from common import (
+    BadInput, describe_run, device_and_dtype, lock, main, sha, write_jsonl, write_whole,
+)
 from data import Pixels, Tokens, target_scores
 from journal import Journal
 from judge.client import Judge, JudgeSettings, Replies, door
@@ -196,6 +198,7 @@ def summary(name, items, rows, **about):
 def evaluate(s, names, model, out):
     """A checkpoint, or stored answers, on some benchmarks; files and results.json in `out`."""
     items = {name: questions(s, name) for name in names}
+    lock(out)
     if not s.answers:
         items = answer_all(s, model, items, out)
     model = slug(model)
@@ -254,10 +257,11 @@ def run_miniature(s):
     out, rows = Path(s.out), {}
     device, dtype = device_and_dtype(s.device, s.dtype)
     for ckpt in s.ckpt.split(","):
+        folder = out / slug(ckpt)
+        lock(folder)
         model = checkpoint.load(checkpoint.resolve(ckpt), device, dtype)
         tokens = tokens_of(s, ckpt, model.config)
         rows[ckpt], answers = miniature.measure(model, tokens, out, ckpt, s.split)
-        folder = out / slug(ckpt)
         write_jsonl(folder / "answers.jsonl", answers)
         run = describe_run(s, scores={ckpt: rows[ckpt]})
         write_whole(folder / "scores.json", json.dumps(run, indent=1) + "\n")

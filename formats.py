@@ -33,7 +33,7 @@ import parallel
 from common import BadInput, write_jsonl
 from data import MARKER
 from judge.rubric import RUBRIC
-from vision import decode_image, image_path
+from vision import decode_image, image_path, read_image
 
 AT_ONCE = 1024                                 # records in memory while their images are looked at
 SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -338,34 +338,26 @@ def checked(path):
         yield name, found
 
 
-def check_images(record: dict, root: Path, size: int) -> str:
+def check_images(record: dict, root: Path, size: int, follow_links: bool) -> str:
     """Open and decode every image of a record (JPEGs at reduced size) -> a hash of their bytes."""
     digest = hashlib.sha256()
     for name in record["images"]:
-        path = image_path(root, name)
-        try:
-            if path.exists() and not path.is_file():
-                raise BadInput(f"image {path}: not a regular file")
-            data = path.read_bytes()
-        except OSError as error:
-            shown = str(path)[:200]                      # it may be a picture, as base64
-            raise BadInput(
-                f"image {shown}: {error.strerror}; fix the path or set --image_root"
-            ) from None
+        path = image_path(root, name, follow_links)
+        data = read_image(path)
         decode_image(data, path, small=size)
         digest.update(data)
     return digest.hexdigest()[:16]
 
 
 def stream(
-    path: str | Path, image_root: str = "", image_size: int = 336
+    path: str | Path, image_root: str = "", image_size: int = 336, follow_links: bool = False
 ) -> Iterator[tuple[str, dict | BadInput]]:
     """(id, usable record or why it is none) of everything in a data file, in order, few of them in
     memory. Every image is decoded once, in threads; of several processes that have met each decodes
     its share, so all must read to the end.
 
-    A usable record also carries "root" (the folder its image names start from) and "images_sha" (of
-    their bytes). Raises BadInput only where the file as a whole cannot be read.
+    A usable record also carries "root" (the folder its image names start from), "follow_links" and
+    "images_sha" (of their bytes). Raises BadInput only where the file as a whole cannot be read.
     """
     root = Path(image_root or Path(path).absolute().parent)
     rank, world = parallel.seat()
@@ -376,7 +368,7 @@ def stream(
         try:
             if isinstance(found, BadInput):
                 raise found
-            return check_images(found, root, image_size)
+            return check_images(found, root, image_size, follow_links)
         except BadInput as problem:
             return problem
 
@@ -389,14 +381,18 @@ def stream(
             for k, (name, record) in enumerate(block):
                 found = shares[k % world][k // world]
                 if not isinstance(found, BadInput):
-                    found = record | {"root": str(root), "images_sha": found}
+                    found = record | {
+                        "root": str(root), "follow_links": follow_links, "images_sha": found,
+                    }
                 yield name, found
 
 
-def read(path: str | Path, image_root: str = "", image_size: int = 336) -> tuple[list, list]:
+def read(
+    path: str | Path, image_root: str = "", image_size: int = 336, follow_links: bool = False
+) -> tuple[list, list]:
     """The same in memory: (usable records, rejects {"id", "reason"})."""
     records, rejects = [], []
-    for name, found in stream(path, image_root, image_size):
+    for name, found in stream(path, image_root, image_size, follow_links):
         if isinstance(found, BadInput):
             rejects.append({"id": name, "reason": str(found)})
         else:

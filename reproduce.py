@@ -22,7 +22,9 @@ Every run is a folder that appears when it is done; the same command goes on whe
 """
 import json
 import multiprocessing
+import os
 import statistics
+import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -42,7 +44,9 @@ import steerlm
 import story
 from benchmarks.compare import paper
 from benchmarks.harness import aligned, mean, slug
-from common import HERE, BadInput, describe_run, main, read_jsonl, write_jsonl, write_whole
+from common import (
+    HERE, BadInput, describe_run, lock, main, read_jsonl, write_jsonl, write_whole,
+)
 from data import Tokens, choose_pair
 from toy import build, figures, items
 
@@ -225,6 +229,15 @@ def report(rows):
     ])
 
 
+def end_with_parent():
+    """A worker's first call: it ends with the process that it works for, even one killed by -9."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 # ---- the script ----------------------------------------------------------------------------------
 
 def run(s: Settings):
@@ -232,6 +245,8 @@ def run(s: Settings):
         raise BadInput("--seeds and --workers must be at least 1")
     torch.set_num_threads(1)
     out = Path(s.out)
+    lock(out)
+    spawn = multiprocessing.get_context("spawn")
     rows = []
     for seed in range(s.first, s.first + s.seeds):
         folder = out / f"seed-{seed}"
@@ -250,7 +265,7 @@ def run(s: Settings):
             runs += [(name, how, narrow / "llava") for name, how in NARROWER.items()]
 
         jobs = [(folder / slug(name), name, how, ckpt, seed) for name, how, ckpt in runs]
-        with ProcessPoolExecutor(s.workers, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(s.workers, spawn, end_with_parent) as pool:
             done = pool.map(outcome, jobs)
             for found in tqdm(done, f"seed {seed}", len(jobs), unit="run", disable=None):
                 rows += found

@@ -22,6 +22,7 @@ machine, same number of processes):
     config.json          settings, versions, hardware, commit
     metrics.jsonl, .png  one line per step, and a picture of them
     rejects.jsonl        what could not be used, and why
+    lock                 empty; held while a process writes here, so that two never do
     model/, adapter/     the result in llava-hf's layout, or with --lora in PEFT's
     state/step-00000100/ the step, what this run is, and the tensors
 
@@ -62,7 +63,7 @@ import formats
 import lora
 import memory
 import parallel
-from common import BadInput, describe_run, device_and_dtype, sha, write_whole
+from common import BadInput, describe_run, device_and_dtype, lock, sha, write_whole
 from data import Pack, Pixels, Tokens, Tree, pack_size, split
 
 PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, where adapters train beside the projector
@@ -75,6 +76,7 @@ class Settings:
     ckpt: str = "toy/llava"      # folder (llava-hf, original LLaVA, Llama), or the miniature
     data: str = ""               # records, pairs, conversations, ... (see formats.py)
     image_root: str = ""         # folder the image names start from; empty: the data file's own
+    follow_links: bool = False   # images may be links that lead out of that folder
     out: str = ""                # run folder
     template: str = ""           # vicuna_v1, chatml, llama_3 or mistral; empty: what --ckpt tells
     seed: int = 0                # order of the records, and every other choice
@@ -103,7 +105,7 @@ class Settings:
 
 # Settings that a resumed run may change: weights and data are compared by what is in them.
 WITHOUT_INFLUENCE = {
-    "ckpt", "data", "image_root", "out", "reference",
+    "ckpt", "data", "image_root", "follow_links", "out", "reference",
     "device", "resume", "save_every", "dry_run", "checkpointing",
 }
 
@@ -460,7 +462,8 @@ def door(s: Settings, full_lr: float, adapter_lr: float):
         s = replace(s, lr=adapter_lr, projector_lr=s.projector_lr or PROJECTOR_LR)
     elif not s.lr:
         s = replace(s, lr=full_lr)
-    out.mkdir(parents=True, exist_ok=True)
+    if parallel.rank() == 0:
+        lock(out)
     return s, device, dtype
 
 
@@ -491,7 +494,7 @@ def read(s: Settings, trees_of) -> Reading:
     tokens = Tokens(folder, config, s.template)
     pixels = Pixels(config)
     trees, pictures, rejects = [], [], []
-    for name, record in formats.stream(s.data, s.image_root, pixels.size):
+    for name, record in formats.stream(s.data, s.image_root, pixels.size, s.follow_links):
         try:
             if isinstance(record, BadInput):
                 raise record
@@ -593,12 +596,19 @@ def finish(run, tokens, documents=None):
     s = run.settings
     source = checkpoint.resolve(s.ckpt)
     documents = {"template.json": asdict(replace(tokens.template, ask=""))} | (documents or {})
-    if s.lora:
-        result = run.out / "adapter"
-        if parallel.rank() == 0:
+    result = run.out / ("adapter" if s.lora else "model")
+    try:
+        if not s.lora:
+            checkpoint.save(run.model, result, source, documents)
+        elif parallel.rank() == 0:
             lora.save_adapter(run.model, result, source, documents)
-    else:
-        result = checkpoint.save(run.model, run.out / "model", source, documents)
+    except OSError as error:                             # a full disk: a state may still fit
+        if parallel.world() == 1:
+            run.save()
+        raise BadInput(
+            f"{result} cannot be written ({error}); what was trained is kept in {run.out}/state: "
+            "make room, then give --resume"
+        ) from None
     if parallel.rank() == 0:
         draw_metrics(run.out)
         shutil.rmtree(run.out / "state", ignore_errors=True)

@@ -16,6 +16,10 @@ Preprocessing decides as much as the weights do: LLaVA-1.5 pads to a square with
 RGB files the pixels equal those of transformers' image processor; transparency is shown on white,
 EXIF turns are made, 16 bits are scaled.
 """
+import math
+import os
+import re
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,19 +27,39 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from common import BadInput
+from common import BadInput, shown
 from kernels import Mask, attention
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Refused before a byte is decoded: a decompression bomb (Pillow refuses from 179 million on), and a
-# thin strip that would fill the memory once it is padded to a square.
+# What a picture may be. Never EPS, for which Pillow would start another program.
+Image.init()
+KNOWN = (
+    "JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO",
+)
+FORMATS = [name for name in KNOWN if name in Image.OPEN]     # an older Pillow has no AVIF
+
+# Refused before a byte is decoded: a decompression bomb (Pillow refuses from 179 million on).
+MAX_BYTES = 200_000_000
 MAX_PIXELS = 89_000_000
 MAX_SIDE = 20_000
+
+# How a camera was held (EXIF's orientation), and the turn that undoes it.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+warnings.filterwarnings("ignore", module=r"PIL\.")       # about EXIF, of which little is read
 
 
 @dataclass
@@ -162,8 +186,11 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
     Source: LLaVA's `expand2square` and CLIPImageProcessor; equal to transformers'
     LlavaImageProcessor(do_pad=True).
     """
+    side = max(image.size)
+    if side * side > MAX_PIXELS:                         # a strip: its square would fill the memory
+        image = image.reduce(math.ceil(side / 4096))
+        side = max(image.size)
     w, h = image.size
-    side = max(w, h)
     square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in CLIP_MEAN))
     square.paste(image, ((side - w) // 2, (side - h) // 2))
     image = square.resize((size, size), Image.BICUBIC)
@@ -172,34 +199,73 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))              # (3, S, S)
 
 
+NAME_FILES = "write embedded or distant images to files, and name those"
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as the camera was held. Of EXIF nothing else is read, and it may be broken."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:                                    # Pillow raises many types here
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """What a person sees in any viewer, as 8-bit RGB: upright, transparency on white."""
-    ImageOps.exif_transpose(image, in_place=True)
+    image = upright(image)
     if image.mode == "F":
         raise ValueError("floating-point grey, and nothing says what is white")
     if image.mode.startswith("I"):                       # 16-bit grey: Pillow would clip it at 255
-        grey = np.asarray(image) / 65535 * 255
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image).astype(np.float32)
+        grey *= 255 / 65535
+        grey.round(out=grey).clip(0, 255, out=grey)      # in place: such pictures may be large
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def image_path(root: Path, name) -> Path:
-    """The file that an image's name stands for. Raises BadInput where it leads out of `root`."""
-    if not isinstance(name, str):
-        raise BadInput(
-            f"image {str(name)[:60]} is not a file name; write embedded images to files, name those"
-        )
-    root = Path(root).resolve()
+def image_path(root: Path, name, follow_links: bool = False) -> Path:
+    """The file that an image's name stands for. Raises BadInput where it leads out of `root`, by
+    "..", as an absolute name, or by a link, unless links are to be followed."""
+    if not isinstance(name, str) or not name.strip():
+        raise BadInput(f"image {shown(repr(name))} is not a file name; {NAME_FILES}")
+    address = re.match("data:|https?:|file:|ftp:|s3:|gs:", name)
+    if address or max(map(len, name.split("/"))) > 255:
+        kind = "an address" if address else "a picture as text"
+        raise BadInput(f"image {shown(name)} is {kind}, not a file name; {NAME_FILES}")
+    root = Path(root).absolute()
     try:
-        path = (root / name).resolve()
+        real = (root / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:     # a zero byte, a loop of links
-        raise BadInput(f"image {name!r} is not a file name ({error})") from None
-    if not path.is_relative_to(root):
-        raise BadInput(f"image {name} leads outside {root}; move it inside or set --image_root")
-    return path
+        raise BadInput(f"image {shown(name)} is not a file name ({shown(str(error))})") from None
+    if real.is_relative_to(root.resolve()):
+        return real
+    plain = Path(os.path.normpath(root / name))
+    by_link = plain.is_relative_to(root) and ".." not in Path(name).parts
+    if by_link and follow_links:
+        return plain
+    remedy = ", or say --follow_links, for it is a link" if by_link else ""
+    raise BadInput(
+        f"image {shown(name, 200)} leads outside {root}; move it inside or set --image_root{remedy}"
+    )
+
+
+def read_image(path: Path) -> bytes:
+    """Its bytes. Raises BadInput where the file is missing, not a regular one, or too large."""
+    try:
+        if path.exists() and not path.is_file():         # a pipe would never end
+            raise BadInput(f"image {path}: not a regular file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise BadInput(f"image {path}: {size:,} bytes, more than {MAX_BYTES:,}; shrink it")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"image {path}: {error.strerror or error}; fix the path or set --image_root"
+        ) from None
 
 
 def load_image(path: Path, small: int = 0) -> Image.Image:
@@ -207,17 +273,13 @@ def load_image(path: Path, small: int = 0) -> Image.Image:
 
     Raises BadInput naming the file where it is missing, broken, truncated or a decompression bomb.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"image {path}: {error.strerror or error}") from None
-    return decode_image(data, path, small)
+    return decode_image(read_image(Path(path)), path, small)
 
 
 def decode_image(data, name, small=0):
     """The bytes of an image file -> RGB; `name` and `small` as for load_image."""
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=FORMATS)
         w, h = image.size
         if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
             raise ValueError(
@@ -229,7 +291,7 @@ def decode_image(data, name, small=0):
         image.load()
         return to_rgb(image)
     except UnidentifiedImageError:
-        reason = "it is not an image file that Pillow knows"
+        reason = f"it is none of {', '.join(FORMATS)}"
     except Exception as error:           # Pillow's decoders raise many types
         reason = str(error)
     raise BadInput(f"image {name}: cannot be decoded ({reason}); shrink, replace or remove it")

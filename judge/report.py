@@ -21,7 +21,6 @@ import numpy as np
 from data import GAP, choose_pair
 from judge.rubric import RUBRIC, conversation, letter
 from judge.wire import jpeg
-from vision import image_path
 
 SHOWN = 300     # records on a board; a page with thousands of pictures opens nowhere
 SMALL = 320     # pixels on the longest side of a picture there
@@ -178,7 +177,7 @@ def board(records: list[dict], root: Path, gap: int = GAP, seed: int = 0) -> str
         rows.append(record | {
             "conversation": conversation(record),
             "pair": choose_pair(record, gap, seed),
-            "pictures": [jpeg(image_path(root, name), SMALL) for name in record["images"]],
+            "pictures": [jpeg(Path(root, name), SMALL) for name in record["images"]],
         })
 
     rubric = {"attributes": RUBRIC.attributes, "ranked": RUBRIC.ranked}

@@ -23,6 +23,7 @@ import dpo
 import evaluate
 import sft
 import story
+from benchmarks.harness import slug
 from conftest import ROOT, picture, tiny_checkpoint
 from test_formats import write_bomb
 
@@ -354,3 +355,24 @@ def test_a_switch_is_on_off_or_an_error(capsys):
     with pytest.raises(SystemExit):
         common.flags(annotate.Settings, ["--pairs", "yes"])
     assert "--pairs" in capsys.readouterr().err
+
+
+WRITERS = {"dpo": (dpo, {}), "sft": (sft, {}), "annotate": (annotate, {"n": 2, "max_new": 2, "steps": None}),
+           "evaluate": (evaluate, {"bench": "miniature", "steps": None})}
+HOLD = "import common, sys, time; common.lock(sys.argv[1]); print(flush=True); time.sleep(100)"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_folder_that_another_process_writes_is_refused(door, folder, name, ckpt, tmp_path):
+    script, more = WRITERS[name]
+    out = tmp_path / "taken"
+    here = out / slug(str(ckpt)) if name == "evaluate" else out
+    here.mkdir(parents=True)
+    row = {"id": "a", "messages": [{"role": "user", "content": "what color is the circle ?"}]} if name == "annotate" else pair("a")
+    data = {} if name == "evaluate" else {"data": write(folder / "d.jsonl", [row])}
+    with subprocess.Popen([sys.executable, "-c", HOLD, here], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        code, said = door(script, out=out, **data, **more)
+        other.kill()
+    assert code == 1 and f"{here} is being written by another process; wait for it, or choose another --out" in said
+    assert {path.name for path in here.iterdir()} <= {"lock", "rejects.jsonl"}

@@ -8,6 +8,7 @@ import os
 import pytest
 
 import formats
+import vision
 from common import BadInput
 from conftest import picture
 
@@ -316,6 +317,35 @@ def test_a_path_that_leads_out_of_the_root_is_refused(folder, tmp_path):
         assert f"image {name} leads outside {folder}" in reason(folder, but(images=[name])), name
 
 
+def test_links_that_lead_out_are_followed_where_the_user_says_so_and_other_ways_out_never(folder, tmp_path):
+    """As a snapshot of the hub lies on the disk: every file is a link into a folder of blobs."""
+    (tmp_path / "blobs").mkdir()
+    picture(9, 9).save(tmp_path / "blobs" / "1f0e.png")
+    os.symlink("../blobs/1f0e.png", folder / "blob.png")
+    os.symlink(tmp_path / "blobs", folder / "up")
+    for name in ("blob.png", "up/1f0e.png"):
+        path = write(folder, [but(images=[name])])
+        assert "or say --follow_links, for it is a link" in formats.read(path)[1][0]["reason"]
+        [record], rejects = formats.read(path, follow_links=True)
+        assert record["images"] == [name] and record["follow_links"] and rejects == []
+        assert vision.image_path(folder, name, True).read_bytes() == (tmp_path / "blobs" / "1f0e.png").read_bytes()
+    for name in ("../blobs/1f0e.png", "up/../../blobs/1f0e.png", str(tmp_path / "blobs" / "1f0e.png"), "/etc/passwd"):
+        [reject] = formats.read(write(folder, [but(images=[name])]), follow_links=True)[1]
+        assert "leads outside" in reject["reason"] and "--follow_links" not in reject["reason"], name
+
+
+def test_the_pictures_of_a_data_file_that_is_a_link_lie_beside_the_link(folder, tmp_path):
+    path = write(tmp_path, [but(images=["a.png"])])
+    os.symlink(path, folder / "prefs.jsonl")
+    [record], _ = formats.read(folder / "prefs.jsonl")
+    assert record["root"] == str(folder)
+
+
+@pytest.mark.parametrize("name", ["data:image/png;base64,iVBORw0KGgo", "https://example.org/a.jpg", "s3://bucket/a.jpg"])
+def test_an_address_is_no_file_name(folder, name):
+    assert f"image {name} is an address, not a file name; write embedded" in reason(folder, but(images=[name]))
+
+
 def test_a_root_next_door_that_starts_with_the_same_letters_is_outside(folder, tmp_path):
     (tmp_path / "data2").mkdir()
     picture(8, 8).save(tmp_path / "data2" / "a.png")
@@ -349,7 +379,7 @@ def test_names_start_from_the_folder_that_data_names_also_through_a_link(folder,
 def test_a_missing_image_is_named(folder):
     assert f"image {folder / 'no.jpg'}: No such file" in reason(folder, but(images=["no.jpg"]))
     why = reason(folder, but(images=["iVBORw0KGgo" * 1000]))              # a picture embedded as base64
-    assert "File name too long; fix the path" in why and len(why) < 300
+    assert "is a picture as text, not a file name; write embedded" in why and len(why) < 200
     (folder / "dir.png").mkdir()
     os.mkfifo(folder / "pipe.png")                                        # reading it would wait for ever
     for name in ("dir.png", "pipe.png"):
@@ -362,7 +392,7 @@ def test_a_truncated_jpeg_is_refused(folder):
     (folder / "cut.jpg").write_bytes(data[:len(data) // 2])
     (folder / "text.jpg").write_text("no picture")
     assert read(folder, but(images=["whole.jpg"]))[1] == []
-    for name, why in (("cut.jpg", "cannot be decoded"), ("text.jpg", "cannot be decoded (it is not an image file")):
+    for name, why in (("cut.jpg", "cannot be decoded"), ("text.jpg", "cannot be decoded (it is none of JPEG, PNG")):
         assert f"image {folder / name}: {why}" in reason(folder, but(images=[name]))
 
 

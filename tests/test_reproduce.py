@@ -3,6 +3,10 @@
     python -m pytest tests/test_reproduce.py -q
 """
 import json
+import os
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +26,7 @@ FEW = ("SteerLM", "DPO", "DPO, 50% of the data", "DPO, 75% of labels flipped")
 
 class Inline:
     """A pool that does the work at once."""
-    def __init__(self, workers, context):
+    def __init__(self, workers, context, first):
         pass
 
     def __enter__(self):
@@ -150,6 +154,30 @@ def test_a_table_by_hand():
 def test_the_door():
     with pytest.raises(BadInput, match="at least 1"):
         reproduce.run(reproduce.Settings(seeds=0))
+
+
+ORPHANS = """
+import multiprocessing, sys, time
+from concurrent.futures import ProcessPoolExecutor
+import reproduce, os
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), reproduce.end_with_parent) as pool:
+        print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)
+        time.sleep(100)
+"""
+
+
+def test_workers_end_with_the_process_that_started_them_even_killed(tmp_path):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    parent = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 def test_a_failed_run_names_its_log(tmp_path, monkeypatch, inline):

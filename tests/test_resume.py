@@ -301,6 +301,26 @@ def test_a_damaged_state_is_refused_by_name(again, kind):
 
 # ---- the disk ------------------------------------------------------------------------------------
 
+def test_a_disk_that_is_full_at_the_end_loses_no_training(make, tmp_path):
+    """The model has no room, its state still has (a limit on the size of files stands for the disk's end)."""
+    out, unlimited, save = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE), train.checkpoint.save
+
+    def save_on_a_full_disk(*how):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, unlimited[1]))
+        try:
+            return save(*how)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BadInput) as error:
+        patch.setattr(train.checkpoint, "save", save_on_a_full_disk)
+        dpo.run(make(out, save_every=0))
+    assert "out/model cannot be written" in str(error.value) and "make room, then give --resume" in str(error.value)
+    assert not (out / "model").exists()
+    dpo.run(make(out, save_every=0, resume=True))
+    dpo.run(make(tmp_path / "whole"))
+    assert same(out, tmp_path / "whole")
+
+
 def test_a_full_disk_is_one_clear_error_and_leaves_the_last_good_state(make, tmp_path, monkeypatch):
     """A limit on the size of files, the operating system's own, stands for the disk's end."""
     out, calls, save = tmp_path / "out", [], train.Run.save

@@ -188,7 +188,7 @@ def test_a_run_leaves_its_files_and_a_picture_of_its_metrics_and_is_never_writte
     monkeypatch.setattr(train, "draw_metrics", DRAW)
     out = tmp_path / "out"
     dpo.run(settings(dpo, ckpt, data, out))
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "metrics.png",
+    assert {path.name for path in out.iterdir()} == {"config.json", "lock", "metrics.jsonl", "metrics.png",
                                                      "model", "rejects.jsonl",
                                                      "reference.jsonl",
                                                      "reference.fingerprint.json"}

@@ -142,6 +142,51 @@ def png(width: int, height: int) -> bytes:
             + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
 
 
+def jpeg_with_exif(path, entries):
+    """A JPEG whose EXIF holds these (tag, type, count, value) entries, whatever they mean."""
+    body = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    body += b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + b"\0" * 4
+    exif = b"Exif\0\0" + body
+    picture(40, 30).save(path, quality=95)
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:])
+
+
+@pytest.mark.parametrize("broken", [
+    (0x011A, 2, 4, b"abc\0"), (0x0100, 2, 4, b"abc\0"), (0x011A, 5, 1, b"\xff\xff\0\0"), (0x8825, 4, 1, b"\xff\xff\xff\x7f"),
+    (0x02BC, 3, 2, b"\1\0\2\0"), (0x0131, 2, 9999, b"\xff\xff\0\0")])
+def test_broken_exif_costs_neither_the_picture_nor_its_turn(tmp_path, broken):
+    path = tmp_path / "a.jpg"
+    jpeg_with_exif(path, [(0x0112, 3, 1, b"\6\0\0\0"), broken])
+    assert load_image(path).size == (30, 40), "turned, as the good entry says"
+    jpeg_with_exif(path, [(0x0112, 2, 4, b"abc\0"), broken])
+    assert load_image(path).size == (40, 30)
+
+
+def test_a_picture_starts_no_program(tmp_path):
+    """For EPS Pillow would start Ghostscript."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    with pytest.raises(BadInput, match="it is none of JPEG, PNG"):
+        load_image(tmp_path / "a.png")
+    assert "EPS" not in vision.FORMATS and {"JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"} <= set(vision.FORMATS)
+
+
+def test_a_strip_takes_no_gigabytes(tmp_path, monkeypatch):
+    """Padded to a square 1 x 20,000 pixels would be 400 million."""
+    Image.new("RGB", (20_000, 1), "red").save(tmp_path / "strip.png")
+    made, new = [], Image.new
+    monkeypatch.setattr(vision.Image, "new", lambda mode, size, *more: made.append(size) or new(mode, size, *more))
+    pixels = preprocess(load_image(tmp_path / "strip.png"), 56)
+    assert pixels.shape == (3, 56, 56) and max(w * h for w, h in made) < vision.MAX_PIXELS
+
+
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(vision.MAX_BYTES + 1)
+    with pytest.raises(BadInput, match="200,000,001 bytes, more than 200,000,000; shrink it"):
+        load_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("size, why", [((10_000, 9_000), "10000 x 9000 pixels, more than"),
                                        ((20_000, 20_000), "400000000 pixels. exceeds"),
                                        ((300_000, 2), "300000 x 2 pixels"),
