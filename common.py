@@ -174,6 +174,11 @@ KINDS = {
     "a positive number": lambda x: type(x) in (int, float) and 0 < x < LARGEST,
     "a whole number": lambda x: type(x) is int and abs(x) < LARGEST,
     "a positive whole number": lambda x: type(x) is int and 0 < x < LARGEST,
+    "a name or number": lambda x: type(x) in (int, str),
+    "a number or null": lambda x: x is None or KINDS["a number"](x),
+    "a list of texts": lambda x: isinstance(x, list) and all(map(KINDS["a text"], x)),
+    "a list of numbers": lambda x: isinstance(x, list) and all(map(KINDS["a number"], x)),
+    "two numbers": lambda x: KINDS["a list of numbers"](x) and len(x) == 2,
 }
 
 
@@ -184,7 +189,7 @@ def field(row: dict, name: str, kind: str, where, *default):
     if value is None and default:
         return default[0]
     if not KINDS[kind](value):
-        found = "missing" if value is None else shown(reprlib.repr(value))
+        found = "missing or null" if value is None else shown(reprlib.repr(value))
         raise BadInput(f"{where}: {name} is {found}, but must be {kind}")
     return value
 

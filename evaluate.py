@@ -33,7 +33,7 @@ from pathlib import Path
 import common  # first: it tells OpenMP how to wait
 import checkpoint
 from benchmarks import alpaca_eval, compare, llava_bench, mm_vet, mmbench, mt_bench, pope
-from benchmarks.harness import Folder, answer, dump, load, mean, shown, slug
+from benchmarks.harness import Folder, answer, dump, mean, shown, slug, stored
 from common import (
     BadInput, describe_run, device_and_dtype, lock, main, sha, write_jsonl, write_whole,
 )
@@ -62,6 +62,7 @@ class Settings(JudgeSettings):
     out: str = "runs/evaluate"     # a folder of results per checkpoint; the same again: go on there
     answers: str = ""              # a stored answer file of the one --bench instead of a checkpoint
     judgments: str = ""            # a stored judgment file of the one --bench: nothing is asked
+    model: str = ""                # of a judgment file of many models: this one alone
     compare: tuple = ()            # result folders to put side by side
     json: bool = False             # print the results as JSON and nothing else
     device: str = "auto"           # cpu, cuda, ...
@@ -89,7 +90,7 @@ def questions(s, name):
     if s.max_new:
         items = [replace(item, max_new=s.max_new) for item in items]
     if s.answers:
-        answers = bench.read_answers(Path(s.answers))
+        answers = bench.read_answers(s.answers, items)
         items = [replace(item, texts=answers.get(item.id, [])) for item in items]
         if not any(item.texts for item in items):
             raise BadInput(f"--answers {s.answers}: answers none of the questions of {name}")
@@ -163,15 +164,20 @@ def stored_judgments(s, name):
     if s.data_dir or s.answers or name == "mm_vet":
         items = questions(s, name)
     path = Path(s.judgments)
-    rows = load(path)
-    if not rows:
-        raise BadInput(f"--judgments {path}: is empty")
+    rows = stored(path, **BENCHES[name].JUDGED)
+    if isinstance(rows, dict) != (name == "mm_vet"):
+        raise BadInput(f"--judgments {path}: is no judgment file of {name}")
     models = defaultdict(list)
     if isinstance(rows, dict):                         # MM-Vet's, of one model
         models[path.stem] = rows
     else:
         for row in rows:                               # FastChat says model, AlpacaEval generator_2
-            models[row.get("model") or row.get("generator_2") or path.stem].append(row)
+            model = row.get("model") or row.get("generator_2") or path.stem
+            models[str(model)].append(row)
+    if s.model:
+        if s.model not in models:
+            raise BadInput(f"--model {s.model}: {path} has {', '.join(models)}")
+        models = {s.model: models[s.model]}
     return {model: [summary(name, items, mine, judge=path.name)] for model, mine in models.items()}
 
 
@@ -309,8 +315,9 @@ def run(s):
     low = [f"{model} {r['bench']} {r['coverage']:.1%}" for model, results in models.items()
            for r in results if r["coverage"] < s.coverage]
     if low:
+        again = "; --retry_failed 1 asks the judge again" if s.judge else ""
         raise BadInput(f"less than --coverage {s.coverage:.0%} was scored: {'; '.join(low)}; the "
-                       "means above are over the rest; --retry_failed 1 asks a judge again")
+                       f"means above are over the rest{again}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import re
 
 import numpy as np
 
-from benchmarks.harness import Item, Prompt, load, mean, readable
+from benchmarks.harness import Item, Prompt, mean, readable, stored
 from common import sha
 
 FORM = "5.1f"
@@ -29,10 +29,16 @@ FOLDER = "alpaca_eval"
 SOURCE = "huggingface.co/datasets/tatsu-lab/alpaca_eval or github.com/tatsu-lab/alpaca_eval"
 ANSWERS = "model_outputs.json"
 JUDGMENTS = "annotations.json"
+JUDGED = {
+    "instruction": "a text",
+    "output_1": "a text",
+    "output_2": "a text",
+    "preference": "a number or null",
+}
 
 
 def items(folder):
-    rows = folder.load("alpaca_eval*.json")
+    rows = stored(folder.find("alpaca_eval*.json"), instruction="a text", output="a text")
     return [Item(sha(row["instruction"]), [row["instruction"]], row) for row in rows]
 
 
@@ -49,8 +55,9 @@ def answer_rows(items, model):
     return rows
 
 
-def read_answers(path):
-    return {sha(row["instruction"]): [row["output"]] for row in load(path)}
+def read_answers(path, items):
+    rows = stored(path, instruction="a text", output="a text")
+    return {sha(row["instruction"]): [row["output"]] for row in rows}
 
 
 def switched(instruction):
@@ -130,7 +137,8 @@ def score(items, rows):
     for row in rows:
         instruction, prefers = row["instruction"], row["preference"]
         if prefers is None:
-            prefers = preference(read, row.get("raw_completion"), instruction)
+            raw = row.get("raw_completion")
+            prefers = preference(read, raw if isinstance(raw, str) else "", instruction)
         if prefers is not None:
             wins[instruction] = won(prefers)
             longer[instruction] = len(row["output_2"]) - len(row["output_1"])

@@ -7,7 +7,8 @@ A benchmark is one file in this folder, of constants and plain functions that ev
     ANSWERS, JUDGMENTS          names of the files it writes; without a judge the second is ""
     items(folder)                           its questions, from the official files
     answer_rows(items, model)               answers in the benchmark's own format,
-    read_answers(path)                      and back: {item id: texts}
+    read_answers(path, items)               and back: {item id: texts}
+    JUDGED                                  what kind each field of a judgment is (common.KINDS)
     prompts(folder, items, model)           what the judge reads: the official templates, filled
     read(text)                              a judge's reply; ValueError where it cannot be used
     judge_rows(prompts, replies, judge)     judgments in the benchmark's own format
@@ -44,6 +45,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import common
 from common import BadInput, sha, write_jsonl, write_whole
 from data import make_tree
 from generate import check_room, sample_answers
@@ -250,7 +252,8 @@ class Folder:
     def by(self, field, name):
         """The rows of a file by one of their fields."""
         path = self.find(name)
-        return Official(path, {row[field]: row for row in load(path)})
+        rows = stored(path, **{field: "a name or number"})
+        return Official(path, {row[field]: row for row in rows})
 
     def text(self, name, ours):
         """A text that the user took here from official code, or ours -> (the text, whose it is)."""
@@ -269,8 +272,20 @@ def load(path: Path):
             with suppress(ValueError):
                 return parse(text)
         return [parse(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: cannot be read as JSON or as lines of it ({error})") from None
+
+
+def stored(path: Path, **kinds):
+    """The same, every row an object, in a list or by name, with fields of these kinds."""
+    found = load(path)
+    if not found or not isinstance(found, (list, dict)):
+        raise BadInput(f"{path}: holds no rows")
+    named = found.items() if isinstance(found, dict) else enumerate(found, 1)
+    for name, row in named:
+        for key, kind in kinds.items():
+            common.field(row, key, kind, f"{path}: row {common.shown(str(name))}")
+    return found
 
 
 def dump(path, rows):
@@ -311,5 +326,6 @@ def llava_rows(items, model):
     return rows
 
 
-def llava_answers(path):
-    return {row["question_id"]: [row["text"]] for row in load(path)}
+def llava_answers(path, items=None):
+    rows = stored(path, question_id="a name or number", text="a text")
+    return {row["question_id"]: [row["text"]] for row in rows}

@@ -13,7 +13,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from benchmarks.harness import Item, Prompt, mean, ratios, readable
+from benchmarks.harness import Item, Prompt, mean, ratios, readable, stored
 from benchmarks.harness import llava_answers as read_answers, llava_rows as answer_rows
 
 FORM = "5.1f"
@@ -23,6 +23,12 @@ SOURCE = ("huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild; rule.json
           "github.com/haotian-liu/LLaVA, llava/eval/table")
 ANSWERS = "answers/{model}.jsonl"
 JUDGMENTS = "reviews/{model}_{judge}.jsonl"
+JUDGED = {
+    "question_id": "a name or number",
+    "category": "a text",
+    "content": "a text",
+    "tuple": "two numbers",
+}
 
 OURS = "You compare two answers to one question, carefully and without preference for either side."
 TEMPLATE = """[Context]
@@ -49,8 +55,10 @@ TEMPLATE = """[Context]
 
 def items(folder):
     root = f"{folder.path}/images"
+    rows = stored(folder.find("questions.jsonl"), question_id="a name or number", text="a text",
+                  image="a text", category="a text")
     return [Item(row["question_id"], ["<image>\n" + row["text"]], row, [row["image"]], root)
-            for row in folder.load("questions.jsonl")]
+            for row in rows]
 
 
 def prompts(folder, items, model):

@@ -9,8 +9,8 @@ mm_vet/prompt.txt, or another wording is used, and named in the result.
 """
 import re
 
-from benchmarks.harness import Item, Prompt, load, mean, readable
-from common import BadInput
+from benchmarks.harness import Item, Prompt, load, mean, readable, stored
+from common import BadInput, field, shown
 
 FORM = "5.1f"
 SCALE = 1
@@ -18,6 +18,7 @@ FOLDER = "mm_vet"
 SOURCE = "github.com/yuweihao/MM-Vet (mm-vet.zip)"
 ANSWERS = "{model}.json"
 JUDGMENTS = "{model}_{judge}-grade-1runs.json"
+JUDGED = {"content": "a list", "score": "a list of numbers"}
 
 OURS = """You grade an answer to a question about a picture that you cannot see, against what is \
 known to be right. In the right answer, <AND> joins parts that are all needed, and <OR> parts of \
@@ -30,16 +31,21 @@ Question | Right answer | Given answer | Grade"""
 
 def items(folder):
     root = f"{folder.path}/images"
+    fields = {"question": "a text", "answer": "a text", "imagename": "a text",
+              "capability": "a list of texts"}
     return [Item(name, ["<image>\n" + row["question"]], row, [row["imagename"]], root)
-            for name, row in folder.load("mm-vet.json").items()]
+            for name, row in stored(folder.find("mm-vet.json"), **fields).items()]
 
 
 def answer_rows(items, model):
     return {item.id: item.texts[0] for item in items}
 
 
-def read_answers(path):
-    return {name: [text] for name, text in load(path).items()}
+def read_answers(path, items):
+    found = load(path)
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: must be one object, with an answer under each question's name")
+    return {name: [field(found, name, "a text", path)] for name in found}
 
 
 def prompts(folder, items, model):
@@ -71,7 +77,7 @@ def score(items, rows):
     needed = {item.id: item.row["capability"] for item in items}
     unknown = sorted(rows.keys() - needed)
     if unknown:
-        raise BadInput(f"grades of {unknown[0]}, which is no question of mm-vet.json")
+        raise BadInput(f"grades of {shown(unknown[0])}, which is no question of mm-vet.json")
     graded, parsed = [], []                            # (question, grade), of each run
     for name, row in rows.items():
         for text, grade in zip(row["content"], row["score"]):

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 
 from benchmarks.harness import Item, Official, llava_answers as read_answers, llava_rows, mean
+from common import BadInput, shown
 
 FORM = "5.1f"
 SCALE = 100
@@ -23,6 +24,9 @@ MILLION = 1_000_000
 
 
 def items(folder):
+    if not any(folder.path.rglob("*.tsv")) and any(folder.path.rglob("*.xlsx")):
+        raise BadInput(f"--data_dir: {folder.path}/ holds an .xlsx, and its pictures and rotations "
+                       f"stand in the .tsv only; take that from {SOURCE}")
     path = folder.find("*.tsv")
     csv.field_size_limit(1 << 27)
     with open(path, encoding="utf8", newline="") as f:
@@ -30,8 +34,13 @@ def items(folder):
     cells = {row["index"]: row.get("image") or "" for row in rows}
     found = []
     for row in rows:
+        if not (row["index"] or "").isdecimal():
+            raise BadInput(f"{path}: index {shown(str(row['index']))} is no number")
         number, row["options"] = int(row["index"]), options(row)
         hint = "" if absent(row["hint"]) else row["hint"] + "\n"
+        if row.get("answer") not in row["options"]:
+            raise BadInput(f"{path}: row {number} has no answer among its options; the test split "
+                           "has none at all, take the dev split")
         listed = "".join(f"\n{letter}. {text}" for letter, text in row["options"].items())
         row["text"] = f"{hint}{row['question']}{listed}\n{SUFFIX}"
 

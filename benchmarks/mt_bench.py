@@ -9,10 +9,11 @@ Other than officially, the judge is asked at temperature 0 where it can be, and 
 long. For mathematics, reasoning and coding it is given GPT-4's answers as a reference; 13 of these
 30 are wrong (FastChat pull request 3158).
 """
-import ast
+import math
 import re
 
-from benchmarks.harness import Item, Prompt, load, mean, readable
+from benchmarks.harness import Item, Prompt, mean, readable, stored
+from common import BadInput, field, shown
 
 FORM = "5.2f"
 SCALE = 1
@@ -20,6 +21,13 @@ FOLDER = "mt_bench"
 SOURCE = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
 ANSWERS = "model_answer/{model}.jsonl"
 JUDGMENTS = "model_judgment/{judge}_single.jsonl"
+JUDGED = {
+    "question_id": "a name or number",
+    "turn": "a whole number",
+    "judgment": "a text",
+    "score": "a number",
+}
+ERROR = "$ERROR$"                          # what FastChat writes where a call failed
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
 TEMPERATURE = {"math": 0.0, "reasoning": 0.0, "coding": 0.0, "extraction": 0.0, "stem": 0.1,
@@ -28,7 +36,12 @@ TEMPERATURE = {"math": 0.0, "reasoning": 0.0, "coding": 0.0, "extraction": 0.0, 
 
 def items(folder):
     found = []
-    for row in folder.load("question.jsonl"):
+    rows = stored(folder.find("question.jsonl"), question_id="a name or number", category="a text",
+                  turns="a list of texts")
+    for row in rows:
+        if len(row["turns"]) != 2:
+            raise BadInput(f"{row.file}: question {shown(str(row['question_id']))} has not two "
+                           "turns, as MT-Bench's have")
         temperature = TEMPERATURE.get(row["category"], 0.7)
         found.append(Item(row["question_id"], row["turns"], row, temperature=temperature))
     return found
@@ -47,8 +60,17 @@ def answer_rows(items, model):
     return rows
 
 
-def read_answers(path):
-    return {row["question_id"]: row["choices"][0]["turns"] for row in load(path)}
+def read_answers(path, items):
+    found = {}
+    for row in stored(path, question_id="a name or number", choices="a list"):
+        where = f"{path}: question {shown(str(row['question_id']))}"
+        first = row["choices"][0] if row["choices"] else {}
+        turns = field(first, "turns", "a list of texts", where)
+        if len(turns) != 2:
+            raise BadInput(f"{where} has not an answer to each of its two turns")
+        if ERROR not in turns:
+            found[row["question_id"]] = turns
+    return found
 
 
 def prompts(folder, items, model):
@@ -87,13 +109,17 @@ def prompts(folder, items, model):
 def official(text):
     """FastChat's parser; -1 where there is no grade."""
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
-    return ast.literal_eval(found[1]) if found else -1
+    grade = float(found[1]) if found else -1
+    if not math.isfinite(grade):
+        return -1
+    return int(grade) if grade == int(grade) else grade
 
 
 def read(text):
     """The grade, 1 to 10."""
     found = (re.search(r"\[\[(\d+(?:\.\d+)?)(?:/10)?\]\]", text)
-             or re.search(r"[Rr]ating:?\s*\**\[(\d+(?:\.\d+)?)\]", text))
+             or re.search(r"[Rr]ating:?\s*\**\[(\d+(?:\.\d+)?)\]", text)
+             or re.fullmatch(r"\s*\[(\d+(?:\.\d+)?)\]\s*", text))
     if not found or not 1 <= float(found[1]) <= 10:
         raise ValueError("no [[grade]] from 1 to 10")
     return float(found[1])
@@ -102,7 +128,7 @@ def read(text):
 def judge_rows(prompts, replies, judge):
     rows = []
     for prompt in prompts:
-        text = replies.get(prompt.id, "$ERROR$")                     # which has no grade: -1
+        text = replies.get(prompt.id, ERROR)                         # which has no grade: -1
         rows.append(prompt.row | {
             "judge": [judge, prompt.row["judge"]],
             "judgment": text,

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluate
 from benchmarks import alpaca_eval, harness, llava_bench, mm_vet, mmbench, mt_bench, pope
-from benchmarks.harness import Folder, Item, Prompt, load, mean, ratios
+from benchmarks.harness import Folder, Item, Prompt, load, mean, ratios, readable
 from common import BadInput
 from conftest import picture
 from evaluate import BENCHES
@@ -498,7 +499,7 @@ def test_answers_come_back_from_the_benchmarks_own_format(tmp_path, name):
     assert len(rows) == len(items) and (name == "mm_vet" or all(SHAPES[name] <= set(row) for row in rows))
     path = tmp_path / ("answers" + Path(bench.ANSWERS).suffix)
     harness.dump(path, rows)
-    assert bench.read_answers(path) == {item.id: item.texts for item in items}
+    assert bench.read_answers(str(path), items) == {item.id: item.texts for item in items}
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
@@ -535,3 +536,107 @@ def test_no_official_text_was_copied_into_this_repository():
     for path in (*Path(harness.__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.py")):
         shared = runs(path.read_text()) & theirs
         assert not shared, f"{path.name}: {' '.join(next(iter(shared)))}"
+
+
+# ---- stored files that are not what they should be ---------------------------------------------------------------
+
+STORED = {                                                               # bench: (a good judgment, its fields of one kind)
+    "mt_bench": {"question_id": 81, "model": "m", "judgment": "[[8]]", "score": 8, "turn": 1},
+    "alpaca_eval": {"instruction": "i", "output_1": "a", "output_2": "b", "generator_2": "m", "preference": 2, "raw_completion": None},
+    "llava_bench": {"question_id": 1, "category": "llava_bench_conv", "content": "9 8", "tuple": [9, 8]},
+}
+OTHER = [float("nan"), [], {}, [None], "x" * 900, True, 1e400, -(10 ** 400)]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_judgment_of_other_types_is_named_or_scored_and_no_figure_is_nan(tmp_path, name, capsys):
+    """Every field of a row, replaced by whatever JSON can hold."""
+    good, ended = STORED[name], set()
+    for field in good:
+        for value in [*OTHER, None]:
+            path = tmp_path / "x.json"
+            path.write_text(json.dumps([good, good | {field: value}]))
+            try:
+                figures = evaluate.stored_judgments(evaluate.Settings(bench=name, judgments=str(path)), name)
+                assert "NaN" not in json.dumps(figures), (field, value)
+                ended.add("scored")
+            except BadInput as problem:
+                assert re.match(rf"{path}: row 2: {field} is .* but must be ", str(problem)) and len(str(problem)) < 300
+                ended.add("named")
+    assert ended == {"scored", "named"}
+
+
+def test_of_many_models_one_can_be_named(tmp_path):
+    rows = [STORED["mt_bench"] | {"model": model} for model in "abc"]
+    s = evaluate.Settings(bench="mt_bench", judgments=str(write(tmp_path / "x.jsonl", rows)), model="b")
+    assert list(evaluate.stored_judgments(s, "mt_bench")) == ["b"]
+    with pytest.raises(BadInput, match="--model d: .* has a, b, c"):
+        evaluate.stored_judgments(replace(s, model="d"), "mt_bench")
+
+
+def test_mt_bench_error_is_no_answer_and_odd_grades_are_read(tmp_path):
+    rows = [{"question_id": 1, "choices": [{"turns": ["a", "$ERROR$"]}]}, {"question_id": 2, "choices": [{"turns": ["a", "b"]}]}]
+    assert mt_bench.read_answers(write(tmp_path / "a.jsonl", rows), []) == {2: ["a", "b"]}
+    for rows, why in (([{"question_id": 1, "choices": []}], "turns is missing"), ([{"question_id": 1, "choices": [{"turns": ["a"]}]}], "each of its two turns")):
+        with pytest.raises(BadInput, match=f"question 1.*{why}"):
+            mt_bench.read_answers(write(tmp_path / "a.jsonl", rows), [])
+    make_mt_bench(tmp_path)
+    write(tmp_path / "mt_bench/question.jsonl", [{"question_id": 5, "category": "generic", "turns": ["How?"]}])
+    with pytest.raises(BadInput, match="question 5 has not two turns"):
+        items_of(tmp_path, mt_bench)
+    assert mt_bench.official("Rating: [[07]]") == 7 and mt_bench.official("[[" + "9" * 400 + "]]") == -1
+    assert mt_bench.read(" [4]\n") == 4 and readable(mt_bench.read, "as in [4] it says") is None
+
+
+def test_pope_answers_are_paired_with_their_own_questions(tmp_path):
+    make_pope(tmp_path)
+    items = items_of(tmp_path, pope)
+    rows = [{"question_id": item.id, "prompt": item.row["text"], "text": "Yes"} for item in items]
+    whole = {item.id: ["Yes"] for item in items}
+    assert pope.read_answers(str(write(tmp_path / "a.jsonl", rows)), items) == whole
+    rows[0], rows[1] = rows[0] | {"prompt": rows[1]["prompt"]}, rows[1] | {"prompt": rows[0]["prompt"]}
+    with pytest.raises(BadInput, match="a.jsonl: row 1 answers 'Is there .*, but question .* is 'Is there"):
+        pope.read_answers(str(write(tmp_path / "a.jsonl", rows)), items)
+
+    # a file for each split, LLaVA's and POPE's own
+    ids, own = [], []
+    for split in pope.SPLITS:
+        mine = sorted((item for item in items if item.row["category"] == split), key=lambda item: item.row["place"])
+        ids.append(write(tmp_path / f"m_{split}.jsonl", [{"question_id": item.row["place"], "text": "Yes"} for item in mine]))
+        own.append(write(tmp_path / f"coco_pope_{split}.jsonl",
+                         [{"question": item.row["text"].split("\n")[0], "answer": "Yes"} for item in mine]))
+    assert pope.read_answers(",".join(map(str, ids)), items) == pope.read_answers(",".join(map(str, own)), items) == whole
+    with pytest.raises(BadInput, match="need its name, one of adversarial, popular, random"):
+        pope.read_answers(str(write(tmp_path / "own.json", [{"question": "Is it?", "answer": "Yes"}])), items)
+
+
+def test_pope_labels_are_yes_or_no_in_any_case(tmp_path):
+    make_pope(tmp_path)
+    path = next(tmp_path.rglob("coco_pope_random.json"))
+    rows = load(path)
+    write(path, [row | {"label": row["label"].title()} for row in rows])
+    assert {item.row["label"] for item in items_of(tmp_path, pope)} == {"yes", "no"}
+    write(path, [row | {"label": "maybe"} for row in rows])
+    with pytest.raises(BadInput, match="coco_pope_random.json: row 1: label maybe is neither yes nor no"):
+        items_of(tmp_path, pope)
+
+
+def test_mmbench_without_labels_or_as_a_workbook_is_named(tmp_path):
+    make_mmbench(tmp_path)
+    path = next(tmp_path.rglob("*.tsv"))
+    path.rename(path.with_suffix(".xlsx"))
+    with pytest.raises(BadInput, match="holds an .xlsx, and its pictures and rotations stand in the .tsv only"):
+        items_of(tmp_path, mmbench)
+    lines = path.with_suffix(".xlsx").read_text().split("\n")
+    path.write_text(lines[0].replace("answer", "unlabelled") + "\n" + "\n".join(lines[1:]))
+    with pytest.raises(BadInput, match="has no answer among its options; the test split has none"):
+        items_of(tmp_path, mmbench)
+
+
+def test_mm_vet_answers_and_grades_that_are_none(tmp_path):
+    for found, why in (({"v1_0": None}, "v1_0 is missing or null, but must be a text"), ([{"v1_0": "a"}], "must be one object")):
+        with pytest.raises(BadInput, match=why):
+            mm_vet.read_answers(write(tmp_path / "a.json", json.dumps(found)), [])
+    for row in (0.5, {"content": [None], "score": [None]}, {"content": ["1"], "score": ["1"]}):
+        with pytest.raises(BadInput, match="row v1_0: (content|score) is "):
+            harness.stored(write(tmp_path / "g.json", {"v1_0": row}), **mm_vet.JUDGED)
