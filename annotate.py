@@ -26,7 +26,7 @@ import shutil
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
@@ -49,6 +49,7 @@ from vision import image_path
 
 ANSWER = 150         # guess: tokens of an answer not yet sampled
 COMMENT = 90         # guess: tokens that the judge writes about one candidate
+THOUGHT = 1000       # guess: tokens that a judge thinks for a call
 SECONDS = 8.0        # guess: how long a call takes
 
 
@@ -57,6 +58,8 @@ class Settings(JudgeSettings):
     """Sample answers to image questions, have them judged, look at the pairs."""
     data: str = ""               # records, questions or preference files (see formats.py)
     ckpt: str = ""               # who answers; needed for records that have no answers yet
+    sampler: str = ""            # or a server does: openai:MODEL, as vLLM and SGLang serve it
+    sampler_url: str = ""        # where, http://host:port/v1; empty: OpenAI's own
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     follow_links: bool = False   # images may be links that lead out of that folder
     out: str = "runs/annotate"   # records.jsonl, pictures, journals; the same again: go on there
@@ -72,6 +75,7 @@ class Settings(JudgeSettings):
     judge: str = ""              # gemini:MODEL, openai:MODEL, oracle (the miniature); empty: none
     golden: bool = False         # ask the judge for an answer of its own, too
     dry_run: bool = False        # say what judging would take, show the first call, send nothing
+    price: str = ""              # dollars for a million tokens sent and back, "0.5,3": says dollars
     gap: int = GAP               # smallest difference in S of a pair (the paper's 2)
     pairs: bool = False          # print yield, scores, correlations, lengths, position bias
     board: str = ""              # write a page of records and pairs to this file
@@ -134,11 +138,60 @@ def sample(s, records, out, device) -> tuple[list, list]:
     return filled, rejects
 
 
+def sample_from_server(s, records, out) -> tuple[list, list]:
+    """The same from a server that has the model: a call for each answer, all journalled."""
+    asked = {}                                           # record -> its questions
+    for record in records:
+        if not record["answers"]:
+            asked[record["id"]] = [sampled_question(record, s, k) for k in range(s.n)]
+    with closing(Replies(out / "samples.jsonl")) as replies:
+        server = replace(s, judge=s.sampler, judge_url=s.sampler_url, thinking="", flex=False)
+        client = Judge(server, replies)
+        print(f"sampling: {s.n} answers to each of {len(asked)} records from {s.sampler} at "
+              f"temperature {s.temperature}; the server spells the prompt, by its own template")
+        client.ask([q for questions in asked.values() for q in questions])
+
+        filled, rejects = [], []
+        for record in records:
+            rows = [replies[q.key] for q in asked.get(record["id"], [])]
+            bad = [row for row in rows if row["state"] != "ok"]
+            if bad:
+                reason = f"{len(bad)} of {s.n} answers {bad[0]['state']}: {bad[0]['reason']}"
+                reason += "; --retry_failed 1 asks again"
+                rejects.append({"id": record["id"], "reason": reason})
+            else:
+                filled.append(record | {"answers": record["answers"] or list(map(said, rows))})
+    return filled, rejects
+
+
+def sampled_question(record, s, k) -> Question:
+    """The k-th answer has a seed of its own; some servers refuse to give several in one call."""
+    digest = int(sha(f"{s.seed} {k}", record["id"]), 16)
+    how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new,
+           "seed": digest % 2**31}
+    about = json.dumps([s.sampler, record["messages"], how])
+    return Question(
+        key=sha(about, record["id"], str(k), record["images_sha"]),
+        id=f"{record['id']} answer {k}",
+        system="",
+        text="",
+        images=[Path(record["root"]) / name for name in record["images"]],
+        messages=record["messages"],
+        sampling=how,
+    )
+
+
+def said(row) -> dict:
+    """An answer, and who the server says gave it."""
+    finish = "length" if row["reason"] == "length" else "stop"
+    return {"text": row["text"], "finish": finish, "model": row["version"]}
+
+
 def read_answers(out) -> dict[str, list]:
     """What all processes have sampled so far, this run or an earlier one, by key."""
     known = {}
     for path in out.glob("answers-*.jsonl"):
-        for _, row in journal_rows(path):
+        for _, row in journal_rows(path, {"answers": "a list"}):
             known[row["key"]] = row["answers"]
     return known
 
@@ -151,12 +204,15 @@ def question(record: dict, s: Settings) -> Question:
     n = len(order)
     if n > 26:
         raise BadInput(f"record {record['id']}: has {n} answers, and there are 26 letters")
+    texts = [record["answers"][k]["text"] for k in order]
+    fence = sha(*texts)                                  # which no answer can know, and close
     shown = []
-    for place, k in enumerate(order):
+    for place, answer in enumerate(texts):
         tag = f"candidate_{letter(place)}"
-        shown.append(f"<{tag}>\n{record['answers'][k]['text']}\n</{tag}>")
+        shown.append(f"<{tag}>\n{fence}\n{answer}\n{fence}\n</{tag}>")
     candidates = "\n".join(shown)
-    text = f"The conversation:\n{conversation(record)}\n\nThe candidates:\n{candidates}"
+    text = (f"The conversation:\n{conversation(record)}\n\n"
+            f"The candidates, each between two lines of {fence}:\n{candidates}")
     system = RUBRIC.text(s.golden)
     return Question(
         key=sha(f"{s.judge} {s.thinking}", system, record["id"], text, record["images_sha"]),
@@ -173,7 +229,7 @@ def plan(s, records) -> str:
     """What judging would take, before a cent is spent, and what the judge would read."""
     journal = Path(s.out) / "journal.jsonl"
     settled = set()
-    for _, row in journal_rows(journal) if journal.exists() else []:
+    for _, row in journal_rows(journal, Replies.fields) if journal.exists() else []:
         if row["final"] and (row["state"] == "ok" or not s.retry_failed):
             settled.add(row["key"])
 
@@ -198,16 +254,37 @@ def plan(s, records) -> str:
         f"  tokens sent  {sent:12,}   "
         f"{sent // max(1, calls):,} per call, pictures counted as {IMAGE_TOKENS} each",
         f"  tokens back  {back:12,}   "
-        f"{COMMENT} per candidate assumed; thinking, where the model does, comes on top",
+        f"{COMMENT} per candidate assumed",
+        f"  of thought   {calls * THOUGHT:12,}   "
+        f"{THOUGHT:,} per call assumed; they cost as much as those sent back",
         f"  time         {minutes:8.0f} min   "
         f"at {SECONDS:g} s a call, {s.workers} at once, within --rpm",
     ]
+    if s.price:
+        each_in, each_out = prices(s.price)
+        dollars = (sent * each_in + (back + calls * THOUGHT) * each_out) / 1e6
+        half = ", half of it with --flex" if s.flex else ""
+        lines.append(f"  dollars      {dollars / (2 if s.flex else 1):12,.2f}   "
+                     f"at --price {s.price} for a million tokens sent and back{half}")
+    if s.sampler:
+        missing = sum(not record["answers"] for record in records)
+        lines.append(f"  before that  {missing * s.n:12,}   answers sampled from {s.sampler}")
     if not all(record["answers"] for record in records):
         lines.append(f"  answers not sampled yet are taken to be {ANSWER} tokens long")
     for q in asked[:1]:
         lines.append(f"\nthe first call, about record {q.id}; pictures: {len(q.images)}\n")
         lines.append(f"{q.system}\n\n{q.text}")
     return "\n".join(lines)
+
+
+def prices(text) -> list[float]:
+    """"0.5,3": dollars for a million tokens sent, and back."""
+    try:
+        sent, back = (float(amount) for amount in text.split(","))
+    except ValueError:
+        raise BadInput(f"--price {text}: two numbers, dollars for a million tokens sent and back, "
+                       "as in 0.5,3") from None
+    return [sent, back]
 
 
 def judge(s, records, out) -> list[dict]:
@@ -324,6 +401,12 @@ def check_settings(s) -> None:
         raise BadInput(f"--export {s.export}: the one format known is trl")
     if s.judge not in ("", "oracle") or s.dry_run:
         door(s, dry=s.dry_run)
+    if s.sampler:
+        if not s.sampler.startswith("openai:"):
+            raise BadInput(f"--sampler {s.sampler}: say openai:MODEL")
+        door(replace(s, judge=s.sampler, judge_url=s.sampler_url, flex=False), dry=s.dry_run)
+    if s.price:
+        prices(s.price)
 
 
 def annotate(s: Settings):
@@ -354,11 +437,15 @@ def annotate(s: Settings):
     if first and not looks:
         records = [bring_pictures(record, out) for record in records]
     if not all(record["answers"] for record in records):
-        if not s.ckpt:
-            raise BadInput(f"{s.data} has records without answers; say with --ckpt who gives them")
-        records, too_long = sample(s, records, out, device)
-        if too_long:
-            formats.report(s.data, len(records), rejects + too_long, out if first else None)
+        if bool(s.ckpt) == bool(s.sampler):
+            raise BadInput(f"{s.data} has records without answers; say with --ckpt or with "
+                           "--sampler who gives them")
+        if s.sampler:
+            records, missing = sample_from_server(s, records, out)
+        else:
+            records, missing = sample(s, records, out, device)
+        if missing:
+            formats.report(s.data, len(records), rejects + missing, out if first else None)
     if not first:
         return None
     if not records:

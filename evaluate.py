@@ -33,7 +33,9 @@ from pathlib import Path
 import common  # first: it tells OpenMP how to wait
 import checkpoint
 from benchmarks import alpaca_eval, compare, llava_bench, mm_vet, mmbench, mt_bench, pope
-from benchmarks.harness import Folder, answer, dump, mean, shown, slug, stored
+from benchmarks.harness import (
+    Folder, answer, answer_from_server, dump, mean, shown, slug, stored,
+)
 from common import (
     BadInput, describe_run, device_and_dtype, lock, main, sha, write_jsonl, write_whole,
 )
@@ -56,7 +58,7 @@ BENCHES = {
 @dataclass
 class Settings(JudgeSettings):
     """Score checkpoints, or stored answers and judgments, on benchmarks."""
-    ckpt: str = "toy/vicuna,toy/llava"   # checkpoint folders, comma-separated
+    ckpt: str = "toy/vicuna,toy/llava"   # checkpoint folders, comma-separated; or openai:MODEL@URL
     bench: str = "miniature"       # benchmarks, comma-separated, or the miniature
     data_dir: str = ""             # official files, a folder per benchmark (docs/benchmarks.md)
     out: str = "runs/evaluate"     # a folder of results per checkpoint; the same again: go on there
@@ -107,6 +109,8 @@ def tokens_of(s, ckpt, config):
 
 def answer_all(s, ckpt, items, out):
     """{bench: its items with answers}, less the benchmarks that this checkpoint has no eyes for."""
+    if ckpt.startswith("openai:"):
+        return answers_of_server(s, ckpt, items, out)
     folder = checkpoint.resolve(ckpt)
     config, _ = checkpoint.read_config(folder)
     device, dtype = device_and_dtype(s.device, s.dtype)
@@ -121,10 +125,31 @@ def answer_all(s, ckpt, items, out):
                 continue
             found = answer(asked, model, tokens, Pixels(config), batch=s.batch, seed=s.seed,
                            journal=journal, about=about, desc=f"{ckpt}: {name}")
-            bench = BENCHES[name]
-            rows = bench.answer_rows([item for item in found if item.texts], slug(ckpt))
-            dump(out / name / bench.ANSWERS.format(model=slug(ckpt)), rows)
+            keep_answers(name, ckpt, found, out)
             answered[name] = found
+    return answered
+
+
+def keep_answers(name, ckpt, items, out):
+    bench = BENCHES[name]
+    rows = bench.answer_rows([item for item in items if item.texts], slug(ckpt))
+    dump(out / name / bench.ANSWERS.format(model=slug(ckpt)), rows)
+
+
+def server_of(s, ckpt):
+    """--ckpt openai:MODEL@URL -> the settings of a client that asks it."""
+    model, _, url = ckpt.partition("@")
+    return replace(s, judge=model, judge_url=url, thinking="", flex=False)
+
+
+def answers_of_server(s, ckpt, items, out):
+    """The same from a server that has the model; it spells the prompts."""
+    answered = {}
+    with closing(Replies(out / "answers-server.jsonl")) as replies:
+        client = Judge(server_of(s, ckpt), replies)
+        for name, asked in items.items():
+            answered[name] = answer_from_server(asked, client)
+            keep_answers(name, ckpt, answered[name], out)
     return answered
 
 
@@ -286,7 +311,10 @@ def check(s, names, ckpts):
         raise BadInput(f"--bench {s.bench}: choose among {', '.join(BENCHES)}; with --answers or "
                        "--judgments, one; or miniature")
     for ckpt in ckpts:
-        checkpoint.resolve(ckpt)
+        if ckpt.startswith("openai:") and "miniature" not in names:
+            door(server_of(s, ckpt))
+        else:
+            checkpoint.resolve(ckpt)
 
 
 def run(s):

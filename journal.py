@@ -13,11 +13,12 @@ import os
 import threading
 from pathlib import Path
 
-from common import BadInput
+from common import BadInput, field
 
 
-def journal_rows(path: Path):
-    """(where it ends, row) of every row in a journal, but a last line that a kill has torn."""
+def journal_rows(path: Path, fields: dict):
+    """(where it ends, row) of every row in a journal, but a last line that a kill has torn. A row
+    has a key, and `fields` of these kinds (common.KINDS)."""
     end = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -25,8 +26,9 @@ def journal_rows(path: Path):
                 return
             try:
                 row = json.loads(line)
-                row["key"]
-            except (ValueError, KeyError, TypeError):
+                for name, kind in {"key": "a text", **fields}.items():
+                    field(row, name, kind, "")
+            except (ValueError, RecursionError):         # BadInput is one of them
                 raise BadInput(
                     f"{path}: line {number} is damaged; remove that line and run again"
                 ) from None
@@ -42,6 +44,8 @@ class Journal:
     memory holds only where each row begins.
     """
 
+    fields = {}              # what else a row must have
+
     def __init__(self, path: Path):
         self.path = Path(path)
         self.begins = {}                                 # key -> where its row begins
@@ -56,7 +60,7 @@ class Journal:
                 f"{self.path} is being written by another process; wait for it, or choose another "
                 "--out"
             ) from None
-        for end, row in journal_rows(self.path):
+        for end, row in journal_rows(self.path, self.fields):
             self.note(row, end)
         os.ftruncate(self.fd, self.size)
 

@@ -49,7 +49,8 @@ import common
 from common import BadInput, sha, write_jsonl, write_whole
 from data import make_tree
 from generate import check_room, sample_answers
-from vision import load_image
+from judge.wire import Question
+from vision import load_image, read_image
 
 
 @dataclass
@@ -189,6 +190,40 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
                 item.texts.append(found["text"])
                 item.finishes.append(found["finish"])
     return items
+
+
+def answer_from_server(items, client):
+    """The same from a server's model (judge/client.py), every call journalled there."""
+    items = [replace(item, texts=[], finishes=[]) for item in items]
+    for turn in range(max((len(item.questions) for item in items), default=0)):
+        asked = {}
+        for item in items:
+            if not item.failed and turn < len(item.questions):
+                try:
+                    asked[item.id] = server_question(item, client.s.judge)
+                except BadInput as problem:              # a missing picture
+                    item.texts, item.finishes, item.failed = [], [], str(problem)
+        client.ask(asked.values())
+        for item in items:
+            if item.id not in asked:
+                continue
+            row = client.replies[asked[item.id].key]
+            if row["state"] == "ok":
+                item.texts.append(row["text"])
+                item.finishes.append("length" if row["reason"] == "length" else "stop")
+            else:
+                item.texts, item.finishes = [], []
+                item.failed = f"{row['state']}: {row['reason']}"
+    return items
+
+
+def server_question(item, judge):
+    record = conversation(item)
+    images = [Path(item.root, name) for name in item.images]
+    how = {"temperature": item.temperature, "max_tokens": item.max_new}
+    pictures = [sha(read_image(path)) for path in images]
+    key = sha(judge, record["id"], json.dumps([record["messages"], how]), *pictures)
+    return Question(key, record["id"], "", "", images, messages=record["messages"], sampling=how)
 
 
 def batches(todo, size):

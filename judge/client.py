@@ -29,12 +29,14 @@ import json
 import os
 import random
 import re
+import socket
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
 import requests
@@ -42,7 +44,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from common import BadInput
+from common import BadInput, field
 from journal import Journal
 from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, names, reply_of
 
@@ -53,6 +55,7 @@ WAIT = 1.0          # seconds: the first wait is at most so long, each further o
 MOST = 60.0         # up to this
 PATIENCE = 300      # seconds: a server that asks for more is not waited for
 DEAD = 20           # questions failed in a row, and the server is gone
+FLEX_TIMEOUT = 900  # seconds: calls of --flex wait for a place
 LONGEST = 1 << 24   # bytes of a reply
 STOPS = {           # status and error -> what no other question would escape, and the remedy
     r"429.*(PerDay|per day|\bRPD\b|\bTPD\b|insufficient_quota|limit: 0\b(?!\.))":
@@ -60,6 +63,10 @@ STOPS = {           # status and error -> what no other question would escape, a
     "40[13]|400.*(API_KEY_INVALID|API key not valid|FAILED_PRECONDITION)":
         "the server refuses the key or the account; check {keys}",
     "404|400.*model_not_found": "{model} is not to be had at {base}; those at {base}/models are",
+    r"(?i)400.*max_?(completion_?|output_?)?tokens.{0,80}(too large|exceed|at most|less than)":
+        "the server does not take such a long --budget; give a smaller one",
+    r"(?i)400.*(thinking_? ?(level|config)|reasoning_? ?effort)":
+        "the server does not take --thinking {thinking}; give another, or none",
     "3": "{base} answers with a redirect; give the final address as --judge_url",
 }
 KEPT = "what was judged is kept; run the same command again afterwards"
@@ -74,12 +81,22 @@ class JudgeSettings:
     budget: int = 8192           # longest reply in tokens, with its thoughts; doubled once
     workers: int = 16            # calls at once
     timeout: float = 120.0       # seconds until a call counts as lost
+    flex: bool = False           # Gemini's slow service at half the price; calls may take 900 s
+    same_version: bool = False   # stop where the server changes the model behind the name
     rpm: int = 0                 # requests per minute that your account allows; 0: no limit
     retry_failed: bool = False   # ask again for what was blocked, truncated, unparseable or failed
 
 
 class Replies(Journal):
     """The journal of a judge: how questions ended, how open ones went so far, what it cost."""
+    fields = {
+        "final": "true or false",
+        "state": "a text",
+        "text": "a text",
+        "reason": "a text",
+        "version": "a text",
+        "usage": "an object",
+    }
 
     def __init__(self, path):
         self.earlier = defaultdict(list)     # key of an open question -> the states of its replies
@@ -87,7 +104,8 @@ class Replies(Journal):
         super().__init__(path)
 
     def seen(self, row) -> bool:
-        self.used.update(row["usage"])
+        for name, tokens in row["usage"].items():
+            self.used[name] += field(row["usage"], name, "a whole number", self.path, 0)
         if row["final"]:
             self.earlier.pop(row["key"], None)
         else:
@@ -116,9 +134,10 @@ class Judge:
 
     def __init__(self, s: JudgeSettings, replies: Replies):
         self.wire, self.model, self.base, self.key = door(s)
-        self.s = s
+        self.s = replace(s, timeout=max(s.timeout, FLEX_TIMEOUT)) if s.flex else s
         self.replies = replies
         self.without = set()             # optional fields that the server does not take
+        self.version = ""                # of the model, as the server last said
         self.failures = 0                # questions failed in a row
         self.calls = 0
         self.next_call = 0.0             # when one may be made, on time.monotonic's clock
@@ -127,14 +146,14 @@ class Judge:
         self.session = requests.Session()
         self.session.auth = lambda request: request      # or .netrc would replace our header
         for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(pool_maxsize=s.workers))
+            self.session.mount(scheme, WithDeadline(pool_maxsize=s.workers))
 
     # ---- questions ------------------------------------------------------------------------------
 
     def ask(self, questions: Iterable[Question]) -> None:
         """Settle every question. Raises BadInput where going on is pointless."""
         states = Counter()
-        bar = tqdm(desc="judging", unit="rec", disable=None, leave=False)
+        bar = tqdm(desc="asking", unit="call", disable=None, leave=False)
         with bar, ThreadPoolExecutor(self.s.workers) as pool:
             try:
                 jobs = [pool.submit(self.settle, q) for q in questions]
@@ -162,9 +181,14 @@ class Judge:
         earlier = list(self.replies.earlier[q.key])      # also from before a kill
         while True:
             budget = self.s.budget * (2 if "truncated" in earlier else 1)
-            reply, _ = self.post(q, images, budget).checked(q.check)
+            reply = self.post(q, images, budget)
+            if q.sampling is None:
+                reply, _ = reply.checked(q.check)
+            elif reply.state == "truncated" and reply.text:
+                reply = replace(reply, state="ok", reason="length")      # as long as it may be
             final = is_final(reply, earlier)
             self.replies.keep(q, reply, final)
+            self.look_at(reply.version)
 
             self.failures = self.failures + 1 if reply.state == "failed" else 0
             if self.failures >= DEAD:
@@ -176,6 +200,15 @@ class Judge:
                 return reply.state
             earlier.append(reply.state)
 
+    def look_at(self, version) -> None:
+        """Another model behind the same name is another judge."""
+        before, self.version = self.version, version or self.version
+        if before and before != self.version:
+            said = f"the model behind {self.model} is now {self.version}, and was {before}"
+            if self.s.same_version:
+                raise BadInput(f"{said}; --same_version stops here; {KEPT}")
+            tqdm.write(said)
+
     # ---- calls ----------------------------------------------------------------------------------
 
     def post(self, q, images, budget) -> Reply:
@@ -185,6 +218,8 @@ class Judge:
         without = set(self.without)
         while True:
             body = self.wire.body(self.model, q, images, budget, self.s.thinking, without)
+            if self.s.flex:
+                body["serviceTier"] = "flex"
             self.wait_for_turn()
             status, headers, data = self.send(body)
             if status == 200 and isinstance(data, dict) and not data.get("error"):
@@ -250,10 +285,10 @@ class Judge:
                 # read1 returns what is there: a reply may come in drips.
                 while chunk := response.raw.read1(1 << 16, decode_content=True):
                     content += chunk
-                    if time.monotonic() > until or len(content) > LONGEST:
-                        raise requests.Timeout(
-                            f"the reply took longer than {self.s.timeout:g} s, or is endless"
-                        )
+                    if time.monotonic() > until:
+                        raise requests.Timeout(f"the reply took longer than {self.s.timeout:g} s")
+                    if len(content) > LONGEST:
+                        return 200, {}, {"error": None}  # unparseable
         except (requests.RequestException, urllib3.exceptions.HTTPError) as problem:
             return 0, {}, f"no reply: {type(problem).__name__}: {problem}"
 
@@ -279,8 +314,35 @@ class Judge:
         for pattern, remedy in STOPS.items():
             if re.match(pattern, f"{status} {json.dumps(error)}"):
                 keys = " or ".join(self.wire.keys)
-                remedy = remedy.format(keys=keys, model=self.model, base=self.base)
+                remedy = remedy.format(
+                    keys=keys, model=self.model, base=self.base, thinking=self.s.thinking
+                )
                 raise BadInput(f"{remedy} ({what}); {KEPT}")
+
+
+class WithDeadline(HTTPAdapter):
+    """A server may send its headers letter by letter, for ever, and each letter is in time: so the
+    socket is shut when the time for all of them is over."""
+
+    def init_poolmanager(self, *args, **how):
+        super().init_poolmanager(*args, **how)
+        pools = self.poolmanager.pool_classes_by_scheme
+        self.poolmanager.pool_classes_by_scheme = {scheme: timed(pools[scheme]) for scheme in pools}
+
+
+def timed(pool):
+    """A pool like this one, whose connections wait for whole headers as long as for one letter."""
+    class Connection(pool.ConnectionCls):
+        def getresponse(self):
+            timer = threading.Timer(self.timeout, self.sock.shutdown, [socket.SHUT_RDWR])
+            timer.daemon = True
+            timer.start()
+            try:
+                return super().getresponse()
+            finally:
+                timer.cancel()
+
+    return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
 
 
 def is_final(reply: Reply, earlier: list[str]) -> bool:
@@ -302,6 +364,8 @@ def door(s: JudgeSettings, dry: bool = False) -> tuple:
     name, _, model = s.judge.partition(":")
     if name not in PROTOCOLS or not model:
         raise BadInput(f"--judge {s.judge}: say gemini:MODEL, openai:MODEL or (miniature) oracle")
+    if s.flex and name != "gemini":
+        raise BadInput("--flex is a service of Gemini's; leave it out")
     wire = PROTOCOLS[name]
     key = "" if dry else find_key(wire.keys, needed=name == "gemini" or not s.judge_url)
     return wire, model, base_url(wire.base, s.judge_url), key
@@ -320,7 +384,9 @@ def base_url(usual, url) -> str:
 
 def find_key(variables, needed) -> str:
     found = [os.environ.get(name, "").strip() for name in variables]
-    key = next(filter(None, found), "")
+    key, *more = [*filter(None, found), ""]
+    if any(more):
+        print(f"note: {variables[0]} is used, as Google's own SDK does", file=sys.stderr)
     where = " or ".join(variables)
     if not key and needed:
         raise BadInput(f"no key: set {where} in the environment")

@@ -13,11 +13,12 @@ import math
 import random
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from common import shown
 from data import GAP, choose_pair
 from judge.rubric import RUBRIC, conversation, letter
 from judge.wire import jpeg
@@ -60,6 +61,7 @@ def statistics(records: list[dict], gap: int = GAP, seed: int = 0) -> dict:
         "chosen_longer": mean(chosen > rejected),
         "chosen_shorter": mean(chosen < rejected),
         "places": places(records),
+        "versions": Counter((record.get("judge") or {}).get("version") for record in records),
     }
 
 
@@ -79,7 +81,7 @@ def places(records: list[dict]) -> list[dict]:
     """For every place A, B, ... at which answers were shown: mean S there, how often the best one
     stood there (ties shared), and how often it would without bias; `ci` is the 95 % half-width of
     that share."""
-    shown = defaultdict(list)                # place -> [(S, share of the best, share without bias)]
+    ranked = defaultdict(list)               # place -> [(S, share of the best, share without bias)]
     for record in records:
         answers = record["answers"]
         order = (record.get("judge") or {}).get("order", [])
@@ -87,10 +89,10 @@ def places(records: list[dict]) -> list[dict]:
         if len(row) == len(answers):
             for place, S in enumerate(row):
                 best = (S == max(row)) / row.count(max(row))
-                shown[place].append((S, best, 1 / len(row)))
+                ranked[place].append((S, best, 1 / len(row)))
 
     found = []
-    for place, rows in sorted(shown.items()):
+    for place, rows in sorted(ranked.items()):
         S, best, fair = np.mean(rows, axis=0).tolist()
         ci = 1.96 * math.sqrt(fair * (1 - fair) / len(rows))
         name = letter(place)
@@ -117,6 +119,10 @@ def show(x: dict) -> str:
         )
     if x["scored"]:
         lines.append(show_grades(x))
+    versions = {name: n for name, n in x["versions"].items() if name}
+    if len(versions) > 1:
+        counts = [f"{n} by {shown(name)}" for name, n in versions.items()]
+        lines.append(f"\nnot one judge but several: {', '.join(counts)}")
     if x["places"]:
         lines.append("\nposition bias: shown at  mean S  was best  (without bias)")
     for p in x["places"]:
@@ -168,12 +174,12 @@ def board(records: list[dict], root: Path, gap: int = GAP, seed: int = 0) -> str
     """One self-contained page, board.html with the records in it: pictures embedded, nothing
     fetched. More than SHOWN records are sampled (seeded)."""
     title = "records and pairs"
-    shown = range(len(records))
+    picked = range(len(records))
     if len(records) > SHOWN:
-        shown = sorted(random.Random(seed).sample(shown, SHOWN))
+        picked = sorted(random.Random(seed).sample(picked, SHOWN))
         title += f" ({SHOWN} of {len(records)}, drawn with seed {seed})"
     rows = []
-    for record in (records[k] for k in shown):
+    for record in (records[k] for k in picked):
         rows.append(record | {
             "conversation": conversation(record),
             "pair": choose_pair(record, gap, seed),

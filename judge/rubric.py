@@ -101,7 +101,8 @@ class Rubric:
         ValueError."""
         reply = reply.rpartition("</think>")[2]              # thoughts that a server has left in it
         try:
-            found = json.loads(reply[reply.find("{"):reply.rfind("}") + 1])
+            whole = reply[reply.find("{"):reply.rfind("}") + 1]
+            found = json.loads(whole, object_pairs_hook=each_once)
             json.dumps(found, ensure_ascii=False).encode()   # half a character fits into no file
         except (ValueError, RecursionError) as problem:
             raise ValueError(f"no whole JSON object ({problem})") from None
@@ -127,6 +128,14 @@ class Rubric:
         if golden and (not isinstance(answer, str) or not answer.strip() or "<image>" in answer):
             raise ValueError("golden_answer is no text, or has <image> in it")
         return {"golden": answer, "shown": shown}
+
+
+def each_once(pairs):
+    """A JSON object; of a field that stands in it twice nobody can say which one is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field stands twice in one object")
+    return found
 
 
 RUBRIC = Rubric(

@@ -28,6 +28,7 @@ from vision import load_image
 
 SIDE = 1024             # pictures go out as JPEG, so many pixels on the longest side
 QUALITY = 90            # of the JPEG
+MOST_TOKENS = 10**8     # of one call
 IMAGE_TOKENS = 1120     # what a picture costs at most on Gemini 3.x at its default resolution
 
 
@@ -41,6 +42,8 @@ class Question:
     images: list[Path] = field(default_factory=list)
     schema: dict | None = None     # JSON schema of the reply; None: plain text
     check: Callable[[str], object] = str
+    messages: list[dict] | None = None         # a whole conversation instead of system and text,
+    sampling: dict | None = None               # to be gone on with so: temperature, seed, ...
 
     @property
     def tokens(self) -> int:
@@ -83,7 +86,7 @@ def jpeg(path: Path, side: int = SIDE) -> str:
 
 class Gemini:
     base = "https://generativelanguage.googleapis.com/v1beta"
-    keys = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
+    keys = ("GOOGLE_API_KEY", "GEMINI_API_KEY")      # in this order, as Google's SDK has it
     optional = ("responseJsonSchema", "store")       # left out where refused; the schema is first
     version = "modelVersion"
     usage = {
@@ -156,22 +159,41 @@ class OpenAI:
         parts.append({"type": "text", "text": q.text})
         system = [{"role": "system", "content": q.system}] if q.system else []
         schema = {"name": "reply", "schema": q.schema}
+        messages = [*system, {"role": "user", "content": parts}]
+        if q.messages:
+            messages = spoken(q.messages, parts)
         return pruned({
             "model": model,
-            "messages": [*system, {"role": "user", "content": parts}],
+            "messages": messages,
             "temperature": 0,
             "max_tokens": budget,
             # Reasoning models have renamed it.
             "max_completion_tokens": budget if "max_tokens" in without else None,
             "reasoning_effort": thinking or None,
             "response_format": {"type": "json_schema", "json_schema": schema} if q.schema else None,
-        }, without)
+        } | (q.sampling or {}), without)
 
     def said(self, data) -> tuple:
         refusal = dig(data, str, "choices", 0, "message", "refusal")
         finish = dig(data, str, "choices", 0, "finish_reason")
         text = dig(data, str, "choices", 0, "message", "content")
         return text, refusal or finish, bool(refusal) or finish == "content_filter"
+
+
+def spoken(messages, pictures) -> list[dict]:
+    """A record's messages, the k-th <image> in them replaced by the k-th picture."""
+    pictures = iter(pictures)
+    said = []
+    for message in messages:
+        content = message["content"]
+        if "<image>" in content:
+            first, *rest = content.split("<image>")
+            parts = [{"type": "text", "text": first}]
+            for text in rest:
+                parts += [next(pictures), {"type": "text", "text": text.removeprefix("\n")}]
+            content = [part for part in parts if part.get("text") != ""]
+        said.append({"role": message["role"], "content": content})
+    return said
 
 
 PROTOCOLS = {"gemini": Gemini(), "openai": OpenAI()}
@@ -186,7 +208,9 @@ def reply_of(wire, data) -> Reply:
     """What a server says, in one of our states."""
     text, finish, blocked = wire.said(data)
     usage = {name: dig(data, int, *path) for name, path in wire.usage.items()}
-    reply = Reply("ok", text, finish, dig(data, str, wire.version), usage)
+    reply = Reply("ok", text, finish, dig(data, str, wire.version)[:200], usage)
+    if not all(type(n) is int and 0 <= n < MOST_TOKENS for n in usage.values()):
+        return Reply("unparseable", reason="it says that it cost an impossible number of tokens")
     if blocked:
         reply.state = "blocked"
         reply.again = "RECITATION" in finish         # such a block comes and goes
@@ -195,7 +219,7 @@ def reply_of(wire, data) -> Reply:
         reply.reason = f"{finish}: a larger --budget gives it more room (thinking counts)"
     elif not text:
         reply.state = "unparseable"
-        reply.reason = f"no text, {finish}"
+        reply.reason = f"no text, {finish or 'or far too much of it'}"
     return reply
 
 

@@ -222,7 +222,7 @@ def kind_is_lasting(text, server) -> bool:
 
 
 def candidates(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"<candidate_([A-Z])>\n(.*?)\n</candidate_\1>", text, re.S)
+    return re.findall(r"<candidate_([A-Z])>\n(?:[0-9a-f]{16})\n(.*?)\n(?:[0-9a-f]{16})\n</candidate_\1>", text, re.S)
 
 
 class Server(ThreadingHTTPServer):

@@ -195,7 +195,7 @@ class Messages(BaseHTTPRequestHandler):
         assert self.path == "/v1/messages" and self.headers["x-api-key"] == "a-key" and asked["max_tokens"]
         assert pictures[0]["source"]["media_type"] == "image/jpeg" and "correctness" in asked["system"]
         grades = []
-        for letter, text in re.findall(r"<candidate_(.)>\n(.*)\n", words["text"]):
+        for letter, text in re.findall(r"<candidate_(.)>\n.*\n(.*)\n", words["text"]):
             grades.append({"id": letter, "comment": "", **dict.fromkeys(RUBRIC.attributes, min(4, len(text) // 6))})
         text = json.dumps({"candidates": grades})
         reply = {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}],

@@ -29,6 +29,7 @@ import judge_server
 from benchmarks import harness
 from benchmarks.harness import Item, answer
 from common import BadInput, read_jsonl
+from test_annotate import Sampler
 from conftest import ROOT, ended, picture, process, tiny_checkpoint
 from data import Pixels, Tokens
 from evaluate import BENCHES, Settings
@@ -557,3 +558,24 @@ def test_compare_shows_the_papers_layout(finished, llava, vicuna, tmp_path, caps
     code(*argv)
     said = capsys.readouterr().out
     assert "judged by different judges: mt_bench; " in said and "!: not everything" in said and re.search(r"^b .*\d!", said, re.M)
+
+
+# ---- a server that has the model --------------------------------------------------------------------------------
+
+def test_a_model_behind_a_server_answers_benchmarks_and_is_not_asked_twice(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a-key-of-twenty-letters")
+    server = Sampler()
+    ckpt = f"openai:llava@{server.url}"
+    s = Settings(ckpt=ckpt, bench="mt_bench,pope", data_dir=data, out=str(tmp_path / "out"))
+    evaluate.run(s)
+    calls = sum(server.calls.values())
+    [answers] = (tmp_path / "out").glob("*/mt_bench/model_answer/*.jsonl")
+    rows = [json.loads(line) for line in open(answers)]
+    second = next(body for body in server.bodies if len(body["messages"]) == 3)
+    assert second["messages"][1] == {"role": "assistant", "content": f"{second['messages'][0]['content']} None"}, "its own first answer"
+    assert all(len(row["choices"][0]["turns"]) == 2 for row in rows)
+    pope = [body for body in server.bodies if isinstance(body["messages"][0]["content"], list)]
+    assert pope and all([part["type"] for part in body["messages"][0]["content"]] == ["image_url", "text"] for body in pope)
+    evaluate.run(s)
+    assert sum(server.calls.values()) == calls
+    assert not any(b"sk-a-key" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())

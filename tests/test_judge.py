@@ -11,12 +11,14 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,10 +29,10 @@ from PIL import Image
 import annotate
 import formats
 import judge_server
-from common import BadInput
+from common import BadInput, sha
 from conftest import ROOT, ended, picture, process
 from journal import Journal
-from judge import client, wire
+from judge import client, report, wire
 from judge.client import Judge, JudgeSettings, Replies
 from judge.rubric import RUBRIC, Rubric
 from judge.wire import PROTOCOLS, Question, reply_of
@@ -108,10 +110,11 @@ def good(body):
 
 def text_of(record):
     """What the judge was shown of a record, from what the record says about the order."""
-    shown = "\n".join(f"<candidate_{chr(65 + p)}>\n{record['answers'][k]['text']}\n</candidate_{chr(65 + p)}>"
+    fence = sha(*(record["answers"][k]["text"] for k in record["judge"]["order"]))
+    shown = "\n".join(f"<candidate_{chr(65 + p)}>\n{fence}\n{record['answers'][k]['text']}\n{fence}\n</candidate_{chr(65 + p)}>"
                       for p, k in enumerate(record["judge"]["order"]))
     asked = record["messages"][0]["content"].replace("<image>", "[picture 1]")
-    return f"The conversation:\nuser: {asked}\n\nThe candidates:\n{shown}"
+    return f"The conversation:\nuser: {asked}\n\nThe candidates, each between two lines of {fence}:\n{shown}"
 
 
 def check_scores(rows):
@@ -252,9 +255,9 @@ def test_a_level_of_thinking_that_the_server_does_not_take_is_never_left_out(tmp
     """Without it the model might think more, and cost more, than was asked for."""
     with Server() as server:
         server.refuse = in_turn((400, {"error": {"message": "Thinking level is not supported for this model."}}))
-        with pytest.raises(BadInput, match="20 records in a row got no reply.* Thinking level is not supported"):
+        with pytest.raises(BadInput, match="does not take --thinking minimal.* Thinking level is not supported"):
             run(write_data(tmp_path / "data", 30), tmp_path / "out", server, thinking="minimal", workers=1)
-        assert len(server.arrivals) == 40
+        assert len(server.arrivals) == 1
 
 
 def test_a_server_that_never_takes_a_field_it_does_not_get_ends_as_failed(tmp_path):
@@ -289,7 +292,7 @@ def test_what_cannot_get_better_stops_the_run_says_what_to_do_and_loses_nothing(
 
 
 @pytest.mark.parametrize("status, error, stops", [
-    (401, {"message": "who are you"}, "check GEMINI_API_KEY"), (403, {"message": "no"}, "refuses the key"),
+    (401, {"message": "who are you"}, "check GOOGLE_API_KEY or GEMINI_API_KEY"), (403, {"message": "no"}, "refuses the key"),
     (400, {"message": "no", "details": [{"reason": "API_KEY_INVALID"}]}, "refuses the key"),
     (400, {"message": "User location is not supported", "status": "FAILED_PRECONDITION"}, "the key or the account"),
     (404, {"message": "models/x is not found"}, "those at http.*v1beta/models are"), (400, {"code": "model_not_found"}, "is not to be had"),
@@ -581,8 +584,84 @@ def test_a_reply_without_end_is_given_up(tmp_path, monkeypatch, piece, pause, he
     with Server() as server:
         server.refuse, began = drip(piece, pause, header), time.monotonic()
         asking = one(tmp_path, server, timeout=timeout)
-        assert asking.settle(ASK) == "failed" and time.monotonic() - began < 2
-        assert "or is endless" in asking.replies["k"]["reason"]
+        endless = timeout == 60
+        assert asking.settle(ASK) == ("unparseable" if endless else "failed") and time.monotonic() - began < 2
+        assert ("far too much of it" if endless else "took longer than 0.4 s") in asking.replies["k"]["reason"]
+
+
+def test_headers_that_never_end_are_given_up(tmp_path, monkeypatch):
+    """A letter every tenth of a second: each comes in time, the whole never does."""
+    monkeypatch.setattr(client, "TRIES", 1)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        connection, _ = listening.accept()
+        connection.recv(1 << 16)
+        with suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                connection.sendall(b"X")
+                time.sleep(0.1)
+    threading.Thread(target=serve, daemon=True).start()
+    server = SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}")
+    asking, began = one(tmp_path, server, timeout=0.5), time.monotonic()
+    assert asking.settle(ASK) == "failed" and 0.4 < time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("usage", [{"promptTokenCount": -5}, {"promptTokenCount": 10**30}], ids=str)
+def test_an_impossible_cost_is_not_believed(tmp_path, usage):
+    reply = wire.reply_of(wire.PROTOCOLS["gemini"], gemini("hello") | {"usageMetadata": usage})
+    assert reply.state == "unparseable" and "impossible number of tokens" in reply.reason
+
+
+def test_a_grade_that_is_given_twice_counts_for_nothing():
+    one_of = json.dumps({"candidates": [{"id": "A", "comment": "c", **dict.fromkeys(RUBRIC.attributes, 2)}]})
+    assert RUBRIC.read(one_of, 1)["shown"]
+    with pytest.raises(ValueError, match="a field stands twice"):
+        RUBRIC.read(one_of.replace('"helpfulness": 2', '"helpfulness": 0, "helpfulness": 4'), 1)
+
+
+@pytest.mark.parametrize("row", [{"key": "x"}, {"key": ["x"]}, {"final": True}, [], 5, {"key": "x", "final": True, "state": "ok", "text": None,
+                                 "reason": "", "version": "", "usage": {}}], ids=str)
+def test_a_journal_row_without_its_fields_is_named(tmp_path, row):
+    path = tmp_path / "journal.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadInput, match="journal.jsonl: line 1 is damaged; remove that line"):
+        Replies(path)
+
+
+@pytest.mark.parametrize("said, flags, why", [
+    ("'max_tokens' or 'max_completion_tokens' is too large: 8192. This model's maximum context length is 8192 tokens.", {}, "such a long --budget"),
+    ("Thinking level is not supported for this model.", {"thinking": "low"}, "does not take --thinking low; give another, or none")])
+def test_what_the_user_asked_for_is_never_left_out(tmp_path, said, flags, why):
+    with Server() as server:
+        server.refuse = lambda *more: (400, {"error": {"code": 400, "message": said, "status": "INVALID_ARGUMENT"}})
+        with pytest.raises(BadInput, match=why):
+            one(tmp_path, server, **flags).settle(ASK)
+
+
+def test_another_model_behind_the_name_is_said_counted_and_may_stop_the_run(tmp_path, capsys):
+    asking = Judge(JudgeSettings("openai:m", "http://127.0.0.1:1"), None)
+    for version in ("m-1", "", "m-1", "m-2", "m-2"):
+        asking.look_at(version)
+    assert capsys.readouterr().out.count("the model behind m is now m-2, and was m-1") == 1
+    asking.s = replace(asking.s, same_version=True)
+    with pytest.raises(BadInput, match="is now m-3, and was m-2; --same_version stops here; what was judged is kept"):
+        asking.look_at("m-3")
+    rows = [{"answers": [{"text": "a", "scores": dict.fromkeys(RUBRIC.attributes, 1)}], "judge": {"version": name, "order": [0]}} for name in ("m-1", "m-1", "m-2")]
+    assert "not one judge but several: 2 by m-1, 1 by m-2" in report.show(report.statistics(rows))
+
+
+def test_flex_is_sent_and_gets_its_time(tmp_path):
+    with Server() as server:
+        bodies = []
+        server.refuse = lambda handler, body: bodies.append(body) or (200, SAID)
+        asking = one(tmp_path, server, flex=True)
+        assert asking.s.timeout == 900
+        asking.settle(ASK)
+    assert bodies[0]["serviceTier"] == "flex"
+    with pytest.raises(BadInput, match="--flex is a service of Gemini's"):
+        client.door(JudgeSettings("openai:m", "http://127.0.0.1:1", flex=True))
 
 
 @pytest.mark.skipif(not SLOW, reason="SLOW=1: two thousand records")
@@ -833,7 +912,7 @@ def test_a_judge_that_cannot_be_asked_is_refused_at_the_door(settings, why):
     assert "pass@" not in str(error.value)
 
 
-def test_keys_come_from_the_environment_and_must_fit_a_header(monkeypatch):
+def test_keys_come_from_the_environment_and_must_fit_a_header(monkeypatch, capsys):
     def key(spec, url=""):
         return client.door(JudgeSettings(spec, url))[-1]
     monkeypatch.setenv("GEMINI_API_KEY", f" {KEY}\n")
@@ -843,10 +922,12 @@ def test_keys_come_from_the_environment_and_must_fit_a_header(monkeypatch):
         key("gemini:m")
     assert "bad" not in str(error.value)
     monkeypatch.delenv("GEMINI_API_KEY")
-    with pytest.raises(BadInput, match="set GEMINI_API_KEY or GOOGLE_API_KEY"):
+    with pytest.raises(BadInput, match="set GOOGLE_API_KEY or GEMINI_API_KEY"):
         key("gemini:m", "http://localhost:8000")
     monkeypatch.setenv("GOOGLE_API_KEY", "other")
     assert key("gemini:m") == "other"
+    monkeypatch.setenv("GEMINI_API_KEY", "one")
+    assert key("gemini:m") == "other" and "note: GOOGLE_API_KEY is used" in capsys.readouterr().err
     monkeypatch.delenv("OPENAI_API_KEY")
     assert key("openai:m", "http://localhost:8000") == "", "a server of one's own may need none"
 
