@@ -62,6 +62,7 @@ class Settings(JudgeSettings):
     sampler_url: str = ""        # where, http://host:port/v1; empty: OpenAI's own
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     follow_links: bool = False   # images may be links that lead out of that folder
+    keep_marker: bool = False    # leave <image> where the data has it; else first in its turn
     out: str = "runs/annotate"   # records.jsonl, pictures, journals; the same again: go on there
     template: str = ""           # how the model wants its prompts; empty: as its tokenizer says
     seed: int = 0                # of sampling, of the order of answers, of the rejected one
@@ -418,7 +419,14 @@ def annotate(s: Settings):
     first = parallel.rank() == 0
     out = Path(s.out)
     file = out / "records.jsonl"
-    records, rejects = formats.read(s.data, s.image_root, follow_links=s.follow_links)
+    records, rejects = formats.read(
+        s.data,
+        s.image_root,
+        follow_links=s.follow_links,
+        keep_marker=s.keep_marker,
+        out=None if s.dry_run else out,
+    )
+    unused = Counter(name for record in records for name in formats.unused(record))
     looks = s.dry_run or not s.judge and all(record["answers"] for record in records)
     lost = set()                                         # of an earlier file of that name
     if not looks and file.exists():
@@ -426,7 +434,7 @@ def annotate(s: Settings):
     writes = first and not looks and not lost
     if writes:
         lock(out)
-    formats.report(s.data, len(records), rejects, out if writes else None)
+    formats.report(s.data, len(records), rejects, out if writes else None, unused)
     if lost:
         raise BadInput(f"{file} would lose {len(lost)} records, which {s.data} does not hold or "
                        "which were rejected; choose another --out")

@@ -176,10 +176,15 @@ KINDS = {
     "a positive whole number": lambda x: type(x) is int and 0 < x < LARGEST,
     "a name or number": lambda x: type(x) in (int, str),
     "a number or null": lambda x: x is None or KINDS["a number"](x),
-    "a list of texts": lambda x: isinstance(x, list) and all(map(KINDS["a text"], x)),
-    "a list of numbers": lambda x: isinstance(x, list) and all(map(KINDS["a number"], x)),
-    "two numbers": lambda x: KINDS["a list of numbers"](x) and len(x) == 2,
+    "a list of texts": lambda x: isinstance(x, list) and every("a text", x),
+    "a list of numbers": lambda x: isinstance(x, list) and every("a number", x),
+    "two numbers": lambda x: isinstance(x, list) and len(x) == 2 and every("a number", x),
+    "whole numbers by name": lambda x: isinstance(x, dict) and every("a whole number", x.values()),
 }
+
+
+def every(kind, values):
+    return all(map(KINDS[kind], values))
 
 
 def field(row: dict, name: str, kind: str, where, *default):
@@ -189,7 +194,8 @@ def field(row: dict, name: str, kind: str, where, *default):
     if value is None and default:
         return default[0]
     if not KINDS[kind](value):
-        found = "missing or null" if value is None else shown(reprlib.repr(value))
+        absent = not isinstance(row, dict) or name not in row
+        found = "missing" if absent else shown(reprlib.repr(value)).replace("None", "null")
         raise BadInput(f"{where}: {name} is {found}, but must be {kind}")
     return value
 

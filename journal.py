@@ -60,8 +60,12 @@ class Journal:
                 f"{self.path} is being written by another process; wait for it, or choose another "
                 "--out"
             ) from None
-        for end, row in journal_rows(self.path, self.fields):
-            self.note(row, end)
+        try:
+            for end, row in journal_rows(self.path, self.fields):
+                self.note(row, end)
+        except BaseException:
+            self.close()
+            raise
         os.ftruncate(self.fd, self.size)
 
     def note(self, row, end):

@@ -47,7 +47,7 @@ import sys
 import threading
 import time
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -77,6 +77,7 @@ class Settings:
     data: str = ""               # records, pairs, conversations, ... (see formats.py)
     image_root: str = ""         # folder the image names start from; empty: the data file's own
     follow_links: bool = False   # images may be links that lead out of that folder
+    keep_marker: bool = False    # leave <image> where the data has it; else first in its turn
     out: str = ""                # run folder
     template: str = ""           # vicuna_v1, chatml, llama_3 or mistral; empty: what --ckpt tells
     seed: int = 0                # order of the records, and every other choice
@@ -493,17 +494,20 @@ def read(s: Settings, trees_of) -> Reading:
     config, _ = checkpoint.read_config(folder)
     tokens = Tokens(folder, config, s.template)
     pixels = Pixels(config)
-    trees, pictures, rejects = [], [], []
-    for name, record in formats.stream(s.data, s.image_root, pixels.size, s.follow_links):
+    trees, pictures, rejects, unused = [], [], [], Counter()
+    how = (s.image_root, pixels.size, s.follow_links, s.keep_marker, Path(s.out))
+    for name, record in formats.stream(s.data, *how):
         try:
             if isinstance(record, BadInput):
                 raise record
             trees += trees_of(tokens, record, s.max_length or tokens.room)
             pictures.append(record["images_sha"])
+            unused.update(formats.unused(record))
         except BadInput as problem:
             rejects.append({"id": name, "reason": str(problem)})
 
-    formats.report(s.data, len(pictures), rejects, Path(s.out) if parallel.rank() == 0 else None)
+    out = Path(s.out) if parallel.rank() == 0 else None
+    formats.report(s.data, len(pictures), rejects, out, unused)
     if not trees:
         raise BadInput(f"{s.data}: no usable record; see above and {s.out}/rejects.jsonl")
     words = sum(len(tree.prompt) for tree in trees)

@@ -44,7 +44,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from common import BadInput, field
+from common import BadInput
 from journal import Journal
 from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, names, reply_of
 
@@ -56,7 +56,7 @@ MOST = 60.0         # up to this
 PATIENCE = 300      # seconds: a server that asks for more is not waited for
 DEAD = 20           # questions failed in a row, and the server is gone
 FLEX_TIMEOUT = 900  # seconds: calls of --flex wait for a place
-LONGEST = 1 << 24   # bytes of a reply
+LONGEST = 1 << 22   # bytes of a reply
 STOPS = {           # status and error -> what no other question would escape, and the remedy
     r"429.*(PerDay|per day|\bRPD\b|\bTPD\b|insufficient_quota|limit: 0\b(?!\.))":
         "the quota is spent; wait for the next day or have it raised",
@@ -95,7 +95,7 @@ class Replies(Journal):
         "text": "a text",
         "reason": "a text",
         "version": "a text",
-        "usage": "an object",
+        "usage": "whole numbers by name",
     }
 
     def __init__(self, path):
@@ -104,8 +104,7 @@ class Replies(Journal):
         super().__init__(path)
 
     def seen(self, row) -> bool:
-        for name, tokens in row["usage"].items():
-            self.used[name] += field(row["usage"], name, "a whole number", self.path, 0)
+        self.used.update(row["usage"])
         if row["final"]:
             self.earlier.pop(row["key"], None)
         else:
@@ -290,7 +289,7 @@ class Judge:
                     if len(content) > LONGEST:
                         return 200, {}, {"error": None}  # unparseable
         except (requests.RequestException, urllib3.exceptions.HTTPError) as problem:
-            return 0, {}, f"no reply: {type(problem).__name__}: {problem}"
+            return 0, {}, self.scrub(f"no reply: {type(problem).__name__}: {problem}")
 
         text = self.scrub(content.decode("utf8", "replace"))
         try:

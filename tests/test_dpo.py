@@ -201,7 +201,7 @@ def copied(kept, out):
 
 def test_steps_0_writes_one_reference_line_per_usable_record_and_stops(ckpt, data, kept):
     assert sorted(path.name for path in kept.iterdir()) == [
-        "config.json", "reference.fingerprint.json", "reference.jsonl", "rejects.jsonl"]
+        "config.json", "lock", "reference.fingerprint.json", "reference.jsonl", "rejects.jsonl"]
     rows = rows_of(kept / "reference.jsonl")
     assert [set(row) for row in rows] == [{"id", "logps", "tokens"}] * len(RECORDS)
     model = checkpoint.load(ckpt)

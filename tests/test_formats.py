@@ -2,15 +2,20 @@
 
     python -m pytest tests/test_formats.py -q
 """
+import gzip
+import io
 import json
 import os
+import sys
+from collections import Counter
 
 import pytest
 
+import dpo
 import formats
 import vision
 from common import BadInput
-from conftest import picture
+from conftest import picture, tiny_checkpoint
 
 QUESTION, GOOD, BAD = "What color is the circle?", "The circle is red.", "There is no circle."
 RECORD = {"id": "r", "images": ["a.png"], "messages": [{"role": "user", "content": f"<image>\n{QUESTION}"}],
@@ -525,3 +530,107 @@ def test_several_processes_decode_each_picture_once_between_them_and_reject_alik
     assert sorted(opened) == list("0123456") and len(shares) == 2
     monkeypatch.setattr(parallel, "gather", lambda mine: shares)
     assert formats.read(path) == alone and [r["id"] for r in alone[1]] == ["no messages", "4"]
+
+
+# ---- parquet, packed files, objects around rows ------------------------------------------------------------------
+
+def image_bytes(size, seed):
+    buffer = io.BytesIO()
+    picture(*size, seed=seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def hub_rows(n=5):
+    """Rows as RLHF-V (all in "text") and RLAIF-V (fields of their own) have them, and the same for JSON lines."""
+    tables = {"RLHF-V": [], "RLAIF-V": []}
+    lines = []
+    for k in range(n):
+        said = {"question": f"What is in picture {k}?", "chosen": f"A circle, {k}.", "rejected": "No idea."}
+        image = {"bytes": image_bytes((20 + k, 10), k), "path": f"{k}.png"}
+        tables["RLHF-V"].append({"ds_name": "RLHF-V", "image": image, "text": json.dumps(said), "origin_dataset": "LCS", "idx": k})
+        tables["RLAIF-V"].append({"ds_name": "RLAIF-V", "image": image, **said, "origin_split": "{}", "idx": k, "image_path": f"x/{k}.png"})
+        lines.append({"id": str(k), "image": f"{k}.png", **said})
+    return tables, lines
+
+
+@pytest.mark.parametrize("name", ["RLHF-V", "RLAIF-V"])
+def test_parquet_of_the_hub_trains_like_the_same_rows_in_json_lines(folder, tmp_path, name, monkeypatch):
+    """The reference log-probs are those of the files, and pictures stand in the run's folder once."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    ckpt = tiny_checkpoint(tmp_path / "tiny", "byte")
+    tables, lines = hub_rows()
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(tables[name]), hub / "train.parquet")
+    for k in range(5):
+        (folder / f"{k}.png").write_bytes(image_bytes((20 + k, 10), k))
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    logps = {}
+    for file in ("train.parquet", "data.jsonl"):
+        out = tmp_path / file
+        dpo.run(dpo.Settings(ckpt=str(ckpt), data=str((hub if file == "train.parquet" else folder) / file), out=str(out), steps=0, device="cpu"))
+        logps[file] = {row["id"]: row["logps"] for row in map(json.loads, open(out / "reference.jsonl"))}
+    assert logps["train.parquet"] == logps["data.jsonl"] and len(logps["data.jsonl"]) == 5
+    assert len(list((tmp_path / "train.parquet" / "pictures").iterdir())) == 5
+
+
+def test_parquet_without_pyarrow_is_one_message(folder, monkeypatch):
+    (folder / "train.parquet").write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(BadInput, match="pip install pyarrow"):
+        formats.read(folder / "train.parquet")
+
+
+def test_a_packed_file_and_an_object_around_the_rows_are_read(folder):
+    rows = [but(id="a"), but(id="b")]
+    with gzip.open(folder / "data.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "around.json").write_text(json.dumps({"data": rows}))
+    (folder / "hub.json").write_text(json.dumps({"features": [], "rows": [{"row_idx": k, "row": row} for k, row in enumerate(rows)]}, indent=1))
+    for name in ("data.jsonl.gz", "around.json", "hub.json"):
+        records, rejects = formats.read(folder / name)
+        assert [record["id"] for record in records] == ["a", "b"] and rejects == [], name
+
+
+@pytest.mark.parametrize("content", [b"id,text\n1,hello\n2,you\n", b"PK\x03\x04" + b"\0" * 99, b"id\ttext\n1\thello\n"])
+def test_a_table_or_an_archive_is_one_message(folder, content):
+    (folder / "data.csv").write_bytes(content)
+    with pytest.raises(BadInput, match="is neither JSON nor parquet"):
+        formats.read(folder / "data.csv")
+
+
+def test_fields_that_nothing_uses_are_counted_once_and_escaped(folder, capsys):
+    path = write(folder, [but(id="a", category="x", odd="\x1b[2J"), but(id="b", category="y")])
+    records, rejects = formats.read(path)
+    unused = Counter(name for record in records for name in formats.unused(record))
+    formats.report(path, len(records), rejects, None, unused)
+    assert "fields not used: category (2), odd (1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [
+    {"tools": [{"name": "f"}]}, {"video": "a.mp4"}, {"audios": ["a.wav"]}, {"rejected_images": ["b.png"]},
+    {"output_3": "x", "answers": []}], ids=str)
+def test_a_field_that_surely_means_something_refuses_the_row(folder, more):
+    assert "would be lost" in reason(folder, but(**more))
+
+
+@pytest.mark.parametrize("text", ["<image_1>\nWhat?", "<ImageHere>What?", "<|image|>What?", "USER: What? ASSISTANT:", "<|im_start|>user\nWhat?", "[INST] What? [/INST]"])
+def test_what_another_project_replaces_is_never_trained_on_as_words(folder, text):
+    row = {"id": "r", "image": "a.png", "question": text, "chosen": "a cat", "rejected": "a dog"}
+    assert "another project's spelling" in reason(folder, row)
+
+
+def test_keep_marker_leaves_pictures_where_they_stand(folder):
+    row = {"id": "r", "image": "a.png", "question": "What is it?\n<image>", "chosen": "a cat", "rejected": "a dog"}
+    path = write(folder, [row])
+    assert formats.read(path)[0][0]["messages"][0]["content"] == "<image>\nWhat is it?"
+    assert formats.read(path, keep_marker=True)[0][0]["messages"][0]["content"] == "What is it?\n<image>"
+
+
+def test_an_id_is_shown_escaped_and_short(folder, capsys):
+    path = write(folder, [but(id="\x1b]0;owned\x07\n" + "x" * 500, images=["no.png"])])
+    records, rejects = formats.read(path)
+    formats.report(path, len(records), rejects, None)
+    said = capsys.readouterr().out
+    assert "\\x1b]0;owned\\x07\\n" in said and "\x1b" not in said and max(map(len, said.splitlines())) < 500

@@ -608,6 +608,20 @@ def test_headers_that_never_end_are_given_up(tmp_path, monkeypatch):
     assert asking.settle(ASK) == "failed" and 0.4 < time.monotonic() - began < 2
 
 
+def test_a_key_that_comes_back_as_a_broken_status_line_is_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "TRIES", 1)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        connection, _ = listening.accept()
+        connection.recv(1 << 16)
+        connection.sendall(f"{KEY} {KEY}\r\n\r\n".encode())
+    threading.Thread(target=serve, daemon=True).start()
+    asking = one(tmp_path, SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}"))
+    assert asking.settle(ASK) == "failed" and "[key]" in asking.replies["k"]["reason"]
+    assert KEY not in (tmp_path / "j.jsonl").read_text()
+
+
 @pytest.mark.parametrize("usage", [{"promptTokenCount": -5}, {"promptTokenCount": 10**30}], ids=str)
 def test_an_impossible_cost_is_not_believed(tmp_path, usage):
     reply = wire.reply_of(wire.PROTOCOLS["gemini"], gemini("hello") | {"usageMetadata": usage})
