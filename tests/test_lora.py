@@ -229,7 +229,7 @@ FITS_NONE = "these fit no weight of the base model, with r = 4: "
     (lambda t, c: c.pop("r"), "r is missing, but must be a positive whole number"),
     (lambda t, c: c.update(r="4"), "r is '4', but must be"), (lambda t, c: c.update(r=0), "r is 0, but must be"),
     (lambda t, c: c.update(lora_alpha="8"), "lora_alpha is '8', but must be a number"),
-    (lambda t, c: c.update(lora_alpha=None), "lora_alpha is missing"),
+    (lambda t, c: c.update(lora_alpha=None), "lora_alpha is null"),
     (lambda t, c: c.update(use_rslora="yes"), "use_rslora is 'yes', but must be true or false"),
     *((lambda t, c, way=way: c.update(init_lora_weights=way), f"init_lora_weights {way!r} changed the base model; merge it")
       for way in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "of tomorrow", ["pissa"])),
