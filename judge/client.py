@@ -311,7 +311,8 @@ class Judge:
 
     def stop_if_pointless(self, status, error, what) -> None:
         for pattern, remedy in STOPS.items():
-            if re.match(pattern, f"{status} {json.dumps(error)}"):
+            ours = "{thinking}" in remedy and not self.s.thinking        # nobody asked for it
+            if not ours and re.match(pattern, f"{status} {json.dumps(error)}"):
                 keys = " or ".join(self.wire.keys)
                 remedy = remedy.format(
                     keys=keys, model=self.model, base=self.base, thinking=self.s.thinking
