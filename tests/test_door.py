@@ -5,6 +5,7 @@
 Most cases call a script's own `main` in this process, as the command line would; a few start the real thing.
 """
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -359,7 +360,6 @@ def test_a_switch_is_on_off_or_an_error(capsys):
 
 WRITERS = {"dpo": (dpo, {}), "sft": (sft, {}), "annotate": (annotate, {"n": 2, "max_new": 2, "steps": None}),
            "evaluate": (evaluate, {"bench": "miniature", "steps": None})}
-HOLD = "import common, sys, time; common.lock(sys.argv[1]); print(flush=True); time.sleep(100)"
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -370,9 +370,8 @@ def test_a_folder_that_another_process_writes_is_refused(door, folder, name, ckp
     here.mkdir(parents=True)
     row = {"id": "a", "messages": [{"role": "user", "content": "what color is the circle ?"}]} if name == "annotate" else pair("a")
     data = {} if name == "evaluate" else {"data": write(folder / "d.jsonl", [row])}
-    with subprocess.Popen([sys.executable, "-c", HOLD, here], cwd=ROOT, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    with open(here / "lock", "w") as other:                              # another open file is like another process's
+        fcntl.flock(other, fcntl.LOCK_EX)
         code, said = door(script, out=out, **data, **more)
-        other.kill()
     assert code == 1 and f"{here} is being written by another process; wait for it, or choose another --out" in said
     assert {path.name for path in here.iterdir()} <= {"lock", "rejects.jsonl"}
