@@ -42,7 +42,7 @@ from data import GAP, Pixels, Tokens, choose_pair, make_tree
 from generate import check_room, sample_answers
 from journal import Journal, journal_rows
 from judge import report
-from judge.client import ASKS, STATES, Judge, JudgeSettings, Replies, door
+from judge.client import ASKS, STATES, Judge, JudgeSettings, Replies, continuation, door
 from judge.rubric import RUBRIC, conversation, letter, shown_order
 from judge.wire import IMAGE_TOKENS, Question, Reply
 from vision import image_path
@@ -154,14 +154,14 @@ def sample_from_server(s, records, out) -> tuple[list, list]:
 
         filled, rejects = [], []
         for record in records:
-            rows = [replies[q.key] for q in asked.get(record["id"], [])]
-            bad = [row for row in rows if row["state"] != "ok"]
+            questions = asked.get(record["id"], [])
+            bad = [trouble for trouble in map(replies.trouble, questions) if trouble]
             if bad:
-                reason = f"{len(bad)} of {s.n} answers {bad[0]['state']}: {bad[0]['reason']}"
-                reason += "; --retry_failed 1 asks again"
+                reason = f"{len(bad)} of {s.n} answers {bad[0]}; --retry_failed 1 asks again"
                 rejects.append({"id": record["id"], "reason": reason})
             else:
-                filled.append(record | {"answers": record["answers"] or list(map(said, rows))})
+                answers = record["answers"] or list(map(replies.answer, questions))
+                filled.append(record | {"answers": answers})
     return filled, rejects
 
 
@@ -170,22 +170,7 @@ def sampled_question(record, s, k) -> Question:
     digest = int(sha(f"{s.seed} {k}", record["id"]), 16)
     how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new,
            "seed": digest % 2**31}
-    about = json.dumps([s.sampler, record["messages"], how])
-    return Question(
-        key=sha(about, record["id"], str(k), record["images_sha"]),
-        id=f"{record['id']} answer {k}",
-        system="",
-        text="",
-        images=[Path(record["root"]) / name for name in record["images"]],
-        messages=record["messages"],
-        sampling=how,
-    )
-
-
-def said(row) -> dict:
-    """An answer, and who the server says gave it."""
-    finish = "length" if row["reason"] == "length" else "stop"
-    return {"text": row["text"], "finish": finish, "model": row["version"]}
+    return continuation(s.sampler, record, record["images_sha"], how)
 
 
 def read_answers(out) -> dict[str, list]:

@@ -233,7 +233,7 @@ def resolve(ckpt: str) -> Path:
 
 
 def beside(folder, what, name):
-    """The folder of another model, a whole one, that this one cannot do without. Raises BadInput."""
+    """The folder of another whole model that this one cannot do without. Raises BadInput."""
     name = Path(name)
     places = [folder / what, name, folder / name, folder.parent / name.name]
     for place in places:

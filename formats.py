@@ -190,9 +190,7 @@ def asked(messages):
 def of_pairs(pairs, name):
     """[[question, answer], ...] -> messages."""
     messages = []
-    if not isinstance(pairs, list):
-        raise BadInput(f"{name} must be a list of [question, answer]")
-    for pair in pairs:
+    for pair in pairs if isinstance(pairs, list) else [None]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadInput(f"{name} must be a list of [question, answer]")
         messages += as_messages(pair[0], "user") + [{"role": "assistant", "content": pair[1]}]
@@ -358,7 +356,7 @@ def convert(raw, name: str, keep_marker: bool = False) -> dict:
 
 
 def unfolded(raw):
-    """A copy of the row; RLHF-V as on the hub: question, chosen, rejected are JSON inside "text"."""
+    """A copy of the row; RLHF-V of the hub has question, chosen, rejected as JSON in "text"."""
     inner = raw.get("text")
     if "question" in raw or not isinstance(inner, str) or "chosen" not in inner:
         return dict(raw)
@@ -444,7 +442,9 @@ def heed(row, images, answers=None) -> None:
             if not there[known] and re.fullmatch(pattern, name, re.I):
                 raise BadInput(f"'{shown(name)}' would be lost: {remedy}, or drop the field")
         if not images and is_picture(value):
-            raise BadInput(f"'{shown(name)}' holds a picture; name it in 'image', or drop the field")
+            raise BadInput(
+                f"'{shown(name)}' holds a picture; name it in 'image', or drop the field"
+            )
 
 
 def is_picture(value):
@@ -633,34 +633,14 @@ def check_judge(judge, answers):
 def raw_objects(path):
     """(a name from its place, object or BadInput) of everything in a data file, one after another:
     JSON lines, parquet, or JSON as a whole, which is read into memory (jq -c ".[]" a.json > a.jsonl
-    makes lines of a large array). JSON may be gzipped."""
-    stem = Path(path).stem
+    makes lines of a large array). JSON may be gzipped. Raises BadInput naming the file."""
     try:
         with open(path, "rb", buffering=PEEK) as file:
             if file.peek().startswith(b"\x1f\x8b"):
                 file = gzip.GzipFile(fileobj=file)
-            begin = file.peek(PEEK).lstrip(BOM_UTF8 + b" \t\r\n")
-            if begin.startswith(b"PAR1"):
-                rows = parquet_rows(path)
-                yield from ((f"{stem}-{k:06d}", row) for k, row in enumerate(rows))
-                return
-            check_json(begin, path)
-
-            # An object whose first line is not the whole of it, or lines of which that one is bad.
-            first, more, _ = begin.partition(b"\n")
-            if begin[:1] == b"[" or more and not first.rstrip().endswith(b"}"):
-                try:
-                    yield from rows_of(json.loads(file.read()), stem)
-                    return
-                except ValueError:
-                    if begin[:1] == b"[":
-                        raise
-                    file.seek(0)
-            lines = tqdm(file, desc="reading", unit=" lines", disable=None, leave=False)
-            for number, line in enumerate(lines, 1):
-                line = line.strip()
-                if line:
-                    yield from json_line(line, stem, number)
+            yield from objects_of(file, path)
+    except BadInput:                                     # a ValueError, too
+        raise
     except OSError as error:
         raise BadInput(f"--data {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -669,8 +649,34 @@ def raw_objects(path):
         raise BadInput(f"--data {path}: damaged gzip file ({error})") from None
 
 
+def objects_of(file, path):
+    stem = Path(path).stem
+    begin = file.peek(PEEK).lstrip(BOM_UTF8 + b" \t\r\n")
+    if begin.startswith(b"PAR1"):
+        for k, row in enumerate(parquet_rows(path)):
+            yield f"{stem}-{k:06d}", row
+        return
+    check_json(begin, path)
+
+    # An object whose first line is not the whole of it, or lines of which that one is bad.
+    first, more, _ = begin.partition(b"\n")
+    if begin[:1] == b"[" or more and not first.rstrip().endswith(b"}"):
+        try:
+            yield from rows_of(json.loads(file.read()), stem)
+            return
+        except ValueError:
+            if begin[:1] == b"[":
+                raise
+            file.seek(0)
+    lines = tqdm(file, desc="reading", unit=" lines", disable=None, leave=False)
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if line:
+            yield from json_line(line, stem, number)
+
+
 def check_json(begin, path):
-    """Raises BadInput where a file does not begin as JSON does, in its first line or a later one."""
+    """Raises BadInput where a file does not begin as JSON, in its first line or a later one."""
     binary = b"\0" in begin[:1000]
     if begin and begin[:1] not in b"[{" and (binary or not re.search(rb'^\{\s*"', begin, re.M)):
         raise BadInput(
@@ -691,8 +697,8 @@ def rows_of(found, place):
     for k, row in enumerate(found):
         inner = row.get("row") if isinstance(row, dict) else None
         if isinstance(inner, dict) and not known_shapes(row):
-            cut = row.get("truncated_cells")
-            row = BadInput("was cut short by the hub's viewer; take the file itself") if cut else inner
+            cut = BadInput("was cut short by the hub's viewer; take the file itself")
+            row = cut if row.get("truncated_cells") else inner
         yield f"{place}-{k:06d}", row
 
 

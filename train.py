@@ -607,11 +607,13 @@ def finish(run, tokens, documents=None):
         elif parallel.rank() == 0:
             lora.save_adapter(run.model, result, source, documents)
     except OSError as error:                             # a full disk: a state may still fit
-        if parallel.world() == 1:
+        kept = "the last state"
+        if parallel.world() == 1:                        # others do not know, and would not meet
             run.save()
+            kept = "what was trained"
         raise BadInput(
-            f"{result} cannot be written ({error}); what was trained is kept in {run.out}/state: "
-            "make room, then give --resume"
+            f"{result} cannot be written ({error}); {kept} is kept in {run.out}/state: make room, "
+            "then give --resume"
         ) from None
     if parallel.rank() == 0:
         draw_metrics(run.out)

@@ -48,6 +48,8 @@ MAX_BYTES = 200_000_000
 MAX_PIXELS = 89_000_000
 MAX_SIDE = 20_000
 
+NAME_FILES = "write embedded or distant images to files, and name those"
+
 # How a camera was held (EXIF's orientation), and the turn that undoes it.
 ORIENTATION = 0x0112
 TURNS = {
@@ -197,9 +199,6 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
     x = np.asarray(image).astype(np.float64) * (1 / 255)                             # (S, S, 3)
     x = (x.astype(np.float32) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))              # (3, S, S)
-
-
-NAME_FILES = "write embedded or distant images to files, and name those"
 
 
 def upright(image: Image.Image) -> Image.Image:

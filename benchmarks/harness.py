@@ -49,7 +49,7 @@ import common
 from common import BadInput, sha, write_jsonl, write_whole
 from data import make_tree
 from generate import check_room, sample_answers
-from judge.wire import Question
+from judge.client import continuation
 from vision import load_image, read_image
 
 
@@ -207,23 +207,20 @@ def answer_from_server(items, client):
         for item in items:
             if item.id not in asked:
                 continue
-            row = client.replies[asked[item.id].key]
-            if row["state"] == "ok":
-                item.texts.append(row["text"])
-                item.finishes.append("length" if row["reason"] == "length" else "stop")
-            else:
+            item.failed = client.replies.trouble(asked[item.id])
+            if item.failed:
                 item.texts, item.finishes = [], []
-                item.failed = f"{row['state']}: {row['reason']}"
+                continue
+            found = client.replies.answer(asked[item.id])
+            item.texts.append(found["text"])
+            item.finishes.append(found["finish"])
     return items
 
 
 def server_question(item, judge):
-    record = conversation(item)
-    images = [Path(item.root, name) for name in item.images]
     how = {"temperature": item.temperature, "max_tokens": item.max_new}
-    pictures = [sha(read_image(path)) for path in images]
-    key = sha(judge, record["id"], json.dumps([record["messages"], how]), *pictures)
-    return Question(key, record["id"], "", "", images, messages=record["messages"], sampling=how)
+    pictures = [read_image(Path(item.root, name)) for name in item.images]
+    return continuation(judge, conversation(item), sha(*pictures), how)
 
 
 def batches(todo, size):

@@ -37,6 +37,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
@@ -44,7 +45,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from common import BadInput
+from common import BadInput, sha
 from journal import Journal
 from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, names, reply_of
 
@@ -117,9 +118,34 @@ class Replies(Journal):
         reply = Reply(row["state"], row["text"], row["reason"], row["version"], row["usage"])
         return reply.checked(q.check)
 
+    def answer(self, q: Question) -> dict:
+        """A sampled answer, and who the server says gave it."""
+        row = self[q.key]
+        finish = "length" if row["reason"] == "length" else "stop"
+        return {"text": row["text"], "finish": finish, "model": row["version"]}
+
+    def trouble(self, q: Question) -> str:
+        """Why there is none; empty where there is one."""
+        row = self[q.key]
+        return "" if row["state"] == "ok" else f"{row['state']}: {row['reason']}"
+
     def keep(self, q, reply, final) -> None:
         about = {"key": q.key, "id": q.id, "final": final, "time": time.time()}
         self.append(about | asdict(reply))
+
+
+def continuation(model: str, record: dict, pictures: str, how: dict) -> Question:
+    """The call in which a server's model goes on with a record's conversation. `how` it samples:
+    temperature, max_tokens, seed. `pictures` names the record's by their content."""
+    return Question(
+        key=sha(model, record["id"], json.dumps([record["messages"], how]), pictures),
+        id=record["id"],
+        system="",
+        text="",
+        images=[Path(record["root"], name) for name in record["images"]],
+        messages=record["messages"],
+        sampling=how,
+    )
 
 
 class Stopped(Exception):

@@ -578,7 +578,7 @@ def test_parquet_of_the_hub_trains_like_the_same_rows_in_json_lines(folder, tmp_
 def test_parquet_without_pyarrow_is_one_message(folder, monkeypatch):
     (folder / "train.parquet").write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(BadInput, match="pip install pyarrow"):
+    with pytest.raises(BadInput, match="^--data .*train.parquet: parquet is read by pyarrow: pip install pyarrow$"):
         formats.read(folder / "train.parquet")
 
 
@@ -596,7 +596,7 @@ def test_a_packed_file_and_an_object_around_the_rows_are_read(folder):
 @pytest.mark.parametrize("content", [b"id,text\n1,hello\n2,you\n", b"PK\x03\x04" + b"\0" * 99, b"id\ttext\n1\thello\n"])
 def test_a_table_or_an_archive_is_one_message(folder, content):
     (folder / "data.csv").write_bytes(content)
-    with pytest.raises(BadInput, match="is neither JSON nor parquet"):
+    with pytest.raises(BadInput, match="^--data .*data.csv is neither JSON nor parquet; unpack"):
         formats.read(folder / "data.csv")
 
 
