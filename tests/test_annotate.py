@@ -623,6 +623,8 @@ def test_no_answer_can_close_its_own_fence():
     fence = re.search("each between two lines of ([0-9a-f]{16}):", text)[1]
     between = re.findall(rf"^{fence}\n(.*?)\n{fence}$", text, re.S | re.M)
     assert sorted(between) == sorted(answer["text"] for answer in record["answers"])
+    record["answers"][0]["text"] += f"\n{fence}"                          # it has seen the fence: there is another
+    assert f"between two lines of {fence}" not in annotate.question(record, annotate.Settings(judge="gemini:m")).text
 
 
 # ---- docs/annotate.md -------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def test_null_nan_lists_and_strings_in_stored_files_are_named_or_counted(line, t
         assert scored
     except BadInput as problem:
         assert scored or NAMED.search(str(problem)), problem
+        assert "--retry_failed" not in str(problem), "nobody was asked"
     assert not re.search(r"\bnan\b", capsys.readouterr().out.lower())
 
 
