@@ -189,3 +189,59 @@ def test_embedded_pictures_have_one_short_reason_each(tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     records, rejects = formats.read(tmp_path / "d.jsonl")
     assert not records and all(len(reject["reason"]) < 200 and "not a file name" in reject["reason"] for reject in rejects)
+
+
+# ---- no case without a test --------------------------------------------------------------------------------------
+
+GUARDS = {                                                               # what is not a table of rows has a test of its own
+    "answers-odd": "test_cases.py::test_odd_answers_have_reasons",
+    "data-file-link": "test_cases.py::test_a_data_file_that_is_a_link_and_a_snapshot_of_links",
+    "hub-snapshot-symlinks": "test_cases.py::test_a_data_file_that_is_a_link_and_a_snapshot_of_links",
+    "duplicate-ids-messages": "test_cases.py::test_who_repeats_an_id_in_messages_is_kept_and_numbered",
+    "evaluate-null-values": "test_cases.py::test_null_nan_lists_and_strings_in_stored_files_are_named_or_counted",
+    "image-base64": "test_cases.py::test_embedded_pictures_have_one_short_reason_each",
+    "judge-schema-refused": "test_judge.py::test_a_refusal_that_names_no_field_is_answered_without_the_schema",
+    "llava-lora-non_lora_trainables": "test_lora.py::test_llava_s_own_lora_folder_is_read_with_its_projector",
+    "mm-vet-odd": "test_cases.py::test_odd_benchmark_files_have_a_reason",
+    "mt-bench-odd": "test_cases.py::test_odd_benchmark_files_have_a_reason",
+    "picture-kinds": "test_cases.py::test_every_picture_that_a_viewer_shows_is_read_upright_and_in_its_colours",
+    "pope-answers": "test_cases.py::test_pope_labels_and_answers_in_any_case_give_f1",
+    "hostile/calls_log_torn": "test_judge.py::test_a_torn_last_line_is_cut_off_and_a_damaged_one_is_named",
+    "hostile/config_types": "test_checkpoint.py::test_a_field_of_another_type_is_named",
+    "hostile/deep_extra_field": "test_cases.py::test_one_bad_byte_and_a_deep_field_cost_their_own_record",
+    "hostile/disk_full_at_the_end": "test_resume.py::test_a_disk_that_is_full_at_the_end_loses_no_training",
+    "hostile/eps_as_image": "test_vision.py::test_a_picture_starts_no_program",
+    "hostile/fifo_as_image": "test_formats.py::test_a_missing_image_is_named",
+    "hostile/grade_given_twice": "test_judge.py::test_a_grade_that_is_given_twice_counts_for_nothing",
+    "hostile/headers_in_drips": "test_judge.py::test_headers_that_never_end_are_given_up",
+    "hostile/journal_row_without_fields": "test_cases.py::test_a_journal_row_without_its_fields_is_named",
+    "hostile/json_too_deep": "test_cases.py::test_deep_json_is_one_message",
+    "hostile/mtbench_07": "test_evaluate_scores.py::test_mt_bench_error_is_no_answer_and_odd_grades_are_read",
+    "hostile/one_bad_byte": "test_cases.py::test_one_bad_byte_and_a_deep_field_cost_their_own_record",
+    "hostile/reproduce_orphans": "test_reproduce.py::test_workers_end_with_the_process_that_started_them_even_killed",
+    "hostile/steer_attribute": "test_cases.py::test_a_steer_json_of_another_form_is_damaged",
+    "hostile/steer_brace": "test_cases.py::test_a_steer_json_of_another_form_is_damaged",
+    "hostile/steer_unknown": "test_cases.py::test_a_steer_json_of_another_form_is_damaged",
+    "hostile/stored_judgments": "test_cases.py::test_odd_benchmark_files_have_a_reason",
+    "hostile/strip_cropped": "test_vision.py::test_a_strip_takes_no_gigabytes",
+    "hostile/terminal_escapes": "test_cases.py::test_escapes_reach_no_terminal",
+    "hostile/tokenizer_beyond_the_weights": "test_data.py::test_words_beyond_the_weights_are_refused_at_the_door",
+    "hostile/two_at_once": "test_door.py::test_a_folder_that_another_process_writes_is_refused",
+    "hostile/umask_077": "test_checkpoint.py::test_no_file_is_more_open_than_the_umask_says",
+}
+
+
+def case_names():
+    found = set(GUARDS)
+    for place in PLACES:
+        found |= {path.name for path in place.iterdir() if path.is_dir() and path.name != "hostile"}
+        found |= {f"hostile/{path.name}" for path in place.glob("hostile/*/")}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", case_names())
+def test_every_case_has_its_test(name):
+    if name in FOLDERS:
+        return                                                           # run above
+    file, test = GUARDS[name].split("::")
+    assert f"\ndef {test}(" in (Path(__file__).parent / file).read_text()
