@@ -170,6 +170,16 @@ def test_the_tokenizer_and_the_template_are_transformers(real):
 
 
 @needs_package
+def test_the_weights_are_those_that_transformers_reads_from_the_package(real):
+    transformers = pytest.importorskip("transformers")
+    package = smol.package_file()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(package.parent, gguf_file=package.name, dtype=torch.float32)
+    theirs = {checkpoint.canonical(name): p for name, p in theirs.named_parameters()}
+    for name, p in checkpoint.load(real).named_parameters():
+        assert torch.equal(p, theirs[name]), name
+
+
+@needs_package
 def test_logits_texts_and_log_probs_are_transformers(real):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32).eval()
