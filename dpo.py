@@ -379,10 +379,7 @@ def report_held_out(before, after, out):
 
 
 def run(s: Settings):
-    if s.dry_run:
-        training.dry_run(s)
-    else:
-        align(s)
+    align(s)
 
 
 if __name__ == "__main__":

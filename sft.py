@@ -87,8 +87,6 @@ def golden_tree(tokens, record, longest):
 def fit(s: Settings, trees_of, documents=None):
     """--data and --ckpt -> the tuned model in --out. trees_of(tokens, record, longest) gives what
     to learn from a record; `documents` are JSON files that go with the model."""
-    if s.dry_run:
-        return training.dry_run(s)
     s, device, dtype = training.door(s, full_lr=2e-5, adapter_lr=4e-4)
     found = training.read(s, trees_of)                   # the data first: weights take longer
     model = checkpoint.load(s.ckpt, device, dtype)

@@ -424,17 +424,16 @@ def flush_folder(folder):
 
 # ---- before the loop -----------------------------------------------------------------------------
 
-def dry_run(s):
-    """The memory plan from --ckpt's config.json alone."""
-    check_numbers(s)
-    config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
-    memory.dry_run(config, s)
-
-
 def door(s: Settings, full_lr: float, adapter_lr: float):
     """What cannot work is refused before anything is read -> settings with every default filled in,
-    torch.device, torch.dtype. The method's own peak learning rates are `full_lr`, `adapter_lr`."""
+    torch.device, torch.dtype. The method's own peak learning rates are `full_lr`, `adapter_lr`.
+
+    With --dry_run the program ends here: config.json is all that the memory plan needs."""
     check_numbers(s)
+    if s.dry_run:
+        config, _ = checkpoint.read_config(checkpoint.resolve(s.ckpt))
+        memory.dry_run(config, s)
+        sys.exit(0)
     if not s.data:
         raise BadInput("--data is needed: records, preference pairs, conversations; see formats.py")
     out = Path(s.out)
