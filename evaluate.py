@@ -2,6 +2,8 @@
 
     text       mt_bench       80 questions of two turns, graded 1 to 10 by a judge
                alpaca_eval    805 instructions, judged against text-davinci-003's answers
+               ifeval         541 prompts with instructions that a program checks, no judge
+               likelihood     log-probs of given answers, no judge
     vision     mm_vet         218 questions graded 0 to 1 by a judge
                llava_bench    60, against GPT-4's answers
                pope           8,910 times yes or no, no judge
@@ -32,10 +34,13 @@ from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
 import checkpoint
-from benchmarks import alpaca_eval, compare, llava_bench, mm_vet, mmbench, mt_bench, pope
+from benchmarks import (
+    alpaca_eval, compare, ifeval, likelihood, llava_bench, mm_vet, mmbench, mt_bench, pope,
+)
 from benchmarks.harness import (
     Folder, answer, answer_from_server, dump, mean, shown, slug, stored,
 )
+from benchmarks.style import style
 from common import (
     BadInput, describe_run, device_and_dtype, lock, main, sha, write_jsonl, write_whole,
 )
@@ -52,6 +57,8 @@ BENCHES = {
     "mmbench": mmbench,
     "mt_bench": mt_bench,
     "alpaca_eval": alpaca_eval,
+    "ifeval": ifeval,
+    "likelihood": likelihood,
 }
 
 
@@ -123,8 +130,11 @@ def answer_all(s, ckpt, items, out):
             if not config.vision and any(item.images for item in asked):
                 print(f"{ckpt} sees no pictures; left out: {name}", file=sys.stderr)
                 continue
-            found = answer(asked, model, tokens, Pixels(config), batch=s.batch, seed=s.seed,
-                           journal=journal, about=about, desc=f"{ckpt}: {name}")
+            if BENCHES[name] is likelihood:
+                found = likelihood.measure(model(), tokens, Pixels(config), asked)
+            else:
+                found = answer(asked, model, tokens, Pixels(config), batch=s.batch, seed=s.seed,
+                               journal=journal, about=about, desc=f"{ckpt}: {name}")
             keep_answers(name, ckpt, found, out)
             answered[name] = found
     return answered
@@ -215,8 +225,10 @@ def summary(name, items, rows, **about):
     scored = {"scores": {}, "ok": sum(bool(item.texts) for item in items), "total": len(items)}
     if rows is not None or not BENCHES[name].JUDGMENTS:
         scored = BENCHES[name].score(items, rows)
+    spoken = texts and BENCHES[name] is not likelihood and not any(item.images for item in items)
     return {
         "bench": name,
+        "style": style(items) if spoken else None,
         "length": mean([len(text) for text in texts])["mean"],
         "cut": finishes.count("length") if finishes else None,
         "unanswered": {item.id: item.failed for item in items if item.failed},
@@ -275,6 +287,10 @@ def remarks(r):
     if r["unanswered"]:
         reason, *others = r["unanswered"].values()
         said.append(f"{1 + len(others)} not answered ({reason})")
+    if r.get("style"):
+        words, *shares = r["style"].values()
+        looping, scene = (f"{share['mean']:.1%}" for share in shares)
+        said.append(f"{words['mean']:.0f} words an answer, {looping} loop, {scene} speak of a scene")
     if r.get("unknown"):
         said.append(f"{r['unknown']} answers fit no option")
     if r.get("prompt"):
@@ -313,6 +329,8 @@ def check(s, names, ckpts):
     for ckpt in ckpts:
         if ckpt.startswith("openai:") and "miniature" not in names:
             door(server_of(s, ckpt))
+            if "likelihood" in names:
+                raise BadInput(f"--ckpt {ckpt}: likelihood needs the model itself, not a server")
         else:
             checkpoint.resolve(ckpt)
 

@@ -1,0 +1,96 @@
+"""How likely a model finds answers that others gave: the mean negative log-likelihood per token, in
+nats, of the golden answers of a file of records. No judge, and no sampling.
+
+    nll = - sum over answers of log p(answer | question) / number of their tokens
+
+Lower is better; exp(nll) is the perplexity. It tells what a model still *knows* of a text's way to
+go on, where generated answers tell what it does first. It has a leak: who has learned to be brief
+finds short answers likely, so it stands beside other figures, never alone. Models with different
+tokenizers cannot be compared.
+
+Any file that formats.py reads will do, if its records have golden answers: AlpacaEval's
+`alpaca_eval.json`, for one.
+"""
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+import formats
+from benchmarks.harness import Item, ratios
+from common import BadInput
+from data import make_tree, pack_size, split
+from model import answer_logps
+
+FORM = "6.3f"
+SCALE = 1
+FOLDER = "likelihood"
+SOURCE = "a file of records with golden answers, such as AlpacaEval's alpaca_eval.json"
+ANSWERS = "{model}.jsonl"
+JUDGMENTS = ""
+
+
+def items(folder):
+    found = []
+    for path in folder.every("*.json*"):
+        records, rejects = formats.read(path)
+        if rejects:
+            raise BadInput(f"{path}: {rejects[0]['id']}: {rejects[0]['reason']}")
+        for record in records:
+            if not record.get("golden"):
+                raise BadInput(f"{path}: {record['id']} has no golden answer")
+            question = record["messages"][-1]["content"]
+            found.append(Item(f"{path.stem}/{record['id']}", [question], record,
+                              record["images"], record["root"]))
+    return found
+
+
+@torch.no_grad()
+def measure(model, tokens, pixels, items):
+    """The items with their golden answers as texts, and in their rows the log-prob and the number
+    of tokens; or with the reason why there is none."""
+    trees = {}
+    measured = []
+    for item in items:
+        try:
+            tree = make_tree(tokens, item.row, [item.row["golden"]], max_length=tokens.room)
+            trees[item.id] = replace(tree, id=item.id)
+        except BadInput as problem:
+            item = replace(item, failed=str(problem))
+        measured.append(item)
+
+    logps = {}
+    bar = tqdm(total=len(trees), desc="likelihood", disable=None, leave=False)
+    for part in split(trees.values(), pack_size(0, model.device)):
+        pack = pixels.pack(part).to(model.device)
+        for tree, logp in zip(part, answer_logps(model, pack).tolist()):
+            logps[tree.id] = {"logp": logp, "tokens": len(tree.answers[0])}
+        bar.update(len(part))
+    bar.close()
+    return [with_logp(item, logps.get(item.id)) for item in measured]
+
+
+def with_logp(item, found):
+    if not found:
+        return item
+    return replace(item, row=item.row | found, texts=[item.row["golden"]])
+
+
+def answer_rows(items, model):
+    return [{"id": item.id, "logp": item.row["logp"], "tokens": item.row["tokens"]} for item in items]
+
+
+def read_answers(path, items):
+    raise BadInput("--answers: likelihood asks a model itself, nobody's answers; give --ckpt")
+
+
+def score(items, rows=None):
+    measured = [item for item in items if item.texts]
+    lost = [-item.row["logp"] for item in measured]
+    tokens = [item.row["tokens"] for item in measured]
+    ids = [item.id for item in measured]
+    return {
+        "scores": {"nll": ratios([(lost, tokens, ids)])},
+        "ok": len(measured),
+        "total": len(items),
+    }
