@@ -10,7 +10,7 @@ that only some of them used has a gradient only there.
 The trick. (1) A batch is drawn as if there were one process, and every loss is divided by the size
 of the *global* batch before backward, so gradients are summed, never averaged. (2) All take the
 same number of packs (train.packs); who has none left computes one again and counts it with weight
-0. (3) Weights that a pack did not use get a zero.
+0. (3) The projector, which a pack without pictures does not use, gets zeros.
 
     full fine-tuning   FSDP2's fully_shard (arXiv:2304.11277): each process keeps 1/N of every
                        trained weight, its gradient and its moments, in fp32. A block's weights are
@@ -136,28 +136,16 @@ def local(x) -> Tensor:
 # ---- gradients -----------------------------------------------------------------------------------
 
 def backward(model, loss):
-    """loss.backward(). In shards all must bring gradients for the same weights, pictures or not."""
-    if sharded(model) and model.config.vision:
+    """loss.backward(). All processes bring gradients for the same weights: of a pack without
+    pictures the projector's are zeros."""
+    if model.config.vision:
         for p in model.multi_modal_projector.parameters():
             loss = loss + 0 * p.sum()
     loss.backward()
 
 
-def sum_gradients(model, trained: list[Tensor], pictures: bool):
-    """After the last backward of a batch: what the processes found is added up. What no pack of the
-    global batch used has no gradient, as in one process; `pictures`: has that batch any?"""
-    if sharded(model):                                   # they are summed already
-        if not pictures and model.config.vision:
-            for p in model.multi_modal_projector.parameters():
-                p.grad = None
-        return
-    if world() == 1:
-        return
-
-    used = torch.tensor([int(p.grad is not None) for p in trained], device=trained[0].device)
-    dist.all_reduce(used)
-    for p, count in zip(trained, used.tolist()):
-        if count:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+def sum_gradients(model, trained: list[Tensor]):
+    """After the last backward of a batch: what the processes found is added up."""
+    if world() > 1 and not sharded(model):               # shards are summed already
+        for p in trained:
             dist.all_reduce(p.grad)

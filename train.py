@@ -164,31 +164,25 @@ class Part:
     counts: bool = True      # False where this process only keeps the others company
 
 
-def prefetched(make, parts):
-    """(part, make(part)) of every part; a thread makes the next one while this one is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        begun = []
-        for part in parts:
-            begun.append((part, pool.submit(make, part)))
-            if len(begun) == 2:
-                part, made = begun.pop(0)
-                yield part, made.result()
-        for part, made in begun:
-            yield part, made.result()
-
-
 def packs(items, budget, pack_of, device):
     """This process's share of a batch, at most `budget` tokens at once.
 
     Of N processes each takes every N-th item. All must compute equally many packs, for they wait
-    for each other: who has fewer than another computes one item again, and does not count it.
+    for each other: who has fewer than another computes one item again, and does not count it. A
+    thread makes the next pack while this one is in use.
     """
     world = parallel.world()
     shares = [list(split(items[r::world], budget)) for r in range(world)]
     mine = shares[parallel.rank()]
     again = [items[:1]] * (max(map(len, shares)) - len(mine))
-    for k, (members, pack) in enumerate(prefetched(pack_of, mine + again)):
-        yield Part(members, pack.to(device), counts=k < len(mine))
+    todo = mine + again
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(pack_of, todo[0])
+        for k, members in enumerate(todo, 1):
+            pack = following.result()
+            if k < len(todo):
+                following = pool.submit(pack_of, todo[k])
+            yield Part(members, pack.to(device), counts=k <= len(mine))
 
 
 # ---- the handle of a loop ------------------------------------------------------------------------
@@ -288,8 +282,7 @@ class Run:
             row[name] = column.mean().item()
 
         trained = list(self.trained.values())
-        pictured = any(item.images for item in self.members)
-        parallel.sum_gradients(self.model, trained, pictured)
+        parallel.sum_gradients(self.model, trained)
         most = self.settings.clip or math.inf
         norm = parallel.whole(torch.nn.utils.clip_grad_norm_(trained, most)).item()
         if not math.isfinite(row["loss"] + norm):

@@ -37,7 +37,7 @@ def test_an_opponent_imports_nothing_of_ours():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="asks Linux how many threads there are")
 def test_their_environment_is_the_users_and_preparing_a_pack_starts_no_threads(tmp_path):
-    """train.prefetched prepares packs in a thread of its own. A second team there would be more threads than cores, and
+    """train.packs prepares them in a thread of its own. A second team there would be more threads than cores, and
     OpenMP would let nobody wait awake any more: a step then sleeps thousands of times (LOG.md, 2026-11-26)."""
     speed.write_pairs(tmp_path, 1)
     code = f"""import os, torch

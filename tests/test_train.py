@@ -10,6 +10,7 @@ import random
 import time
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import sft
 import train
 from common import BadInput
 from data import TEMPLATES, Tokens, make_pack, pack_size
-from train import Run, Settings, adamw, prefetched, schedule, shuffled
+from train import Run, Settings, adamw, packs, schedule, shuffled
 
 DRAW = train.draw_metrics      # conftest.py takes it away from every test
 
@@ -98,24 +99,26 @@ def test_a_step_s_rate_is_each_group_s_peak_times_the_schedule(ckpt, data, tmp_p
 # ---- packs ---------------------------------------------------------------------------------------
 
 def test_the_next_pack_is_made_while_this_one_is_computed_with():
+    items = [SimpleNamespace(tokens=n) for n in (1, 2, 3)]
     made, used = [], []
 
-    def make(part):
-        made.append(part)
-        return part * 10
+    def make(members):
+        made.append(members[0].tokens)
+        return torch.tensor(members[0].tokens * 10)
 
-    for part, pack in prefetched(make, iter([1, 2, 3])):
-        assert pack == part * 10
+    for part in packs(items, 1, make, "cpu"):
+        n = part.items[0].tokens
+        assert part.pack == n * 10 and part.counts
         deadline = time.monotonic() + 5
-        while part < 3 and part + 1 not in made and time.monotonic() < deadline:
+        while n < 3 and n + 1 not in made and time.monotonic() < deadline:
             time.sleep(0.001)
-        used.append((part, list(made)))
-    assert used == [(1, [1, 2]), (2, [1, 2, 3]), (3, [1, 2, 3])] and list(prefetched(make, [])) == []
+        used.append((n, list(made)))
+    assert used == [(1, [1, 2]), (2, [1, 2, 3]), (3, [1, 2, 3])]
 
-    def fail(part):
+    def fail(members):
         raise BadInput("no such picture")
     with pytest.raises(BadInput, match="no such picture"):
-        list(prefetched(fail, [1, 2]))
+        list(packs(items, 1, fail, "cpu"))
 
 
 def test_the_pack_fits_the_device_unless_it_is_said():
