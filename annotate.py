@@ -113,8 +113,9 @@ def sample(s, records, out, device) -> tuple[list, list]:
         print(f"sampling: {s.n} answers to each of {len(todo)} records at temperature "
               f"{s.temperature}; {len(todo.keys() & known)} were answered before")
 
-    # A batch is answered whole or not at all: rounding depends on what is computed together.
-    keys = list(todo)
+    # A batch is answered whole or not at all: rounding depends on what is computed together. Prompts
+    # of one length go together, for a cache has room for the longest of its batch.
+    keys = sorted(todo, key=lambda key: todo[key].length)
     batches = [keys[start:start + s.batch] for start in range(0, len(keys), s.batch)]
     mine = batches[parallel.rank()::parallel.world()]
     missing = [batch for batch in mine if not known.keys() >= set(batch)]

@@ -59,6 +59,7 @@ class Settings(training.Settings):
     average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
     gap: int = GAP               # smallest difference in S of chosen and rejected (the paper's 2)
     holdout: float = 0.0         # share of the pairs kept out of training, to measure accuracy on
+    pairs_only: bool = False     # reference log-probs of the pairs' answers alone, not of all n
     reference: str = ""          # reference log-probs file; empty: <out>/reference.jsonl
 
 
@@ -313,16 +314,22 @@ def align(s: Settings) -> Llava:
     s, device, dtype = training.door(s, full_lr=5e-7, adapter_lr=5e-5)
     out = Path(s.out)
 
-    # Of every usable record a tree with all its answers, and which two of them make a pair. The
-    # data comes first: reading weights takes longer.
+    # Of every usable record a tree with all its answers, and which two of them make a pair: then
+    # another --gap needs no new reference. The data comes first: reading weights takes longer.
     choices = []
 
     def all_answers(tokens, record, longest):
         if not record["answers"]:
             raise BadInput("has no answers")
         texts = [answer["text"] for answer in record["answers"]]
+        choice = choose_pair(record, s.gap, s.seed)
+        if s.pairs_only:
+            if not choice:
+                return []
+            texts = [texts[k] for k in choice]
+            choice = (0, 1)
         tree = make_tree(tokens, record, texts, max_length=longest)
-        choices.append(choose_pair(record, s.gap, s.seed))
+        choices.append(choice)
         return [tree]
 
     found = training.read(s, all_answers)
@@ -337,6 +344,8 @@ def align(s: Settings) -> Llava:
     # The reference, by the very model that is then trained.
     model = checkpoint.load(s.ckpt, device, dtype)
     depends = parallel.from_first(lambda: fingerprint(model, found))
+    if s.pairs_only:
+        depends["answers"] = "chosen and rejected alone"
     path = Path(s.reference or out / "reference.jsonl")
     logps = cached_reference(model, found, path, s.pack, depends)
     pairs, held_out = [], []

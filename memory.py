@@ -133,7 +133,8 @@ def needs(config: Config, load: Load, dtype: torch.dtype, rank: int = 0, world: 
         copies = e * (blocks * n.block + n.rest)
 
     weight = 4 * config.text.vocab_size * config.text.hidden_size
-    head = 2 * min(logprob.CHUNK_BYTES, 4 * load.scored * config.text.vocab_size)
+    rows = min(logprob.rows_at_once(config.text.vocab_size), load.scored)
+    head = 2 * 4 * rows * config.text.vocab_size
     if not rank:
         head += weight                                   # its gradient
     if e < 4 and not gpu:

@@ -500,7 +500,7 @@ def read(s: Settings, trees_of) -> Reading:
 
     out = Path(s.out) if parallel.rank() == 0 else None
     formats.report(s.data, len(pictures), rejects, out, unused)
-    if not trees:
+    if not pictures:
         raise BadInput(f"{s.data}: no usable record; see above and {s.out}/rejects.jsonl")
     words = sum(len(tree.prompt) for tree in trees)
     unknown = tokens.tokenizer.token_to_id("<unk>")

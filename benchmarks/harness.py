@@ -224,9 +224,10 @@ def server_question(item, judge):
 
 
 def batches(todo, size):
-    """At most `size` each, all of one temperature and length, the order kept among those."""
+    """At most `size` each, all of one temperature and budget; shortest prompts first, for a cache
+    has room for the longest of its batch."""
     alike = defaultdict(list)
-    for key, item, tree in todo:
+    for key, item, tree in sorted(todo, key=lambda entry: entry[2].length):
         alike[item.temperature, item.max_new].append((key, item, tree))
     return [same[at:at + size] for same in alike.values() for at in range(0, len(same), size)]
 

@@ -24,7 +24,10 @@ References: Cut Cross-Entropy (arXiv:2411.09009), Liger Kernel (arXiv:2410.10989
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20  # fp32 logits held at once: most packs' fit, and none is computed twice
+# fp32 logits held at once: most packs' fit, and none is computed twice. With a large vocabulary that
+# would be few rows, and a product of few rows is slow.
+CHUNK_BYTES = 64 << 20
+CHUNK_ROWS = 512
 
 
 # ---- the specification ---------------------------------------------------------------------------
@@ -37,9 +40,14 @@ def logps_spec(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) ->
 
 # ---- chunked forward and backward ----------------------------------------------------------------
 
+def rows_at_once(vocab: int) -> int:
+    """Rows of a chunk: what fits CHUNK_BYTES, and at least CHUNK_ROWS."""
+    return max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab))
+
+
 def chunks(n: int, vocab: int) -> list[slice]:
-    """Cut n rows so that a chunk's logits fit CHUNK_BYTES; no rows are one chunk of none."""
-    size = max(1, CHUNK_BYTES // (4 * vocab))
+    """Cut n rows into chunks; no rows are one chunk of none."""
+    size = rows_at_once(vocab)
     return [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
 
 

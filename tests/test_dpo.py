@@ -231,6 +231,33 @@ def test_a_reference_is_used_again_when_only_scores_gap_seed_loss_or_packs_chang
     assert not (tmp_path / "out" / "reference.jsonl").exists()
 
 
+def test_with_pairs_only_the_reference_holds_the_pairs_answers_and_says_so(ckpt, data, tmp_path, kept, capsys):
+    out = tmp_path / "out"
+    align(ckpt, data, out, steps=0, pairs_only=True)
+    whole = {row["id"]: row["logps"] for row in rows_of(kept / "reference.jsonl")}
+    records, _ = formats.read(data)
+    pairs = {record["id"]: choose_pair(record) for record in records if choose_pair(record)}
+    rows = rows_of(out / "reference.jsonl")
+    assert [row["id"] for row in rows] == list(pairs) and 0 < len(pairs) < len(whole)
+    for row in rows:
+        expected = [whole[row["id"]][k] for k in pairs[row["id"]]]
+        torch.testing.assert_close(torch.tensor(row["logps"]), torch.tensor(expected), atol=1e-4, rtol=0)
+    about = json.loads((out / "reference.fingerprint.json").read_text())
+    assert about["answers"] == "chosen and rejected alone"
+    with pytest.raises(BadInput, match="stale.*answers"):
+        align(ckpt, data, tmp_path / "other", steps=0, reference=str(out / "reference.jsonl"))
+    with pytest.raises(BadInput, match="no usable pair"):
+        align(ckpt, data, tmp_path / "none", steps=1, pairs_only=True, gap=100)
+
+
+def test_pairs_only_trains_the_same(ckpt, data, tmp_path):
+    for name, more in (("all", {}), ("pairs", {"pairs_only": True})):
+        align(ckpt, data, tmp_path / name, steps=2, batch=2, **more)
+    one, other = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("all", "pairs"))
+    for row, again in zip(one, other, strict=True):
+        assert row["loss"] == pytest.approx(again["loss"], abs=1e-5)
+
+
 def other_row(k, row):
     return RECORDS[:k] + [row] + RECORDS[k + 1:]
 

@@ -80,6 +80,29 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(tiny, sampling):
     assert [group[1:] for group in everything] == run(range(len(PROMPTS)), slice(1, 2))
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_finished_answers_leave_the_batch_and_change_nothing(tiny, monkeypatch, n):
+    """Every answer gets an end of its own, by turns early and late; the cache shrinks, the texts are
+    those of a batch that keeps all."""
+    free = generate(tiny, PROMPTS, IMAGES, n=n, max_new=40, temperature=1.0, ends=NEVER)
+    ends = {answer.ids[2 + 5 * k] for k, answers in enumerate(free) for answer in answers[:1]}
+    sizes = []
+    keep = generation.Cache.keep_records
+
+    def watched(cache, going):
+        keep(cache, going)
+        sizes.append(cache.R)
+
+    monkeypatch.setattr(generation.Cache, "keep_records", watched)
+    how = {"n": n, "max_new": 40, "temperature": 1.0, "ends": tuple(ends)}
+    shrunk = generate(tiny, PROMPTS, IMAGES, **how)
+    assert sizes and sizes == sorted(sizes, reverse=True) and sizes[-1] < len(PROMPTS)
+    monkeypatch.setattr(generation, "LEAVE", 0)
+    assert shrunk == generate(tiny, PROMPTS, IMAGES, **how) and len(sizes) < 10
+    tokens = list(stream(tiny, PROMPTS, IMAGES, **how))
+    assert all(len(step) == n * len(PROMPTS) for step in tokens)
+
+
 def test_an_answer_s_seed_decides_its_text(tiny):
     def run(*seeds, max_new=12, **more):
         found, = generate(tiny, PROMPTS[:1], IMAGES[:1], n=len(seeds) or 3, max_new=max_new,

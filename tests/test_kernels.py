@@ -295,6 +295,7 @@ def scored(T=11, D=6, V=29, N=17, dtype=torch.float64, seed=0, scale=1.0):
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 17])
 def test_logps_equal_the_formula_whatever_the_chunk(monkeypatch, chunk_rows):
+    monkeypatch.setattr(logprob_file, "CHUNK_ROWS", 1)
     monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 4 * 29 * chunk_rows)
     hidden, weight, rows, targets = scored()
     oracle = with_grads(lambda h, w: logps_spec(h, w, rows, targets), [hidden, weight])
@@ -316,6 +317,7 @@ def test_the_logits_in_memory_never_exceed_a_chunk(monkeypatch):
                 self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
             return out
 
+    monkeypatch.setattr(logprob_file, "CHUNK_ROWS", 1)
     monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 4 * 101 * 4)
     hidden, weight, rows, targets = scored(T=90, D=4, V=101, N=80, dtype=torch.float32)
     with Largest() as seen:
@@ -330,6 +332,7 @@ def test_logps_is_the_negative_cross_entropy_of_a_row():
 
 
 def test_gradcheck_of_logps(monkeypatch):
+    monkeypatch.setattr(logprob_file, "CHUNK_ROWS", 1)
     monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 4 * 29 * 4)
     hidden, weight, rows, targets = scored()
     assert torch.autograd.gradcheck(lambda h, w: logps(h, w, rows, targets), (hidden, weight))
@@ -359,6 +362,7 @@ def test_large_logits_neither_overflow_nor_lose_the_target():
     (17, True, True), (17, True, False), (17, False, True), (5, True, False)])
 def test_a_frozen_side_gets_no_gradient_and_no_work(monkeypatch, train_hidden, train_weight, at_once):
     hidden, weight, rows, targets = scored(dtype=torch.float32)
+    monkeypatch.setattr(logprob_file, "CHUNK_ROWS", 1)
     monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 4 * len(weight) * at_once)
     full = with_grads(lambda h, w: logps(h, w, rows, targets), [hidden, weight])[1:]
     hidden.requires_grad_(train_hidden)
