@@ -158,7 +158,7 @@ def test_a_model_that_computes_in_16_bits_trains_through_shards_in_fp32(worlds, 
     expected, found = (weights(worlds / str(w) / "bfloat16")[key] for w in (1, world))
     assert (found != before).float().mean() > 0.3 and (found == expected).float().mean() > 0.9
     expected, found = (rows_of(worlds / str(w) / "bfloat16" / "metrics.jsonl") for w in (1, world))
-    assert [row["loss"] for row in expected] == pytest.approx([row["loss"] for row in found], abs=1e-4)
+    assert [row["loss"] for row in expected] == pytest.approx([row["loss"] for row in found], abs=5e-4)
 
 
 def test_the_reference_and_what_is_held_out_are_the_same(worlds):
