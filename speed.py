@@ -67,9 +67,11 @@ class Settings:
     size: str = "small"            # of the model: small (39 million parameters) or 7b
     rounds: int = 5                # steps that count, of each contestant
     lora: int = 0                  # dpo: rank of adapters for every contestant; 0: all is trained
+    ckpt: str = ""                 # sample: a LLaVA folder; empty: random weights of --size
+    questions: int = 4             # sample: how many are answered, 4 times each
 
 
-PAIRS = 4                          # a step; as many questions are answered
+PAIRS = 4                          # a step
 IMAGE = SPECIAL.index("<image>")
 SIZES = {
     "small": Config(
@@ -123,11 +125,12 @@ def write_pairs(folder: Path, count: int):
     (folder / "trl.json").write_text(json.dumps(theirs))
 
 
-def write_prompts(folder: Path, vision: VisionConfig):
+def write_prompts(folder: Path, config: Config, count: int):
     """Questions of a picture and 64 words, as tensors: prompts.pt."""
-    ids = torch.randint(len(SPECIAL), 8000, (PAIRS, vision.patches + 64))
-    ids[:, :vision.patches] = IMAGE
-    pixels = torch.randn(PAIRS, 3, vision.image_size, vision.image_size)
+    vision = config.vision
+    ids = torch.randint(100, 8000, (count, vision.patches + 64))             # above control tokens
+    ids[:, :vision.patches] = config.image_token
+    pixels = torch.randn(count, 3, vision.image_size, vision.image_size)
     torch.save({"ids": ids, "pixels": pixels}, folder / "prompts.pt")
 
 
@@ -239,11 +242,15 @@ def bench_dpo(s: Settings, folder: Path) -> list[dict]:
 
 def bench_sample(s: Settings, folder: Path) -> list[dict]:
     """Sampled answers of 64 tokens, 4 to each question."""
-    write_model(folder, s.size)
-    write_prompts(folder, SIZES[s.size].vision)
+    if s.ckpt:
+        (folder / "model").symlink_to(checkpoint.resolve(s.ckpt).resolve())
+    else:
+        write_model(folder, s.size)
+    config, _ = checkpoint.read_config(folder / "model")
+    write_prompts(folder, config, s.questions)
     job = {"what": "sample", "folder": str(folder), "n": 4, "words": 64}
     rows = in_turn({"remedy": job, "transformers.generate": job}, s.rounds)
-    tokens = PAIRS * job["n"] * job["words"]
+    tokens = s.questions * job["n"] * job["words"]
     return [row | {"tokens_per_s": 1000 * tokens / row["ms"]} for row in rows]
 
 
