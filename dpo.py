@@ -32,7 +32,7 @@ Watch length_chosen against length_rejected: a judge that likes long answers tea
 import json
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
@@ -59,6 +59,8 @@ class Settings(training.Settings):
     average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
     gap: int = GAP               # smallest difference in S of chosen and rejected (the paper's 2)
     holdout: float = 0.0         # share of the pairs kept out of training, to measure accuracy on
+    pairs_only: bool = False     # reference log-probs of the pairs' answers alone, not of all n
+    reference: str = ""          # reference log-probs file; empty: <out>/reference.jsonl
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -110,8 +112,7 @@ def train(run, pairs, s):
     """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
-            logps = answer_logps(run.model, part.pack).view(-1, 2)           # (2 B,) -> (B, 2)
-            logps, reference, lengths = beside_reference(logps, part.items, s)
+            logps, reference, lengths = pair_logps(run.model, part, s)       # (B, 2) each
             loss, margin = LOSSES[s.loss](logps, reference, s)
             run.backward(loss.sum() / len(batch))        # the mean over the batch, however packed
             rewards = s.beta * (logps - reference)       # whose difference the margin is
@@ -128,10 +129,11 @@ def train(run, pairs, s):
         print(line(run.update(pairs=len(batch))))
 
 
-def beside_reference(logps, pairs, s):
+def pair_logps(model, part, s):
     """(B, 2) of chosen and rejected each: log-probs now, under the reference; lengths in tokens."""
-    reference = logps.new_tensor([pair.reference for pair in pairs])
-    lengths = logps.new_tensor([[len(answer) for answer in pair.answers] for pair in pairs])
+    logps = answer_logps(model, part.pack).view(-1, 2)   # (2 B,) -> (B, 2)
+    reference = logps.new_tensor([pair.reference for pair in part.items])
+    lengths = logps.new_tensor([[len(answer) for answer in pair.answers] for pair in part.items])
     if s.average:
         return logps / lengths, reference / lengths, lengths
     return logps, reference, lengths
@@ -178,11 +180,16 @@ def check_contract(columns, s, dtype):
     print(f"step-0 contract holds: {verdict}")
 
 
+@torch.no_grad()
 def preference(model, pairs, pixels, s) -> dict:
     """Mean margin and accuracy on pairs that are not trained on; an undecided one counts half."""
-    logps = torch.tensor(reference_logps(model, pairs, pixels, s.pack))      # (B, 2)
-    logps, reference, _ = beside_reference(logps, pairs, s)
-    found = margins(logps, reference, s.beta)
+    mine = []
+    for part in training.packs(pairs, s.pack, pixels.pack, model.device):
+        logps, reference, _ = pair_logps(model, part, s)
+        if part.counts:
+            mine += margins(logps, reference, s.beta).tolist()
+
+    found = torch.tensor([margin for share in parallel.gather(mine) for margin in share])
     right = (found > UNDECIDED).float() + 0.5 * (found.abs() <= UNDECIDED)
     return {
         "pairs": len(pairs),
@@ -260,13 +267,16 @@ def stored_reference(path, note, trees, depends):
         held = [(row["id"], len(row["logps"])) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"{path} or its {note.name} is damaged or not ours ({error}); remove both"
+            f"{path} or its {note.name} is damaged or not ours ({error}); remove both, or choose "
+            "another --reference"
         ) from None
-    if changed or held != [(tree.id, len(tree.answers)) for tree in trees]:
+    if changed:
         raise BadInput(
-            f"{path} is stale: it was computed with other {changed or 'records'}; remove it or "
-            "choose another --out"
+            f"{path} is stale: it was computed with other {changed}; remove it or choose another "
+            "--out"
         )
+    if held != [(tree.id, len(tree.answers)) for tree in trees]:
+        raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
     return [row["logps"] for row in rows]
 
 
@@ -277,20 +287,14 @@ def is_held_out(record_id, share):
     return zlib.crc32(record_id.encode()) % 1000 < 1000 * share
 
 
-def pair_trees(s: Settings):
-    """What `train.read` asks of a record: one tree, of its chosen and its rejected answer."""
-
-    def trees_of(tokens, record, longest):
-        choice = choose_pair(record, s.gap, s.seed)
-        if not choice:
-            raise BadInput(
-                "has no pair: two different answers whose scores S differ by at least --gap "
-                f"{s.gap}, or chosen and rejected given in the data"
-            )
-        texts = [record["answers"][k]["text"] for k in choice]
-        return [make_tree(tokens, record, texts, max_length=longest)]
-
-    return trees_of
+def make_pairs(trees, choices, reference):
+    """The trees that have a pair (a choice is two indices, or None), with its reference."""
+    pairs = []
+    for tree, choice, logps in zip(trees, choices, reference):
+        if choice:
+            answers = [tree.answers[k] for k in choice]
+            pairs.append(replace(tree, answers=answers, reference=[logps[k] for k in choice]))
+    return pairs
 
 
 def check_flags(s: Settings):
@@ -310,33 +314,61 @@ def align(s: Settings) -> Llava:
     s, device, dtype = training.door(s, full_lr=5e-7, adapter_lr=5e-5)
     out = Path(s.out)
 
-    # The data comes first: reading weights takes longer.
-    found = training.read(s, pair_trees(s))
-    if all(is_held_out(pair.id, s.holdout) for pair in found.trees):
-        raise BadInput(f"{s.data}: no pair is left to train on; lower --holdout {s.holdout}")
+    # Of every usable record a tree with all its answers, and which two of them make a pair: then
+    # another --gap needs no new reference. The data comes first: reading weights takes longer.
+    choices = []
+
+    def all_answers(tokens, record, longest):
+        if not record["answers"]:
+            raise BadInput("has no answers")
+        texts = [answer["text"] for answer in record["answers"]]
+        choice = choose_pair(record, s.gap, s.seed)
+        if s.pairs_only:
+            if not choice:
+                return []
+            texts = [texts[k] for k in choice]
+            choice = (0, 1)
+        tree = make_tree(tokens, record, texts, max_length=longest)
+        choices.append(choice)
+        return [tree]
+
+    found = training.read(s, all_answers)
+    paired = [tree.id for tree, choice in zip(found.trees, choices) if choice]
+    if s.steps != 0 and all(is_held_out(name, s.holdout) for name in paired):
+        raise BadInput(
+            f"{s.data}: no usable pair among {found.records} records; a pair needs two different "
+            f"answers whose scores S differ by at least --gap {s.gap}, or chosen and rejected "
+            f"given in the data, and --holdout {s.holdout} must leave one"
+        )
 
     # The reference, by the very model that is then trained.
     model = checkpoint.load(s.ckpt, device, dtype)
     depends = parallel.from_first(lambda: fingerprint(model, found))
-    logps = cached_reference(model, found, out / "reference.jsonl", s.pack, depends)
+    if s.pairs_only:
+        depends["answers"] = "chosen and rejected alone"
+    path = Path(s.reference or out / "reference.jsonl")
+    logps = cached_reference(model, found, path, s.pack, depends)
     pairs, held_out = [], []
-    for pair, numbers in zip(found.trees, logps):
-        pair.reference = numbers
+    for pair in make_pairs(found.trees, choices, logps):
         if is_held_out(pair.id, s.holdout):
             held_out.append(pair)
         else:
             pairs.append(pair)
+    found.trees.clear()                                  # answers outside pairs are not needed now
 
     steps = training.count_steps(s, pairs)
     training.describe(s, steps=steps, pairs=len(pairs))
+    without = found.records - len(pairs) - len(held_out)
     print(
-        f"pairs: {len(pairs)} to train on, {len(held_out)} held out; {steps} steps of "
-        f"{min(s.batch, len(pairs))}, beta {s.beta}, {training.rates(s, model)}"
+        f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {without} records without "
+        f"one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, "
+        f"{training.rates(s, model)}"
     )
     if steps == 0:
         return model
 
     before = preference(model, held_out, found.pixels, s) if held_out else None
+    depends |= {"data": training.trees_digest(pairs)}
     with training.begin(s, model, pairs, found.pixels.pack, steps, depends) as run:
         train(run, pairs, s)
     if held_out:

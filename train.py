@@ -106,7 +106,7 @@ class Settings:
 
 # Settings that a resumed run may change: weights and data are compared by what is in them.
 WITHOUT_INFLUENCE = {
-    "ckpt", "data", "image_root", "follow_links", "out",
+    "ckpt", "data", "image_root", "follow_links", "out", "reference",
     "device", "resume", "save_every", "dry_run", "checkpointing",
 }
 

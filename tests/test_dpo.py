@@ -50,11 +50,9 @@ def loaded(ckpt, data):
     model = checkpoint.load(ckpt)
     tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
     records, _ = formats.read(data)
-    trees_of = dpo.pair_trees(dpo.Settings())
-    pairs = [trees_of(tokens, record, 0)[0] for record in records if choose_pair(record)]
-    for pair, numbers in zip(pairs, dpo.reference_logps(model, pairs, pixels, 8192)):
-        pair.reference = numbers
-    return model, pairs, pixels
+    trees = [make_tree(tokens, r, [answer["text"] for answer in r["answers"]]) for r in records]
+    reference = dpo.reference_logps(model, trees, pixels, 8192)
+    return model, dpo.make_pairs(trees, map(choose_pair, records), reference), pixels
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -201,35 +199,63 @@ def copied(kept, out):
     return out / "reference.jsonl"
 
 
-def test_steps_0_writes_one_reference_line_per_pair_and_stops(ckpt, data, kept):
+def test_steps_0_writes_one_reference_line_per_usable_record_and_stops(ckpt, data, kept):
     assert sorted(path.name for path in kept.iterdir()) == [
         "config.json", "lock", "reference.fingerprint.json", "reference.jsonl", "rejects.jsonl"]
     rows = rows_of(kept / "reference.jsonl")
-    assert [set(row) for row in rows] == [{"id", "logps", "tokens"}] * 5
+    assert [set(row) for row in rows] == [{"id", "logps", "tokens"}] * len(RECORDS)
     model = checkpoint.load(ckpt)
     tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
-    records, _ = formats.read(data)
-    records = [record for record in records if choose_pair(record)]
-    for row, record in zip(rows, records, strict=True):
-        tree = make_tree(tokens, record, [record["answers"][k]["text"] for k in choose_pair(record)])
+    for k, (row, (question, images, answers)) in enumerate(zip(rows, RECORDS)):
+        record = {"id": "", "root": data.parent, "images": images, "messages": turns(question)}
+        tree = make_tree(tokens, record, [text for text, _ in answers])
         with torch.no_grad():
             expected = answer_logps(model, pixels.pack([tree]))
-        assert row["id"] == record["id"] and row["tokens"] == [len(answer) for answer in tree.answers]
+        assert row["id"] == f"r{k}" and row["tokens"] == [len(answer) for answer in tree.answers]
         torch.testing.assert_close(torch.tensor(row["logps"]), expected, atol=1e-4, rtol=0)
         assert all(math.isfinite(x) and x < 0 for x in row["logps"])
 
 
-def test_a_reference_is_used_again_when_only_scores_loss_or_packs_change(
+def test_a_reference_is_used_again_when_only_scores_gap_seed_loss_or_packs_change(
         ckpt, tmp_path, kept, capsys, monkeypatch):
     monkeypatch.setattr(dpo, "reference_logps", lambda *a: pytest.fail("the reference was computed again"))
-    path = copied(kept, tmp_path / "out")
-    written = path.read_bytes()
-    rescored = [(q, images, [(text, min(s + 1, 12)) for text, s in answers]) for q, images,
+    written = (kept / "reference.jsonl").read_bytes()
+    rescored = [(q, images, [(text, 12 - s) for text, s in answers]) for q, images,
                 answers in RECORDS]
     data = write_data(tmp_path / "data", rows=rescored)
-    align(ckpt, data, tmp_path / "out", steps=0, pack=64, batch=2, beta=0.5, lr=1e-5, loss="ipo")
-    assert "5 records read" in capsys.readouterr().out
-    assert path.read_bytes() == written
+    align(ckpt, data, tmp_path / "out", steps=0, reference=str(kept / "reference.jsonl"), gap=3,
+          seed=7, pack=64, batch=2,
+          beta=0.5, lr=1e-5, loss="ipo")
+    assert f"{len(RECORDS)} records read" in capsys.readouterr().out
+    assert (kept / "reference.jsonl").read_bytes() == written
+    assert not (tmp_path / "out" / "reference.jsonl").exists()
+
+
+def test_with_pairs_only_the_reference_holds_the_pairs_answers_and_says_so(ckpt, data, tmp_path, kept, capsys):
+    out = tmp_path / "out"
+    align(ckpt, data, out, steps=0, pairs_only=True)
+    whole = {row["id"]: row["logps"] for row in rows_of(kept / "reference.jsonl")}
+    records, _ = formats.read(data)
+    pairs = {record["id"]: choose_pair(record) for record in records if choose_pair(record)}
+    rows = rows_of(out / "reference.jsonl")
+    assert [row["id"] for row in rows] == list(pairs) and 0 < len(pairs) < len(whole)
+    for row in rows:
+        expected = [whole[row["id"]][k] for k in pairs[row["id"]]]
+        torch.testing.assert_close(torch.tensor(row["logps"]), torch.tensor(expected), atol=1e-4, rtol=0)
+    about = json.loads((out / "reference.fingerprint.json").read_text())
+    assert about["answers"] == "chosen and rejected alone"
+    with pytest.raises(BadInput, match="stale.*answers"):
+        align(ckpt, data, tmp_path / "other", steps=0, reference=str(out / "reference.jsonl"))
+    with pytest.raises(BadInput, match="no usable pair"):
+        align(ckpt, data, tmp_path / "none", steps=1, pairs_only=True, gap=100)
+
+
+def test_pairs_only_trains_the_same(ckpt, data, tmp_path):
+    for name, more in (("all", {}), ("pairs", {"pairs_only": True})):
+        align(ckpt, data, tmp_path / name, steps=2, batch=2, **more)
+    one, other = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("all", "pairs"))
+    for row, again in zip(one, other, strict=True):
+        assert row["loss"] == pytest.approx(again["loss"], abs=1e-5)
 
 
 def other_row(k, row):
@@ -274,6 +300,7 @@ STALE = {
     "an answer's text": (None, other_row(1, (question, images, [("40", 2), answers[1]])), {},
                          ["data"]),
     "a question": (None, other_row(1, (question + "!", images, answers)), {}, ["data"]),
+    "answers swapped": (None, other_row(1, (question, images, answers[::-1])), {}, ["data"]),
     "one record less": (None, RECORDS[:-1], {}, ["data"]),
     "records in another order": (None, RECORDS[::-1], {}, ["data"]),
     "another picture's name": (None, other_row(4, (RECORDS[4][0], ["a.png"], RECORDS[4][2])), {},
@@ -319,9 +346,9 @@ def rename_a_record(path):
     path.write_text(path.read_text().replace('"r2"', '"r9"'))
 
 
-@pytest.mark.parametrize("spoil, why", [(cut_a_line, "other records"), (tear, "is damaged"),
-                                        (rename_a_record, "other records"),
-                                        (lose_a_number, "other records")])
+@pytest.mark.parametrize("spoil, why", [(cut_a_line, "does not hold the records"), (tear, "is damaged"),
+                                        (rename_a_record, "does not hold the records"),
+                                        (lose_a_number, "does not hold the records|is damaged")])
 def test_a_reference_that_is_not_whole_is_refused(ckpt, data, tmp_path, kept, spoil, why):
     path = copied(kept, tmp_path / "out")
     spoil(path)
@@ -330,12 +357,11 @@ def test_a_reference_that_is_not_whole_is_refused(ckpt, data, tmp_path, kept, sp
 
 
 def test_a_reference_file_that_is_not_ours_is_never_written_over(ckpt, data, tmp_path):
-    path = tmp_path / "out" / "reference.jsonl"
-    path.parent.mkdir()
-    path.write_bytes(data.read_bytes())
-    with pytest.raises(BadInput, match="reference.fingerprint.json is damaged or not ours"):
-        align(ckpt, data, tmp_path / "out", steps=0)
-    assert path.read_bytes() == data.read_bytes()
+    """--reference with the data's name by mistake must not cost the data."""
+    before = data.read_bytes()
+    with pytest.raises(BadInput, match="data.fingerprint.json is damaged or not ours"):
+        align(ckpt, data, tmp_path / "out", steps=0, reference=str(data))
+    assert data.read_bytes() == before
 
 
 def test_a_record_that_the_model_gives_no_finite_log_prob_is_named(ckpt, data, tmp_path,
@@ -517,9 +543,8 @@ def test_averages_are_sums_over_the_answers_tokens_for_policy_and_reference_alik
     model, pairs, pixels = loaded(ckpt, data)
     part = Part(pairs, pixels.pack(pairs))
     with torch.no_grad():
-        sums = answer_logps(model, part.pack).view(-1, 2)
-    logps, reference, lengths = dpo.beside_reference(sums, pairs, dpo.Settings())
-    means, mean_reference, _ = dpo.beside_reference(sums, pairs, dpo.Settings(average=True))
+        logps, reference, lengths = dpo.pair_logps(model, part, dpo.Settings())
+        means, mean_reference, _ = dpo.pair_logps(model, part, dpo.Settings(average=True))
     assert lengths.tolist() == [[len(answer) for answer in pair.answers] for pair in pairs]
     torch.testing.assert_close(means, logps / lengths)
     torch.testing.assert_close(mean_reference, torch.tensor([pair.reference for pair in pairs]) / lengths)
@@ -534,7 +559,7 @@ def test_without_a_usable_pair_a_run_is_refused_before_weights_are_read(ckpt, tm
                                                                         monkeypatch):
     data = write_data(tmp_path / "data", rows=RECORDS[3:4])
     monkeypatch.setattr(checkpoint, "load", lambda *a: pytest.fail("weights were read"))
-    with pytest.raises(BadInput, match="no usable record"):
+    with pytest.raises(BadInput, match="no usable pair among 1 records"):
         align(ckpt, data, tmp_path / "out")
 
 

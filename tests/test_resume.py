@@ -233,9 +233,9 @@ def test_outside_the_loop_sigterm_is_left_alone(make, tmp_path):
 def test_a_state_of_other_settings_is_refused_with_the_differences(again):
     before, about = rows(again.out), (again.out / "config.json").read_bytes()
     with pytest.raises(BadInput, match="state of another run") as error:
-        again(lr=2e-3, steps=9, beta=0.2, batch=4, pack=100, clip=0.5, loss="hinge")
-    for named in ("--lr (0.001 then, 0.002 now)", "--steps (6 then, 9 now)", "--beta", "--batch", "--pack", "--clip",
-                  "--loss (sigmoid then"):
+        again(lr=2e-3, steps=9, seed=1, beta=0.2, batch=4, pack=100, clip=0.5, gap=3)
+    for named in ("--lr (0.001 then, 0.002 now)", "--steps (6 then, 9 now)", "--seed (0 then", "--beta", "--batch", "--pack",
+                  "--clip", "--gap"):
         assert named in str(error.value)
     assert (again.out / "config.json").read_bytes() == about, "what is refused is not written down"
     assert rows(again.out) == before and kept_step(again.out) == 3
@@ -248,8 +248,8 @@ def test_a_state_of_other_data_or_weights_is_refused(again, make, tmp_path, monk
     talk = tmp_path / "sft"
     stop_in_step(monkeypatch, 1, sft.run, make(talk, sft))
     for changes, named in (({"data": data}, "other data ("), ({"ckpt": ckpt}, "other weights (")):
-        with pytest.raises(BadInput, match="reference.jsonl is stale") as error:
-            again(**changes)
+        with pytest.raises(BadInput, match="state of another run") as error:
+            again(reference=str(tmp_path / f"{named[6:9]}.jsonl"), **changes)
         assert named in str(error.value) and "--lr" not in str(error.value)
         with pytest.raises(BadInput, match="state of another run") as error:
             sft.run(make(talk, sft, resume=True, **changes))
