@@ -71,7 +71,7 @@ def measured(model, count, words, answer, budget, rank, again, dtype):
     model.to(dtype).dtype = dtype
     model.language_model.checkpointing = again
     if rank:
-        lora.attach(model, rank, 2 * rank, 0)
+        lora.attach(model, rank, 0)
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -130,7 +130,7 @@ def test_weights_are_counted_as_the_model_counts_them():
         assert n.frozen == sum(p.numel() for p in frozen)
         assert n.trained == memory.size(model) - n.frozen == n.rest + 2 * n.block
 
-        lora.attach(model, 6, 12, 0)
+        lora.attach(model, 6, 0)
         n = memory.count(model.config, 6)
         assert n.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert n.trained + n.frozen == memory.size(model) and n.trained == n.rest + 2 * n.block
@@ -169,7 +169,7 @@ def test_checkpointing_computes_blocks_again_and_changes_no_bit(ckpt, monkeypatc
     monkeypatch.setattr(Block, "forward", lambda self, *a: calls.append(self) or real(self, *a))
     model = checkpoint.load(ckpt, dtype=dtype)
     if rank:
-        lora.attach(model, rank, 8, 0)
+        lora.attach(model, rank, 0)
         for layer in lora.adapters(model).values():
             torch.nn.init.ones_(layer.lora_B)            # else A has no gradient
     pictured = make_pack(trees_of(model.config, 2, 9, 6), torch.ones(2, 3, 28, 28))
