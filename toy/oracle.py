@@ -17,6 +17,7 @@ import re
 from collections import Counter
 
 from common import BadInput
+from toy.english import plain
 from toy.world import CATEGORY, CONTENT, HOMES
 
 # ---- truth and form ------------------------------------------------------------------------------
@@ -83,6 +84,11 @@ def truth_share(turn, text) -> float:
     return min(.6, f1(Counter(got) - question, bare))
 
 
+def in_our_words(record, text):
+    """An answer without spaces around it; one in English as the miniature would have said it."""
+    return plain(text) if record["truth"].get("english") else text.strip()
+
+
 # ---- the five attributes -------------------------------------------------------------------------
 
 def judge(record: dict, text: str) -> tuple[dict, str]:
@@ -91,7 +97,7 @@ def judge(record: dict, text: str) -> tuple[dict, str]:
     A full correct sentence gets helpfulness + correctness + coherence = 12, the bare correct word
     9, a well-formed wrong sentence 5, a wrong word 3, gibberish at most 2."""
     asked = record["truth"]["turns"][-1]
-    text = text.strip()
+    text = in_our_words(record, text)
     share = truth_share(asked, text)
     shape = form(asked, text)
     words = len(text.split())
@@ -162,6 +168,7 @@ def score(bench: str, record: dict, text: str) -> float:
     "exist" takes the word or the very sentence and nothing else; the mean over it is its balanced
     accuracy, for half of its items are true."""
     asked = record["truth"]["turns"][-1]
+    text = in_our_words(record, text)
     if bench == "exist":
-        return float(text.strip() in (asked["full"], asked["bare"]))
+        return float(text in (asked["full"], asked["bare"]))
     return content(asked, text)

@@ -19,6 +19,7 @@ from itertools import cycle
 from pathlib import Path
 
 from common import main, write_jsonl
+from toy.english import in_english
 from toy.world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOMES, KNOWLEDGE,
                        LOOKUPS, OPPOSITE, SHAPES, Scene, Thing, ask, ask_exist, counted, either,
                        fruit, larger, listed, number, opposite, plus, random_scene, render,
@@ -31,6 +32,7 @@ class Settings:
     out: str = "runs/prompts"    # folder for prompts.jsonl and images/
     prompts: int = 1000          # how many questions
     seed: int = 0                # of the questions
+    english: bool = False        # as smol.py's model speaks
 
 
 # ---- text tasks: two turns each; the second leans on the first -----------------------------------
@@ -197,7 +199,11 @@ def text_conversation(rng, most=4):
     return conversation("text", one + two, brief)
 
 
-def preference_prompts(n: int, seed: int) -> list[dict]:
+MIXED = (LOOKUPS, KNOWLEDGE, ("describe", *LOOKUPS))
+SEEN = (LOOKUPS, ("describe", *LOOKUPS))                # what smol.py's model was tuned on
+
+
+def preference_prompts(n: int, seed: int, kinds=MIXED) -> list[dict]:
     """`n` single image questions from the training split, to be answered by sampling and judged."""
     rng = random.Random(f"preference {seed}")
     records = []
@@ -205,7 +211,7 @@ def preference_prompts(n: int, seed: int) -> list[dict]:
         name = f"preference-{seed}-{i:05d}"
         scene = random_scene(rng)
         look = rng.randrange(2**31)
-        kind = rng.choice(rng.choice((LOOKUPS, KNOWLEDGE, ("describe", *LOOKUPS))))
+        kind = rng.choice(rng.choice(kinds))
         turns = [ask(rng, scene, kind)]
         records.append(about_picture(name, turns, scene, look))
     return records
@@ -255,10 +261,12 @@ def draw(records: list[dict], folder) -> list[dict]:
     return [record | {"root": str(folder), "answers": []} for record in records]
 
 
-def write_prompts(n: int, seed: int, folder) -> Path:
+def write_prompts(n: int, seed: int, folder, english=False) -> Path:
     """`n` questions and their pictures in `folder` -> the path of prompts.jsonl there."""
-    records = preference_prompts(n, seed)
+    records = preference_prompts(n, seed, SEEN if english else MIXED)
     draw(records, folder)
+    if english:
+        records = [in_english(record) for record in records]
     path = Path(folder, "prompts.jsonl")
     write_jsonl(path, records)
     return path
@@ -275,9 +283,10 @@ def vocabulary() -> list[str]:
 
 
 def run(s: Settings):
-    path = write_prompts(s.prompts, s.seed, s.out)
+    path = write_prompts(s.prompts, s.seed, s.out, s.english)
     print(f"{path}: {s.prompts} questions, the pictures beside it")
-    print(f"next: python annotate.py --ckpt toy/llava --data {path} --judge oracle "
+    ckpt = "runs/smol/llava" if s.english else "toy/llava"
+    print(f"next: python annotate.py --ckpt {ckpt} --data {path} --judge oracle "
           "--temperature 1 --max_new 48 --batch 64 --out runs/annotate")
 
 
