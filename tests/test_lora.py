@@ -18,7 +18,7 @@ import lora
 import sft
 from common import BadInput
 from conftest import RECORDS, hf_checkpoint, rows_of, tiny_checkpoint, tiny_model, write_data
-from data import Pixels, Tokens, choose_pair, make_tree
+from data import Pixels, Tokens, make_tree
 from test_checkpoint import write_original
 from model import answer_logps
 
@@ -139,10 +139,7 @@ def test_after_many_steps_the_cached_reference_is_still_that_of_the_start(run, c
     """Recomputed from the checkpoint, it equals the cached one to the bit; the policy by then does not."""
     cached = [r["logps"] for r in rows_of(run[0] / "reference.jsonl")]
     fresh = checkpoint.load(ckpt)
-    pairs_of, tokens = dpo.pair_trees(dpo.Settings()), Tokens(ckpt, fresh.config)
-    records = [record for record in formats.read(data)[0] if choose_pair(record)]
-    trees = [tree for record in records for tree in pairs_of(tokens, record, 0)]
-    pixels = Pixels(fresh.config)
+    trees, pixels = trees_of(ckpt, fresh.config, data), Pixels(fresh.config)
     assert dpo.reference_logps(fresh, trees, pixels, 1024) == cached
     now = dpo.reference_logps(run[1], trees, pixels, 1024)
     assert max(abs(a - b) for x, y in zip(now, cached) for a, b in zip(x, y)) > 1
