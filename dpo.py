@@ -43,7 +43,7 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import train as training
-from common import BadInput, main, read_jsonl, sha, write_jsonl, write_whole
+from common import BadInput, main, read_jsonl, write_jsonl, write_whole
 from data import GAP, choose_pair, make_tree
 from model import Llava, answer_logps
 
@@ -112,7 +112,8 @@ def train(run, pairs, s):
     """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
-            logps, reference, lengths = pair_logps(run.model, part, s)       # (B, 2) each
+            logps = answer_logps(run.model, part.pack).view(-1, 2)           # (2 B,) -> (B, 2)
+            logps, reference, lengths = beside_reference(logps, part.items, s)
             loss, margin = LOSSES[s.loss](logps, reference, s)
             run.backward(loss.sum() / len(batch))        # the mean over the batch, however packed
             rewards = s.beta * (logps - reference)       # whose difference the margin is
@@ -129,11 +130,10 @@ def train(run, pairs, s):
         print(line(run.update(pairs=len(batch))))
 
 
-def pair_logps(model, part, s):
+def beside_reference(logps, pairs, s):
     """(B, 2) of chosen and rejected each: log-probs now, under the reference; lengths in tokens."""
-    logps = answer_logps(model, part.pack).view(-1, 2)   # (2 B,) -> (B, 2)
-    reference = logps.new_tensor([pair.reference for pair in part.items])
-    lengths = logps.new_tensor([[len(answer) for answer in pair.answers] for pair in part.items])
+    reference = logps.new_tensor([pair.reference for pair in pairs])
+    lengths = logps.new_tensor([[len(answer) for answer in pair.answers] for pair in pairs])
     if s.average:
         return logps / lengths, reference / lengths, lengths
     return logps, reference, lengths
@@ -180,16 +180,11 @@ def check_contract(columns, s, dtype):
     print(f"step-0 contract holds: {verdict}")
 
 
-@torch.no_grad()
 def preference(model, pairs, pixels, s) -> dict:
     """Mean margin and accuracy on pairs that are not trained on; an undecided one counts half."""
-    mine = []
-    for part in training.packs(pairs, s.pack, pixels.pack, model.device):
-        logps, reference, _ = pair_logps(model, part, s)
-        if part.counts:
-            mine += margins(logps, reference, s.beta).tolist()
-
-    found = torch.tensor([margin for share in parallel.gather(mine) for margin in share])
+    logps = torch.tensor(reference_logps(model, pairs, pixels, s.pack))      # (B, 2)
+    logps, reference, _ = beside_reference(logps, pairs, s)
+    found = margins(logps, reference, s.beta)
     right = (found > UNDECIDED).float() + 0.5 * (found.abs() <= UNDECIDED)
     return {
         "pairs": len(pairs),
@@ -222,18 +217,6 @@ def reference_logps(model, trees, pixels, budget):
     # Process r has trees r, r + world, r + 2 world, ...: put them in order again.
     shares = parallel.gather(mine)
     return [shares[k % world][k // world] for k in range(len(trees))]
-
-
-def fingerprint(model, found):
-    """What the reference log-probs depend on, by name: a refusal then says what changed."""
-    tokens, pixels = found.tokens, found.pixels
-    return {
-        "weights": checkpoint.digest(model),
-        "data": training.trees_digest(found.trees, found.pictures),
-        "template": sha(repr(tokens.template), tokens.source.read_bytes(), str(tokens.bos)),
-        "image processing": f"{pixels.size} px, pad",
-        "dtype": str(model.dtype),
-    }
 
 
 def cached_reference(model, found, path, budget, depends):
@@ -343,7 +326,7 @@ def align(s: Settings) -> Llava:
 
     # The reference, by the very model that is then trained.
     model = checkpoint.load(s.ckpt, device, dtype)
-    depends = parallel.from_first(lambda: fingerprint(model, found))
+    depends = training.fingerprint(model, found)
     if s.pairs_only:
         depends["answers"] = "chosen and rejected alone"
     path = Path(s.reference or out / "reference.jsonl")

@@ -24,7 +24,6 @@ import common  # first: it tells OpenMP how to wait
 from tqdm import tqdm
 
 import checkpoint
-import parallel
 import train as training
 from common import BadInput, main
 from data import Tree, make_tree, scored_answers, usable
@@ -96,10 +95,7 @@ def fit(s: Settings, trees_of, documents=None):
         f"{found.records} records, {len(found.trees)} answers to learn, "
         f"{steps} steps of {min(s.batch, len(found.trees))}, {training.rates(s, model)}"
     )
-    depends = {
-        "weights": parallel.from_first(lambda: checkpoint.digest(model)),
-        "data": training.trees_digest(found.trees, found.pictures),
-    }
+    depends = training.fingerprint(model, found)
     with training.begin(s, model, found.trees, found.pixels.pack, steps, depends) as run:
         train(run, training.shuffled(found.trees, s.seed))
     print(f"model: {training.finish(run, found.tokens, documents)}")

@@ -516,6 +516,19 @@ def trees_digest(trees, pictures=""):
     return digest.hexdigest()[:16]
 
 
+def fingerprint(model, found):
+    """What a run and its reference depend on, by name: a refusal then says what changed. Process 0
+    computes it for all."""
+    tokens, pixels = found.tokens, found.pixels
+    return parallel.from_first(lambda: {
+        "weights": checkpoint.digest(model),
+        "data": trees_digest(found.trees, found.pictures),
+        "template": sha(repr(tokens.template), tokens.source.read_bytes(), str(tokens.bos)),
+        "image processing": f"{pixels.size} px, pad",
+        "dtype": str(model.dtype),
+    })
+
+
 # ---- around the loop -----------------------------------------------------------------------------
 
 @contextmanager

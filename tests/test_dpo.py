@@ -543,8 +543,9 @@ def test_averages_are_sums_over_the_answers_tokens_for_policy_and_reference_alik
     model, pairs, pixels = loaded(ckpt, data)
     part = Part(pairs, pixels.pack(pairs))
     with torch.no_grad():
-        logps, reference, lengths = dpo.pair_logps(model, part, dpo.Settings())
-        means, mean_reference, _ = dpo.pair_logps(model, part, dpo.Settings(average=True))
+        sums = answer_logps(model, part.pack).view(-1, 2)
+    logps, reference, lengths = dpo.beside_reference(sums, pairs, dpo.Settings())
+    means, mean_reference, _ = dpo.beside_reference(sums, pairs, dpo.Settings(average=True))
     assert lengths.tolist() == [[len(answer) for answer in pair.answers] for pair in pairs]
     torch.testing.assert_close(means, logps / lengths)
     torch.testing.assert_close(mean_reference, torch.tensor([pair.reference for pair in pairs]) / lengths)
