@@ -19,6 +19,10 @@ Every run is a folder that appears when it is done; the same command goes on whe
 
     python reproduce.py                            one seed on the shipped miniature, some minutes
     python reproduce.py --seeds 5 --from_scratch   every stage anew per seed, about an hour
+    python reproduce.py --smol --seeds 3 --data_dir DATA --out runs/smol3     hours; docs/smol.md
+
+--smol asks the same of a language model that somebody else trained (smol.py), whose text has
+benchmarks of its own, and adds what costs nothing: averaging its weights with the base model's.
 """
 import json
 import multiprocessing
@@ -28,7 +32,7 @@ import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,19 +40,25 @@ import common  # first: it tells OpenMP how to wait
 import torch
 from tqdm import tqdm
 
+import annotate
 import checkpoint
 import dpo
 import rejection
 import sft
+import smol
 import steerlm
 import story
+from benchmarks import ifeval, likelihood
 from benchmarks.compare import paper
-from benchmarks.harness import aligned, mean, slug
+from benchmarks.harness import Folder, aligned, answer, mean, slug
+from benchmarks.style import style
 from common import (
-    HERE, BadInput, describe_run, lock, main, read_jsonl, write_jsonl, write_whole,
+    HERE, BadInput, describe_run, device_and_dtype, lock, main, read_jsonl, write_jsonl,
+    write_whole,
 )
-from data import Tokens, choose_pair
+from data import Pixels, Tokens, choose_pair
 from toy import build, figures, items
+from toy.tasks import write_prompts
 
 
 @dataclass
@@ -59,6 +69,10 @@ class Settings:
     first: int = 10                # the first of them; 0 to 2 were used while this was made
     from_scratch: bool = False     # build every seed's models anew, not only align the shipped one
     workers: int = 2               # runs at once, one thread each
+    smol: bool = False             # a real small language model instead of the miniature's
+    data_dir: str = ""             # with --smol: official files of ifeval and likelihood
+    dtype: str = "auto"            # with --smol: of training and answering
+    split: str = "test"            # with --smol: test; or dev, other scenes and prompts, to choose on
 
 
 # ---- the runs: name, method, what is changed -----------------------------------------------------
@@ -87,6 +101,13 @@ RUNS = {
     "DPO, beta 0.3, lr 0.0002": ("dpo", {"beta": 0.3, "lr": 2e-4}),
     "DPO, mean log-probs": ("dpo", {"average": True, "beta": 0.5}),
 }
+SMOL_RUNS = {
+    "SFT, full answers": ("sft", {"lr": 4e-4}),
+    "Rejection sampling": ("rejection", {"lr": 4e-4}),
+    "SteerLM": ("steerlm", {"lr": 4e-4}),
+    "DPO": ("dpo", {"lr": 1e-4, "pairs_only": True}),
+}
+SMOL_FIRST = ("SmolLM2", "LLaVA-Smol", "half and half")
 NARROWER = {"DPO of a narrower model": ("dpo", {}), "LLaVA-mini, narrower": None}
 
 
@@ -120,8 +141,9 @@ def make(folder, seed, width):
 
 def train(folder, method, changes, ckpt, seed):
     """One of RUNS -> `folder`/model, beside what its script leaves there."""
-    if (folder / "model").exists():
-        return folder / "model"
+    result = folder / ("adapter" if "lora" in changes else "model")
+    if result.exists():
+        return result
 
     changes = {"lr": LR[method]} | changes
     data = folder.parent / "data" / "records.jsonl"
@@ -135,7 +157,7 @@ def train(folder, method, changes, ckpt, seed):
     script.run(script.Settings(
         ckpt=str(ckpt), data=str(data), out=str(folder), seed=seed, batch=16,
         device="cpu", resume=True, **changes))
-    return folder / "model"
+    return result
 
 
 def measure(folder, name):
@@ -162,10 +184,34 @@ def measure(folder, name):
     return rows
 
 
+def measure_real(folder, name, s):
+    """A real language model -> {name: scores}: the world's pictures in English, every fifth prompt
+    of IFEval and how it is answered, every eighth given answer."""
+    device, dtype = device_and_dtype("cpu", s.dtype)
+    model = checkpoint.load(folder, device, dtype)
+    tokens = Tokens(folder, model.config)
+    pixels = Pixels(model.config)
+    start = ("test", "dev").index(s.split)
+    scores = {}
+    with TemporaryDirectory() as pictures:
+        if model.config.vision:
+            scores, _ = items.measure(model, tokens, pictures, name, s.split, english=True)
+        official = Folder(Path(s.data_dir, "ifeval"), ifeval.SOURCE, pictures)
+        asked = [replace(item, max_new=256) for item in ifeval.items(official)[start::5]]
+        given = Folder(Path(s.data_dir, "likelihood"), likelihood.SOURCE, pictures)
+        given = likelihood.items(given)[start::8]
+    answered = answer(asked, lambda: model, tokens, pixels, batch=32, desc=f"{name}: ifeval")
+    found = ifeval.score(answered)["scores"]
+    scores |= {"ifeval": found["strict"], "short": found["short"], "long": found["long"]}
+    scores |= style(answered)
+    scores |= likelihood.score(likelihood.measure(model, tokens, pixels, given))["scores"]
+    return {name: scores}
+
+
 def outcome(job):
     """Train as RUNS says, or take the checkpoint as it is, and measure it -> rows of results, kept
     in the run's folder."""
-    folder, name, how, ckpt, seed = job
+    folder, name, how, ckpt, seed, s = job
     if (folder / "row.jsonl").exists():
         return read_jsonl(folder / "row.jsonl")
 
@@ -177,7 +223,7 @@ def outcome(job):
                 model = train(folder, *how, ckpt, seed)
                 config = json.loads((folder / "config.json").read_text())
                 steps, lr = config["steps"], config["settings"]["lr"]
-            scores = measure(model, name)
+            scores = measure_real(model, name, s) if s.smol else measure(model, name)
         except Exception as problem:
             raise BadInput(f"{name}: {problem}; see {folder}.log") from problem
 
@@ -195,15 +241,19 @@ FIRST = ("Vicuna-mini", "LLaVA-mini", "SFT, short answers", "SFT, full answers",
          "SteerLM", "SteerLM, verbosity 0", "SteerLM, not asked for scores", "DPO")
 
 
-def table(rows, names):
+REAL_COLUMNS = ("ifeval", "short", "long", "nll", "words", "looping", "scene talk", "exist",
+                "attribute", "describe", "choice", "judged")
+
+
+def table(rows, names, columns=COLUMNS):
     """One line per run: its steps, and every column's mean ± standard deviation over seeds."""
     cells = {}
     for name in names:
         mine = [row for row in rows if row["name"] == name]
         if mine:
             steps = max(row["steps"] for row in mine)
-            cells[name] = [str(steps or "-")] + [cell(mine, column) for column in COLUMNS]
-    titles = [column.replace("behind a picture", "pictured") for column in COLUMNS]
+            cells[name] = [str(steps or "-")] + [cell(mine, column) for column in columns]
+    titles = [column.replace("behind a picture", "pictured") for column in columns]
     return aligned(cells, ["steps", *titles])
 
 
@@ -240,9 +290,53 @@ def end_with_parent():
 
 # ---- the script ----------------------------------------------------------------------------------
 
+def smol_jobs(s, folder, seed):
+    """Make a LLaVA of the real language model, sample and judge -> what is to be trained and
+    measured of this seed."""
+    made = folder / "smol"
+    smol.run(smol.Settings(out=str(made), seed=seed, dtype=s.dtype))
+    data = folder / "data"
+    if not (data / "records.jsonl").exists():
+        asked = write_prompts(600, seed, data, english=True)
+        annotate.annotate(annotate.Settings(
+            ckpt=str(made / "llava"), data=str(asked), out=str(data), judge="oracle", seed=seed,
+            temperature=1.0, max_new=40, batch=32, device="cpu", dtype=s.dtype))
+    half = folder / "half"
+    if not half.exists():
+        checkpoint.mix(made / "llava", made / "lm", 0.5, half)
+
+    models = zip(SMOL_FIRST, (made / "lm", made / "llava", half))
+    runs = [(name, None, ckpt) for name, ckpt in models]
+    for name, (method, changes) in SMOL_RUNS.items():
+        changes = changes | {"lora": 8, "epochs": 1, "dtype": s.dtype}
+        runs.append((name, (method, changes), made / "llava"))
+    return [(folder / slug(name), name, how, ckpt, seed, s) for name, how, ckpt in runs]
+
+
+def toy_jobs(s, folder, seed):
+    """The same for the miniature."""
+    toy = HERE / "toy"
+    if s.from_scratch:
+        toy = folder / "toy"
+        make(toy, seed, 128)
+    if not (folder / "data" / "records.jsonl").exists():
+        story.sample(toy / "llava", folder / "data", 1000, seed, "cpu")
+
+    runs = [("Vicuna-mini", None, toy / "vicuna"), ("LLaVA-mini", None, toy / "llava")]
+    runs += [(name, how, toy / "llava") for name, how in RUNS.items()]
+    if s.from_scratch and seed == s.first:              # one seed has a second size
+        narrow = folder / "narrow"
+        make(narrow, seed, 96)
+        runs += [(name, how, narrow / "llava") for name, how in NARROWER.items()]
+    return [(folder / slug(name), name, how, ckpt, seed, s) for name, how, ckpt in runs]
+
+
 def run(s: Settings):
-    if s.seeds < 1 or s.workers < 1:
-        raise BadInput("--seeds and --workers must be at least 1")
+    if s.seeds < 1 or s.workers < 1 or s.split not in ("dev", "test"):
+        raise BadInput("--seeds and --workers must be at least 1, --split test or dev")
+    if s.smol and not s.data_dir:
+        raise BadInput("--smol needs --data_dir: official files of ifeval and likelihood; see "
+                       "docs/smol.md")
     torch.set_num_threads(1)
     out = Path(s.out)
     lock(out)
@@ -250,27 +344,18 @@ def run(s: Settings):
     rows = []
     for seed in range(s.first, s.first + s.seeds):
         folder = out / f"seed-{seed}"
-        toy = HERE / "toy"
-        if s.from_scratch:
-            toy = folder / "toy"
-            make(toy, seed, 128)
-        if not (folder / "data" / "records.jsonl").exists():
-            story.sample(toy / "llava", folder / "data", 1000, seed, "cpu")
-
-        runs = [("Vicuna-mini", None, toy / "vicuna"), ("LLaVA-mini", None, toy / "llava")]
-        runs += [(name, how, toy / "llava") for name, how in RUNS.items()]
-        if s.from_scratch and seed == s.first:          # one seed has a second size
-            narrow = folder / "narrow"
-            make(narrow, seed, 96)
-            runs += [(name, how, narrow / "llava") for name, how in NARROWER.items()]
-
-        jobs = [(folder / slug(name), name, how, ckpt, seed) for name, how, ckpt in runs]
+        jobs = smol_jobs(s, folder, seed) if s.smol else toy_jobs(s, folder, seed)
         with ProcessPoolExecutor(s.workers, spawn, end_with_parent) as pool:
             done = pool.map(outcome, jobs)
             for found in tqdm(done, f"seed {seed}", len(jobs), unit="run", disable=None):
                 rows += found
 
     write_jsonl(out / "rows.jsonl", rows)
+    if s.smol:
+        text = table(rows, [*SMOL_FIRST, *SMOL_RUNS], REAL_COLUMNS)
+        write_whole(out / "tables.txt", text + "\n")
+        print(text)
+        return
     write_whole(out / "tables.txt", report(rows) + "\n")
     print(report(rows))
     figures.draw(rows, out / "figures")

@@ -17,7 +17,7 @@ import reproduce
 import story
 import train
 from common import BadInput, read_jsonl
-from conftest import ROOT
+from conftest import ROOT, tiny_checkpoint
 from judge.rubric import RUBRIC
 from toy import figures, items, tasks
 
@@ -117,7 +117,7 @@ def test_from_scratch_every_seed_starts_from_its_own_models_and_the_first_has_a_
     monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
 
     def outcome(job):
-        folder, name, how, ckpt, seed = job
+        folder, name, how, ckpt, seed, s = job
         starts[seed, name] = str(ckpt.relative_to(tmp_path))
         return []
 
@@ -186,7 +186,7 @@ def test_a_failed_run_names_its_log(tmp_path, monkeypatch, inline):
         raise ValueError("no")
     monkeypatch.setattr(reproduce, "measure", fails)
     with pytest.raises(BadInput, match=r"DPO: no; see .*dpo\.log"):
-        reproduce.outcome((tmp_path / "dpo", "DPO", None, Path("toy/llava"), 0))
+        reproduce.outcome((tmp_path / "dpo", "DPO", None, Path("toy/llava"), 0, reproduce.Settings()))
 
 
 def test_the_pages_tables_are_drawn_from_results():
@@ -194,3 +194,45 @@ def test_the_pages_tables_are_drawn_from_results():
     page = [line.strip() for line in (ROOT / "docs" / "experiment.md").read_text().splitlines()]
     for line in reproduce.report(rows).splitlines():
         assert line.strip() in page, f"not in docs/experiment.md: {line}"
+
+
+# ---- a real language model ---------------------------------------------------------------------------------------
+
+def test_a_real_model_has_the_columns_of_its_own_table(tmp_path, monkeypatch):
+    """Measured on the smallest doubles of everything: a random LLaVA, six prompts, nine given answers."""
+    data = tmp_path / "data"
+    (data / "ifeval").mkdir(parents=True)
+    (data / "likelihood").mkdir()
+    prompts = [{"key": k, "prompt": f"What is {k}?", "instruction_id_list": ["punctuation:no_comma", "combination:two_responses"], "kwargs": [{}, {}]}
+               for k in range(6)]
+    (data / "ifeval/input_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (data / "likelihood/given.json").write_text(json.dumps([{"instruction": "What?", "output": "This."}] * 9))
+    monkeypatch.setattr(items, "ITEMS", dict.fromkeys(items.ITEMS, 2))
+    monkeypatch.setattr(items, "MAX_NEW", 4)
+    eyes = tiny_checkpoint(tmp_path / "llava", "byte", image_size=48, patch=16)
+    blind = tiny_checkpoint(tmp_path / "lm", "byte", text_only=True)
+    s = reproduce.Settings(smol=True, data_dir=str(data))
+    [(name, seeing)] = reproduce.measure_real(eyes, "LLaVA-Smol", s).items()
+    assert name == "LLaVA-Smol" and set(seeing) == set(reproduce.REAL_COLUMNS)
+    assert seeing["ifeval"]["n"] == 6 and seeing["nll"]["n"] == 2, "every fifth prompt with two instructions; every eighth answer"
+    [text] = reproduce.measure_real(blind, "SmolLM2", s).values()
+    assert set(text) == set(reproduce.REAL_COLUMNS) - {"exist", "attribute", "describe", "choice", "judged"}
+    rows = [{"name": "LLaVA-Smol", "steps": 0, "seed": 3, "scores": seeing}, {"name": "SmolLM2", "steps": 0, "seed": 3, "scores": text}]
+    table = reproduce.table(rows, [*reproduce.SMOL_FIRST, *reproduce.SMOL_RUNS], reproduce.REAL_COLUMNS)
+    assert "scene talk" in table and "half and half" not in table
+
+
+def test_a_real_model_s_seed_is_made_sampled_and_aligned_with_adapters(tmp_path, monkeypatch, inline):
+    done = []
+    monkeypatch.setattr(reproduce.smol, "run", lambda s: done.append(("made", s.out, s.seed)))
+    monkeypatch.setattr(reproduce, "write_prompts", lambda n, seed, folder, english: done.append(("asked", english)) or folder)
+    monkeypatch.setattr(reproduce.annotate, "annotate", lambda s: done.append(("judged", s.ckpt, s.judge)))
+    monkeypatch.setattr(reproduce.checkpoint, "mix", lambda a, b, alpha, out: done.append(("mixed", a.name, b.name, alpha)))
+    monkeypatch.setattr(reproduce, "outcome", lambda job: done.append((job[1], job[2] and job[2][1]["lora"], job[3].name)) or [])
+    monkeypatch.setattr(reproduce, "table", lambda *args: "")
+    reproduce.run(reproduce.Settings(out=str(tmp_path), smol=True, data_dir="DATA"))
+    made = str(tmp_path / "seed-10/smol")
+    assert done[:4] == [("made", made, 10), ("asked", True), ("judged", f"{made}/llava", "oracle"), ("mixed", "llava", "lm", 0.5)]
+    assert ("SmolLM2", None, "lm") in done and ("DPO", 8, "llava") in done and len(done) == 4 + 7
+    with pytest.raises(BadInput, match="--smol needs --data_dir"):
+        reproduce.run(reproduce.Settings(out=str(tmp_path), smol=True))
