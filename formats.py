@@ -788,7 +788,7 @@ def stream(
     out: Path | None = None,
 ) -> Iterator[tuple[str, dict | BadInput]]:
     """(id, usable record or why it is none) of everything in a data file, in order, few of them in
-    memory. Every image is decoded once, in threads; of several processes that have met each decodes
+    memory. Every image is decoded once, in threads; of several processes each decodes
     its share, so all must read to the end. Pictures that are no files become some in
     `out`/pictures, or where there is no `out`, in a temporary folder.
 
@@ -796,7 +796,7 @@ def stream(
     "images_sha" (of their bytes). Raises BadInput only where the file as a whole cannot be read.
     """
     root = Path(image_root or Path(path).absolute().parent)
-    rank, world = parallel.seat()
+    rank, world = parallel.rank(), parallel.world()
 
     def look(entry) -> str | BadInput:
         """The hash of a record's images, or why it cannot be used."""
@@ -813,7 +813,7 @@ def stream(
     with ThreadPoolExecutor(threads) as pool:            # Pillow decodes outside Python's lock
         while block := list(islice(entries, AT_ONCE)):
             mine = list(pool.map(look, block[rank::world]))
-            shares = parallel.gather(mine) if world > 1 else [mine]
+            shares = parallel.gather(mine)
             for k, (name, record) in enumerate(block):
                 found = shares[k % world][k // world]
                 if not isinstance(found, BadInput):

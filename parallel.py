@@ -61,13 +61,6 @@ def start(device: str):
     return device
 
 
-def seat():
-    """(rank, world) of those who have met; (0, 1) before that, and where nobody meets."""
-    if dist.is_available() and dist.is_initialized():
-        return rank(), world()
-    return 0, 1
-
-
 def gather(mine):
     """What every process has, in their order."""
     if world() == 1:

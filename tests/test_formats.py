@@ -521,7 +521,8 @@ def test_several_processes_decode_each_picture_once_between_them_and_reject_alik
     monkeypatch.setattr(formats, "check_images", lambda record, *a: opened.append(record["id"]) or real(record, *a))
     shares = []
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "seat", lambda: (rank, 2))
+        monkeypatch.setattr(parallel, "rank", lambda: rank)
+        monkeypatch.setattr(parallel, "world", lambda: 2)
         monkeypatch.setattr(parallel, "gather", lambda mine: shares.append(mine) or [mine] * 2)
         try:
             formats.read(path)
