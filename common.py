@@ -111,16 +111,21 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {device}: {reason}; try --device cpu") from None
 
-    if dtype == "auto":
-        dtype = "float32" if where.type == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise BadInput(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if dtype == "bfloat16" and where.type == "cpu":
         print(
             "note: few CPUs multiply in bfloat16; on others --dtype float32 is many times faster",
             file=sys.stderr,
         )
-    return where, DTYPES[dtype]
+    return where, dtype_of(dtype, where)
+
+
+def dtype_of(dtype: str, device: torch.device) -> torch.dtype:
+    """What --dtype names on that device."""
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise BadInput(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def hardware():
@@ -225,14 +230,18 @@ def lock(folder: Path):
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "w")
+    hold(file, folder)
+    LOCKS[folder] = file
+
+
+def hold(file, name):
+    """Lock an open file until it is closed. Raises BadInput, with this name, where another has."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.close()
         raise BadInput(
-            f"{folder} is being written by another process; wait for it, or choose another --out"
+            f"{name} is being written by another process; wait for it, or choose another --out"
         ) from None
-    LOCKS[folder] = file
 
 
 def write_whole(path: Path, text: str | Iterable[str]):

@@ -7,13 +7,12 @@ The trick. One line of JSON per result, on the disk before the next is asked for
 hash of everything that it depends on. A program that is started again looks for the key first. A
 last line that a kill has torn is cut off.
 """
-import fcntl
 import json
 import os
 import threading
 from pathlib import Path
 
-from common import BadInput, field
+from common import BadInput, field, hold
 
 
 def journal_rows(path: Path, fields: dict):
@@ -54,13 +53,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadInput(
-                f"{self.path} is being written by another process; wait for it, or choose another "
-                "--out"
-            ) from None
-        try:
+            hold(self.fd, self.path)
             for end, row in journal_rows(self.path, self.fields):
                 self.note(row, end)
         except BaseException:

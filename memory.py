@@ -25,17 +25,16 @@ weight and no order. The plan counts tensors: the process itself, and what an al
 later, come on top.
 """
 import heapq
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+import lora
 import parallel
-from common import DTYPES, BadInput
+from common import BadInput, dtype_of
 from data import Pack, pack_size, split
 from kernels import logprob
 from model import Config, Llava, token_logps
@@ -67,25 +66,23 @@ class Weights:
     rest: int            # trained ones outside of the blocks
 
 
-def size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def trained(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def count(config: Config, rank: int) -> Weights:
     """The weights of a model of this config; rank: that of its adapters, 0 for full fine-tuning."""
-    with torch.device("meta"):
+    with torch.device("meta"):                           # shapes without numbers
         model = Llava(config)
+        if rank:
+            lora.attach(model, rank, seed=0)
+        elif config.vision:
+            model.vision_tower.requires_grad_(False)
     blocks = model.language_model.layers
-    total = size(model)
-    if rank:
-        linear = [m for m in blocks[0].modules() if isinstance(m, nn.Linear)]
-        block = sum(rank * (m.in_features + m.out_features) for m in linear)
-        rest = size(model.multi_modal_projector) if config.vision else 0
-        return Weights(len(blocks) * block + rest, total - rest, block, rest)
-    frozen = size(model.vision_tower) if config.vision else 0
-    block = size(blocks[0])
-    rest = total - frozen - len(blocks) * block
-    return Weights(total - frozen, frozen, block, rest)
+    total = sum(p.numel() for p in model.parameters())
+    learning = trained(model)
+    block = trained(blocks[0])
+    return Weights(learning, total - learning, block, learning - len(blocks) * block)
 
 
 def activations(config: Config, load: Load, e: int, rank: int, gpu: bool,
@@ -153,23 +150,16 @@ def needs(config: Config, load: Load, dtype: torch.dtype, rank: int = 0, world: 
 
 # ---- said ahead of the first step ----------------------------------------------------------------
 
-def free_bytes(device: torch.device, world: int) -> int:
-    """What this process may have there: what it has, and its share of the rest; 0: unknown."""
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return 0
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    try:
-        lines = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
-    except OSError:                                      # macOS
+def free_bytes(device: torch.device) -> int:
+    """What this process may have on that GPU: what it has, and what is free; 0: there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 0
-    kib = dict(re.findall(r"^(MemAvailable|RssAnon):\s+(\d+)", lines, re.M))
-    return 1024 * (int(kib["RssAnon"]) + int(kib["MemAvailable"]) // world)
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def plan(config: Config, s, load: Load, device: torch.device, dtype: torch.dtype,
          world: int) -> str:
-    """The plan as text; and where it is known what is free, which flag to set."""
+    """The plan as text; and where there is a GPU, what is free on it, and which flag to set."""
     n = count(config, s.lora)
     about = {"rank": s.lora, "world": world, "gpu": device.type == "cuda"}
     plain = needs(config, load, dtype, **about)
@@ -185,7 +175,7 @@ def plan(config: Config, s, load: Load, device: torch.device, dtype: torch.dtype
             f"  {'':12}{'plain':>10}{'--checkpointing':>18}")
     for row in plain:
         text += f"\n  {row:12}{plain[row] / bytes_each:10.2f}{again[row] / bytes_each:18.2f}"
-    free = free_bytes(device, world)
+    free = free_bytes(device)
     if not free:
         return text
 
@@ -202,10 +192,7 @@ def plan(config: Config, s, load: Load, device: torch.device, dtype: torch.dtype
 def dry_run(config: Config, s) -> None:
     """Print the plan without data or weights; for a GPU, unless --device cpu says otherwise."""
     device = torch.device("cpu" if s.device == "cpu" else "cuda")
-    gpu = device.type == "cuda"
-    if s.dtype not in ("auto", *DTYPES):
-        raise BadInput(f"--dtype {s.dtype}: choose one of {', '.join(DTYPES)}")
-    dtype = DTYPES.get(s.dtype, torch.bfloat16 if gpu else torch.float32)
+    dtype = dtype_of(s.dtype, device)
     tokens = pack_size(s.pack, device)
     load = Load(tokens, tokens // 3, tokens // PICTURED if config.vision else 0)
     for world in sorted({parallel.world(), 1 if s.lora else 8}):
