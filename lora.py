@@ -68,11 +68,6 @@ def attach(model: nn.Module, rank: int, seed: int) -> None:
             blocks.set_submodule(name, Adapted(layer, rank, generator))
 
 
-def adapters(model: nn.Module) -> dict[str, Adapted]:
-    """Its adapted layers by name; none where the model has none."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapted)}
-
-
 # ---- the folder that PEFT loads ------------------------------------------------------------------
 
 # Matched against whole names: a list of last names would catch the vision tower's, too.
@@ -92,8 +87,7 @@ def to_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict]:
                 name += ".weight"
             tensors[f"base_model.model.model.{name}"] = p.detach().cpu()
 
-    layer = next(iter(adapters(model).values()))
-    rank = len(layer.lora_A)
+    rank = len(model.language_model.layers[0].self_attn.q_proj.lora_A)       # of all
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
