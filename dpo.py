@@ -30,7 +30,6 @@ Watch length_chosen against length_rejected: a judge that likes long answers tea
     python dpo.py --ckpt llava-1.5-7b-hf --data prefs.jsonl --out runs/dpo
 """
 import json
-import time
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,7 +226,6 @@ def cached_reference(model, found, path, budget, depends):
         print(f"reference: {len(logps)} records read from {path}")
         return logps
 
-    began = time.perf_counter()
     logps = reference_logps(model, found.trees, found.pixels, budget)
     if parallel.rank() == 0:
         rows = []
@@ -236,9 +234,7 @@ def cached_reference(model, found, path, budget, depends):
             rows.append({"id": tree.id, "logps": numbers, "tokens": tokens})
         write_whole(note, json.dumps(depends, indent=1) + "\n")      # first: rows need it
         write_jsonl(path, rows)
-    answers = sum(len(numbers) for numbers in logps)
-    seconds = time.perf_counter() - began
-    print(f"reference: {len(logps)} records, {answers} answers, {seconds:.1f} s -> {path}")
+    print(f"reference: {len(logps)} records -> {path}")
     return logps
 
 
@@ -253,13 +249,11 @@ def stored_reference(path, note, trees, depends):
             f"{path} or its {note.name} is damaged or not ours ({error}); remove both, or choose "
             "another --reference"
         ) from None
-    if changed:
+    if changed or held != [(tree.id, len(tree.answers)) for tree in trees]:
         raise BadInput(
-            f"{path} is stale: it was computed with other {changed}; remove it or choose another "
-            "--out"
+            f"{path} is stale: it was computed with other {changed or 'records'}; remove it or "
+            "choose another --out"
         )
-    if held != [(tree.id, len(tree.answers)) for tree in trees]:
-        raise BadInput(f"{path} does not hold the records of the data, in their order; remove it")
     return [row["logps"] for row in rows]
 
 

@@ -562,12 +562,9 @@ def open_metrics(out, done):
     if parallel.rank():
         return open(os.devnull, "w")
     path = out / "metrics.jsonl"
-    if not done:
-        return open(path, "w", encoding="utf8")
-
-    text = path.read_text(encoding="utf8") if path.exists() else ""
+    text = path.read_text(encoding="utf8") if done and path.exists() else ""
     lines = text.splitlines(keepends=True)[:done]
-    if len(lines) < done or not lines[-1].endswith("\n"):                    # gone, or torn
+    if "".join(lines).count("\n") < done:                # gone, or torn
         raise BadInput(
             f"{path} does not hold the rows of steps 1 to {done}; put it back, or remove "
             f"{out}/state"
