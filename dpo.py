@@ -333,14 +333,12 @@ def align(s: Settings) -> Llava:
             pairs.append(pair)
     found.trees.clear()                                  # answers outside pairs are not needed now
 
-    steps = training.count_steps(s, pairs)
-    training.describe(s, steps=steps, pairs=len(pairs))
     without = found.records - len(pairs) - len(held_out)
     print(
         f"pairs: {len(pairs)} to train on, {len(held_out)} held out, {without} records without "
-        f"one; {steps} steps of {min(s.batch, len(pairs))}, beta {s.beta}, "
-        f"{training.rates(s, model)}"
+        f"one; beta {s.beta}"
     )
+    steps = training.announce(s, model, pairs, pairs=len(pairs))
     if steps == 0:
         return model
 

@@ -72,10 +72,7 @@ def gather(mine):
 
 def from_first(make):
     """make() is called in process 0; all get what it returned."""
-    found = [make() if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(found)
-    return found[0]
+    return gather(make() if rank() == 0 else None)[0]
 
 
 # ---- full fine-tuning: shards --------------------------------------------------------------------

@@ -89,12 +89,8 @@ def fit(s: Settings, trees_of, documents=None):
     s, device, dtype = training.door(s, full_lr=2e-5, adapter_lr=4e-4)
     found = training.read(s, trees_of)                   # the data first: weights take longer
     model = checkpoint.load(s.ckpt, device, dtype)
-    steps = training.count_steps(s, found.trees)
-    training.describe(s, steps=steps)
-    print(
-        f"{found.records} records, {len(found.trees)} answers to learn, "
-        f"{steps} steps of {min(s.batch, len(found.trees))}, {training.rates(s, model)}"
-    )
+    print(f"{found.records} records, {len(found.trees)} answers to learn")
+    steps = training.announce(s, model, found.trees)
     depends = training.fingerprint(model, found)
     with training.begin(s, model, found.trees, found.pixels.pack, steps, depends) as run:
         train(run, training.shuffled(found.trees, s.seed))

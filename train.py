@@ -531,6 +531,22 @@ def fingerprint(model, found):
 
 # ---- around the loop -----------------------------------------------------------------------------
 
+def announce(s, model, items, **more):
+    """Say, and write to config.json, what a run over `items` is -> how many steps it has. Where a
+    stopped run goes on, its config.json stays."""
+    batch = min(s.batch, len(items))
+    steps = s.steps
+    if steps < 0:
+        steps = max(1, s.epochs * len(items) // batch)
+    out = Path(s.out)
+    if parallel.rank() == 0 and not (s.resume and latest_state(out)):
+        about = describe_run(s, steps=steps, **more)
+        write_whole(out / "config.json", json.dumps(about, indent=1) + "\n")
+    projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
+    print(f"{steps} steps of {batch}, lr {s.lr}{projector}, {model.device} {model.dtype}")
+    return steps
+
+
 @contextmanager
 def begin(s, model, items, pack_of, steps, depends):
     """Inside: a Run over `items` in --out, its largest pack tried, its state restored with
@@ -571,26 +587,6 @@ def open_metrics(out, done):
         )
     write_whole(path, lines)
     return open(path, "a", encoding="utf8")
-
-
-def count_steps(s, items):
-    """How many optimizer steps a run over `items` has."""
-    if s.steps >= 0:
-        return s.steps
-    return max(1, s.epochs * len(items) // min(s.batch, len(items)))
-
-
-def rates(s, model):
-    """Learning rates, device and precision, for the line that a run begins with."""
-    projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
-    return f"lr {s.lr}{projector}, {model.device} {model.dtype}"
-
-
-def describe(s, **more):
-    """Write config.json as the run begins; where a stopped one goes on, it stays."""
-    out = Path(s.out)
-    if parallel.rank() == 0 and not (s.resume and latest_state(out)):
-        write_whole(out / "config.json", json.dumps(describe_run(s, **more), indent=1) + "\n")
 
 
 def finish(run, tokens, documents=None):

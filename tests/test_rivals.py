@@ -84,7 +84,7 @@ def test_sft_runs_from_llava_json_scores_earlier_turns_too_and_learns(ckpt, toke
     rows = rows_of(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert tuple(rows[0]) == ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s")
-    assert "5 records, 5 answers to learn, 12 steps of 5" in capsys.readouterr().out
+    assert "5 records, 5 answers to learn\n12 steps of 5, lr 0.003" in capsys.readouterr().out
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
     records, _ = formats.read(data)
