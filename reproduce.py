@@ -32,7 +32,7 @@ import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,15 +48,12 @@ import sft
 import smol
 import steerlm
 import story
-from benchmarks import ifeval, likelihood
 from benchmarks.compare import paper
-from benchmarks.harness import Folder, aligned, answer, mean, slug
-from benchmarks.style import style
+from benchmarks.harness import aligned, mean, slug
 from common import (
-    HERE, BadInput, describe_run, device_and_dtype, lock, main, read_jsonl, write_jsonl,
-    write_whole,
+    HERE, BadInput, describe_run, lock, main, read_jsonl, write_jsonl, write_whole,
 )
-from data import Pixels, Tokens, choose_pair
+from data import Tokens, choose_pair
 from toy import build, figures, items
 from toy.tasks import write_prompts
 
@@ -184,30 +181,6 @@ def measure(folder, name):
     return rows
 
 
-def measure_real(folder, name, s):
-    """A real language model -> {name: scores}: the world's pictures in English, every fifth prompt
-    of IFEval and how it is answered, every eighth given answer."""
-    device, dtype = device_and_dtype("cpu", s.dtype)
-    model = checkpoint.load(folder, device, dtype)
-    tokens = Tokens(folder, model.config)
-    pixels = Pixels(model.config)
-    start = ("test", "dev").index(s.split)
-    scores = {}
-    with TemporaryDirectory() as pictures:
-        if model.config.vision:
-            scores, _ = items.measure(model, tokens, pictures, name, s.split, english=True)
-        official = Folder(Path(s.data_dir, "ifeval"), ifeval.SOURCE, pictures)
-        asked = [replace(item, max_new=256) for item in ifeval.items(official)[start::5]]
-        given = Folder(Path(s.data_dir, "likelihood"), likelihood.SOURCE, pictures)
-        given = likelihood.items(given)[start::8]
-    answered = answer(asked, lambda: model, tokens, pixels, batch=32, desc=f"{name}: ifeval")
-    found = ifeval.score(answered)["scores"]
-    scores |= {"ifeval": found["strict"], "short": found["short"], "long": found["long"]}
-    scores |= style(answered)
-    scores |= likelihood.score(likelihood.measure(model, tokens, pixels, given))["scores"]
-    return {name: scores}
-
-
 def outcome(job):
     """Train as RUNS says, or take the checkpoint as it is, and measure it -> rows of results, kept
     in the run's folder."""
@@ -223,7 +196,10 @@ def outcome(job):
                 model = train(folder, *how, ckpt, seed)
                 config = json.loads((folder / "config.json").read_text())
                 steps, lr = config["steps"], config["settings"]["lr"]
-            scores = measure_real(model, name, s) if s.smol else measure(model, name)
+            if s.smol:
+                scores = {name: smol.measure(model, name, s.split, s.data_dir, s.dtype)}
+            else:
+                scores = measure(model, name)
         except Exception as problem:
             raise BadInput(f"{name}: {problem}; see {folder}.log") from problem
 

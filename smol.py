@@ -26,7 +26,7 @@ seed is part of the repository (toy/smol); the story goes from there to an align
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,9 +41,12 @@ import checkpoint
 import dpo
 import lora
 import sft
-from benchmarks.harness import Item, aligned, answer, shown
+from benchmarks import ifeval, likelihood
+from benchmarks.harness import Folder, Item, aligned, answer, shown
 from benchmarks.style import style
-from common import HERE, BadInput, main, read_json, write_jsonl, write_whole
+from common import (
+    HERE, BadInput, device_and_dtype, main, read_json, write_jsonl, write_whole,
+)
 from data import MARKER, Pixels, Tokens, find_template
 from model import Config, Llava, TextConfig
 from toy import items, tasks, world
@@ -328,34 +331,41 @@ EVERYDAY = [                                             # nothing to see: what 
 ]
 
 
-def look(folder: Path, name: str, pictures: Path) -> list[str]:
-    """Measure a model on held-out pictures, and ask it everyday questions -> a table's cells, and
-    its answer to the last question."""
-    model = checkpoint.load(folder)
+def measure(folder, name, split="test", data_dir="", dtype="auto") -> dict:
+    """{column: figure} of a model: the world's pictures in English, and how it talks. Where
+    `data_dir` has the official files, every fifth prompt of IFEval and every eighth given answer;
+    else the everyday questions, the last answer to which is printed."""
+    model = checkpoint.load(folder, *device_and_dtype("cpu", dtype))
     tokens = Tokens(folder, model.config)
-    cells = {}
-    if model.config.vision:
-        scores, _ = items.measure(model, tokens, pictures, name, english=True)
-        cells = {column: shown(scores[column], items.COLUMNS[column]) for column in SEEN}
-
+    pixels = Pixels(model.config)
     asked = [Item(k, [question], max_new=128) for k, question in enumerate(EVERYDAY)]
-    said = answer(asked, lambda: model, tokens, Pixels(model.config), desc=f"{name}: everyday")
-    for column, figure in style(said).items():
-        cells[column] = shown(figure, "5.2f")
-    print(f"{name}: {EVERYDAY[-1]} {said[-1].texts[0][:300]}")
-    return [cells.get(column, "-") for column in TOLD]
+    scores = {}
+    with TemporaryDirectory() as pictures:
+        if model.config.vision:
+            scores, _ = items.measure(model, tokens, pictures, name, split, english=True)
+        if data_dir:
+            first = ("test", "dev").index(split)         # other prompts to choose on
+            prompts = ifeval.items(Folder(Path(data_dir, "ifeval"), ifeval.SOURCE, pictures))
+            asked = [replace(item, max_new=256) for item in prompts[first::5]]
+            given = Folder(Path(data_dir, "likelihood"), likelihood.SOURCE, pictures)
+            given = likelihood.measure(model, tokens, pixels, likelihood.items(given)[first::8])
+            scores |= likelihood.score(given)["scores"]
+
+    said = answer(asked, lambda: model, tokens, pixels, batch=32, desc=f"{name}: text")
+    if data_dir:
+        found = ifeval.score(said)["scores"]
+        scores |= {"ifeval": found["strict"], "short": found["short"], "long": found["long"]}
+    else:
+        print(f"{name}: {EVERYDAY[-1]} {said[-1].texts[0][:300]}")
+    return scores | style(said)
 
 
-SEEN = ("exist", "attribute", "describe", "judged")
-TOLD = (*SEEN, "words", "looping", "scene talk")
+TOLD = ("exist", "attribute", "describe", "judged", "words", "looping", "scene talk")
 
 
 def tell(out: Path, seed: int):
     """Sample, judge, align; the table of before and after."""
-    rows = {}
-    for name in ("lm", "llava"):
-        rows[name] = look(out / name, name, out / "items")
-
+    rows = {name: measure(out / name, name) for name in ("lm", "llava")}
     judged = out / "judged"
     asked = tasks.write_prompts(PROMPTS, seed, judged, english=True)
     annotate.annotate(annotate.Settings(
@@ -366,8 +376,11 @@ def tell(out: Path, seed: int):
         ckpt=str(out / "llava"), data=str(judged / "records.jsonl"), out=str(out / "dpo"), lora=RANK,
         lr=DPO_LR, batch=16, epochs=1, seed=seed, pairs_only=True,
     ))
-    rows["llava + DPO"] = look(out / "dpo/adapter", "llava + DPO", out / "items")
-    print(aligned(rows, TOLD))
+    rows["llava + DPO"] = measure(out / "dpo/adapter", "llava + DPO")
+    cells = {}
+    for name, scores in rows.items():
+        cells[name] = [shown(scores[column], "5.2f") if column in scores else "-" for column in TOLD]
+    print(aligned(cells, TOLD))
 
 
 # ---- the script ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import reproduce
+import smol
 import story
 import train
 from common import BadInput, read_jsonl
@@ -211,14 +212,14 @@ def test_a_real_model_has_the_columns_of_its_own_table(tmp_path, monkeypatch):
     monkeypatch.setattr(items, "MAX_NEW", 4)
     eyes = tiny_checkpoint(tmp_path / "llava", "byte", image_size=48, patch=16)
     blind = tiny_checkpoint(tmp_path / "lm", "byte", text_only=True)
-    s = reproduce.Settings(smol=True, data_dir=str(data))
-    [(name, seeing)] = reproduce.measure_real(eyes, "LLaVA-Smol", s).items()
-    assert name == "LLaVA-Smol" and set(seeing) == set(reproduce.REAL_COLUMNS)
+    seeing = smol.measure(eyes, "LLaVA-Smol", data_dir=str(data))
+    assert set(seeing) == set(reproduce.REAL_COLUMNS)
     assert seeing["ifeval"]["n"] == 6 and seeing["nll"]["n"] == 2, "every fifth prompt with two instructions; every eighth answer"
-    [text] = reproduce.measure_real(blind, "SmolLM2", s).values()
+    text = smol.measure(blind, "SmolLM2", data_dir=str(data))
     assert set(text) == set(reproduce.REAL_COLUMNS) - {"exist", "attribute", "describe", "choice", "judged"}
     rows = [{"name": "LLaVA-Smol", "steps": 0, "seed": 3, "scores": seeing}, {"name": "SmolLM2", "steps": 0, "seed": 3, "scores": text}]
     table = reproduce.table(rows, [*reproduce.SMOL_FIRST, *reproduce.SMOL_RUNS], reproduce.REAL_COLUMNS)
+    assert set(smol.measure(blind, "SmolLM2")) == {"words", "looping", "scene talk"}, "without files: everyday questions"
     assert "scene talk" in table and "half and half" not in table
 
 
