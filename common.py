@@ -198,16 +198,16 @@ def field(row: dict, name: str, kind: str, where, *default):
     return value
 
 
-def read_json(path: Path, kind: str = "an object", remedy: str = ""):
-    """A JSON document of this kind. Raises BadInput naming the file."""
+def read_json(path: Path, remedy: str = "") -> dict:
+    """A JSON object. Raises BadInput naming the file."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf8"))
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}{remedy}") from None
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is no JSON ({error}){remedy}") from None
-    if not KINDS[kind](found):
-        raise BadInput(f"{path} must hold {kind}, and holds {reprlib.repr(found)}{remedy}")
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} must hold an object, and holds {reprlib.repr(found)}{remedy}")
     return found
 
 

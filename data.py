@@ -343,19 +343,15 @@ class Tokens:
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def with_form(self, form: dict):
-        """The same, for a model that learns to be asked for scores in this form."""
-        other = copy(self)
-        other.steer = form
-        return other
-
-    def asking(self, scores: dict | None) -> "Tokens":
-        """The same, with every question asking for these scores (None: for none)."""
-        if not self.steer:
+    def asking(self, scores: dict | None, form: dict | None = None) -> "Tokens":
+        """The same, with every question asking for these scores (None: for none), in this form or
+        else in the one that the model was trained with."""
+        form = form or self.steer
+        if not form:
             raise BadInput(
                 f"{self.source.parent} was not trained to be asked for scores; steerlm.py does that"
             )
-        ask = write_scores(self.steer, scores) if scores else ""
+        ask = write_scores(form, scores) if scores else ""
         other = copy(self)
         other.template = replace(self.template, ask=ask)
         return other

@@ -59,12 +59,12 @@ def check_words(tokens, form):
         )
 
 
-def trees_under_scores(tokens, record, longest):
+def trees_under_scores(tokens, form, record, longest):
     """One tree per scored answer, the question of each asking for that answer's own scores."""
     trees = []
     for k, _ in scored_answers(record):
         answer = record["answers"][k]
-        asking = tokens.asking(answer["scores"])
+        asking = tokens.asking(answer["scores"], form)
         trees.append(make_tree(asking, record, [answer["text"]], max_length=longest))
     if not trees:
         raise BadInput("has no whole answer with scores")
@@ -79,7 +79,7 @@ def run(s: Settings):
         check_words(Tokens(folder, config, s.template), form)
 
     def trees_of(tokens, record, longest):
-        return trees_under_scores(tokens.with_form(form), record, longest)   # whatever --ckpt has
+        return trees_under_scores(tokens, form, record, longest)             # whatever --ckpt has
 
     sft.fit(s, trees_of, {"steer.json": form})
 

@@ -138,10 +138,9 @@ ASKED = ("USER: What?\nAnswer with helpfulness {0}, correctness {1}, coherence {
 
 
 def test_every_whole_answer_is_learned_under_its_own_scores_and_they_are_never_in_the_loss(tokens):
-    steered = tokens.with_form(FORM)
     record = judged(12, 3, 7, texts=["the circle is red.", "bad", "cut"])
     record["answers"][2]["finish"] = "length"
-    trees = steerlm.trees_under_scores(steered, record, 9999)
+    trees = steerlm.trees_under_scores(tokens, FORM, record, 9999)
     assert len(trees) == 2
     for tree, answer in zip(trees, record["answers"]):
         text = tokens.tokenizer.decode(list(tree.prompt), skip_special_tokens=False)
@@ -150,12 +149,12 @@ def test_every_whole_answer_is_learned_under_its_own_scores_and_they_are_never_i
         assert make_pack([tree]).targets.tolist() == list(make_tree(tokens, record,
                                                                     [answer["text"]]).answers[0])
     with pytest.raises(BadInput, match="no whole answer with scores"):
-        steerlm.trees_under_scores(steered, {"answers": [{"text": "a"}]}, 9999)
+        steerlm.trees_under_scores(tokens, FORM, {"answers": [{"text": "a"}]}, 9999)
 
 
 def test_only_the_last_question_asks_for_scores(tokens):
     talk = record(".", "One?", "Yes.", "Two?")
-    tree = make_tree(tokens.with_form(FORM).asking(dict.fromkeys(RUBRIC.attributes, 1)), talk, [])
+    tree = make_tree(tokens.asking(dict.fromkeys(RUBRIC.attributes, 1), FORM), talk, [])
     text = tokens.tokenizer.decode(list(tree.prompt))
     assert "USER: One? ASSISTANT: Yes." in text and "USER: Two?\nAnswer with helpfulness 1," in text
     assert talk == record(".", "One?", "Yes.", "Two?"), "and nobody's record is rewritten"
@@ -169,7 +168,7 @@ def test_training_and_use_see_the_same_bytes(ckpt, tokens, tmp_path):
     steered = Tokens(folder, model.config)
     record = judged(12)
     record["answers"][0]["scores"] = ALL_FOURS
-    trained, = steerlm.trees_under_scores(tokens.with_form(FORM), record, 9999)
+    trained, = steerlm.trees_under_scores(tokens, FORM, record, 9999)
     plain = make_tree(tokens, record, []).prompt
     assert make_tree(steered, record, []).prompt == trained.prompt != plain
     assert make_tree(steered.asking(ALL_FOURS | {"verbosity": 0}), record,
@@ -275,7 +274,7 @@ def test_loss_and_gradients_are_the_mean_over_the_batch_s_scored_tokens_however_
     trees = {"sft": lambda r: sft.golden_tree(tokens, r, 9999),
              "rejection": lambda r: [make_tree(tokens, r,
                                                [r["answers"][rejection.best(r)]["text"]])],
-             "steerlm": lambda r: steerlm.trees_under_scores(tokens.with_form(FORM), r,
+             "steerlm": lambda r: steerlm.trees_under_scores(tokens, FORM, r,
                                                              9999)}[method]
     trees = [tree for r in records for tree in trees(r)][:8]
     model = checkpoint.load(ckpt)
