@@ -206,9 +206,12 @@ def original_llava(raw, where):
 
 def read_config(folder: Path) -> tuple[Config, Path | None]:
     """config.json -> (Config, the second folder that holds the vision tower or None). An adapter
-    has its base model's. Raises BadInput."""
-    folder = base_folder(folder) or folder
+    has its base model's; but LLaVA's own training makes a LLaVA of a Vicuna, and says so in a
+    config.json beside the adapter. Raises BadInput."""
     where = folder / "config.json"
+    base = base_folder(folder)
+    if base and not (where.is_file() and "mm_vision_tower" in read_json(where)):
+        where = base / "config.json"
     raw = read_json(where, remedy="; --ckpt takes a folder with config.json, weights and "
                                   "tokenizer.json")
     if "text_config" in raw:
@@ -311,10 +314,13 @@ def tensors(folder):
 def weights(folder):
     """(a checkpoint's name, ours, tensor) of every weight, tower included, adapter added."""
     base = base_folder(folder)
-    if base:
-        yield from corrected(weights(base), folder)
-        return
     _, tower = read_config(folder)
+    named = whole_weights(base or folder, tower)
+    return corrected(named, folder) if base else named
+
+
+def whole_weights(folder, tower):
+    """The same of a folder that is no adapter, and a second one with its tower, or None."""
     carried = False
     for key, value in tensors(folder):
         if re.search(BUFFERS, key):
@@ -365,6 +371,8 @@ def corrected(named, folder):
             b, a = (adapter.pop(half).float() for half in halves)
             value = value.float().addmm(b, a, alpha=alpha / (rank ** 0.5 if rooted else rank))
         yield key, name, value
+    for name in [name for name in adapter if name.startswith("multi_modal_projector.")]:
+        yield name, name, adapter.pop(name)              # the base model is a Vicuna, and has none
     if adapter:
         names = shown(", ".join(sorted(adapter)), 1000)
         raise BadInput(f"{folder}: these fit no weight of the base model, with r = {rank}: {names}")

@@ -281,11 +281,25 @@ def test_an_adapter_on_quantized_weights_is_refused(run, ckpt, tmp_path):
         checkpoint.load(folder)
 
 
+def text_part(llava, folder):
+    """The Vicuna that an original LLaVA was made of."""
+    folder.mkdir()
+    config = json.loads((llava / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("mm_")} | {"model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: value for name, value in checkpoint.tensors(llava) if not name.startswith("model.mm_projector") and "vision_tower" not in name}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
-def test_llava_s_own_lora_folder_is_read_with_its_projector(tmp_path, kind):
-    """config.json, adapters in either kind of file and non_lora_trainables.bin, on an original LLaVA."""
-    base = write_original(tmp_path / "llava", tiny_model(), tmp_path / "llava/vision_tower")
-    plain = checkpoint.load(base)
+@pytest.mark.parametrize("on", ["llava", "vicuna"])
+def test_llava_s_own_lora_folder_is_read_with_its_projector(tmp_path, kind, on):
+    """config.json, adapters in either kind of file and non_lora_trainables.bin, on an original LLaVA, or, as on the hub, on a Vicuna."""
+    llava = base = write_original(tmp_path / "llava", tiny_model(), tmp_path / "llava/vision_tower")
+    plain = checkpoint.load(llava)
+    if on == "vicuna":
+        base = text_part(llava, tmp_path / "vicuna")
     q = "layers.1.self_attn.q_proj"
     A, B = torch.randn(3, 64), torch.randn(128, 3)
     halves = {f"base_model.model.model.{q}.lora_A.weight": A, f"base_model.model.model.{q}.lora_B.weight": B}
@@ -294,7 +308,8 @@ def test_llava_s_own_lora_folder_is_read_with_its_projector(tmp_path, kind):
 
     folder = tmp_path / "llava-lora"
     folder.mkdir()
-    shutil.copy(base / "config.json", folder)
+    shutil.copy(llava / "config.json", folder)
+    change(folder / "config.json", mm_vision_tower=str(llava / "vision_tower"))
     about = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(about))
     (torch.save if kind == "bin" else save_file)(halves, folder / f"adapter_model.{kind}")
