@@ -175,6 +175,8 @@ def packs(items, budget, pack_of, device):
     mine = shares[parallel.rank()]
     again = [items[:1]] * (max(map(len, shares)) - len(mine))
     todo = mine + again
+    if not todo:
+        return
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(pack_of, todo[0])
         for k, members in enumerate(todo, 1):

@@ -111,7 +111,7 @@ def test_the_next_pack_is_made_while_this_one_is_computed_with():
         while n < 3 and n + 1 not in made and time.monotonic() < deadline:
             time.sleep(0.001)
         used.append((n, list(made)))
-    assert used == [(1, [1, 2]), (2, [1, 2, 3]), (3, [1, 2, 3])]
+    assert used == [(1, [1, 2]), (2, [1, 2, 3]), (3, [1, 2, 3])] and list(packs([], 1, make, "cpu")) == []
 
     def fail(members):
         raise BadInput("no such picture")
