@@ -17,6 +17,7 @@ import math
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
@@ -139,31 +140,35 @@ def run(s: Settings):
     if s.max_new < 1 or not 0 <= s.temperature < math.inf:
         raise BadInput("--max_new must be at least 1, --temperature not negative")
     speakers = [Speaker(name, s) for name in (s.ckpt, s.vs) if name]
-    images = []                                         # for the next question
-    drawn = 0
+    waiting = []                                        # pictures for the next question
+    pictures = map(draw, count())                       # the miniature's, drawn as they are wanted
     print("a question and return; /image PATH, /draw, /reset, /quit")
-
     while (line := typed()) != "/quit":
-        command, _, rest = line.partition(" ")
         try:
-            if command == "/image":
-                images.append(attach(rest))
-            elif command == "/draw":
-                images.append(attach(draw(drawn)))
-                drawn += 1
-            elif command == "/reset":
-                images = []
-                for speaker in speakers:
-                    speaker.reset()
-            elif command.startswith("/"):
-                raise BadInput(f"{command}: choose /image, /draw, /reset or /quit")
-            elif line:
-                asked, images = images, []
-                for speaker in speakers:
-                    print(f"{speaker.name}: " if s.vs else "", end="", flush=True)
-                    speaker.say(line, asked)
+            answer(line, speakers, waiting, pictures)
         except BadInput as problem:
             print(problem)
+
+
+def answer(line, speakers, waiting, pictures):
+    """Do as a line says: a command, or a question about the pictures that are `waiting`."""
+    command, _, rest = line.partition(" ")
+    if command == "/image":
+        waiting.append(attach(rest))
+    elif command == "/draw":
+        waiting.append(attach(next(pictures)))
+    elif command == "/reset":
+        waiting.clear()
+        for speaker in speakers:
+            speaker.reset()
+    elif command.startswith("/"):
+        raise BadInput(f"{command}: choose /image, /draw, /reset or /quit")
+    elif line:
+        asked = waiting.copy()
+        waiting.clear()
+        for speaker in speakers:
+            print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
+            speaker.say(line, asked)
 
 
 if __name__ == "__main__":

@@ -166,25 +166,30 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
         pictures = [hash_of(path) for path in tree.images]
         return sha(about, tree.id, str(tree.prompt), settings, *pictures), item, tree
 
+    def ask(part):
+        """Journal the answers to a batch. It is asked whole, so that rounding does not depend on
+        where a run was stopped."""
+        _, alike, _ = part[0]
+        trees = [tree for _, _, tree in part]
+        rows = sample_answers(model(), tokens, pixels, trees, n=1, max_new=alike.max_new,
+                              temperature=alike.temperature, seed=seed)
+        for (key, _, tree), (found,) in zip(part, rows):
+            if key not in journal:
+                journal.append({"key": key, "id": tree.id, "answer": found})
+
     for turn in range(max((len(item.questions) for item in items), default=0)):
         todo = []
         for item in items:
-            if not item.failed and turn < len(item.questions):
-                try:
-                    todo.append(ready(item))
-                except BadInput as problem:
-                    item.texts, item.finishes, item.failed = [], [], str(problem)
+            if item.failed or turn >= len(item.questions):
+                continue
+            try:
+                todo.append(ready(item))
+            except BadInput as problem:
+                item.texts, item.finishes, item.failed = [], [], str(problem)
 
-        # A batch is asked whole, so that rounding does not depend on where a run was stopped.
         for part in tqdm(batches(todo, batch), desc=desc, unit="batch", disable=None, leave=False):
             if any(key not in journal for key, _, _ in part):
-                _, alike, _ = part[0]
-                trees = [tree for _, _, tree in part]
-                rows = sample_answers(model(), tokens, pixels, trees, n=1, max_new=alike.max_new,
-                                      temperature=alike.temperature, seed=seed)
-                for (key, _, tree), (found,) in zip(part, rows):
-                    if key not in journal:
-                        journal.append({"key": key, "id": tree.id, "answer": found})
+                ask(part)
             for key, item, _ in part:
                 found = journal[key]["answer"]
                 item.texts.append(found["text"])
