@@ -80,7 +80,7 @@ def flags(settings, argv=None):
     for field in dataclasses.fields(settings):
         how = {"type": field.type, "metavar": field.type.__name__}
         if field.type is bool:
-            how = {"action": "store_true"}
+            how = {"type": on_or_off, "nargs": "?", "const": True, "metavar": "0|1"}
         elif field.type is tuple:
             how = {"type": str, "nargs": "+", "metavar": "DIR"}
         note = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
@@ -97,6 +97,13 @@ def trailing_comments(settings):
             if match:
                 found[match[1]] = match[2]
     return found
+
+
+def on_or_off(text):
+    """A switch: --pairs and --pairs 1 are on, --pairs 0 is off."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text}: 0 or 1")
+    return text == "1"
 
 
 # ---- where and how to compute --------------------------------------------------------------------

@@ -30,17 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+import parallel
 from common import BadInput, main
 from model import Linear
-
-
-SCALE = 2.0              # alpha / r (the paper's 256 / 128)
 
 
 class Adapted(nn.Module):
     """A frozen linear layer and its correction. The layer's own weight keeps its name."""
 
-    def __init__(self, layer: Linear, rank: int, generator: torch.Generator):
+    def __init__(self, layer: Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         out_features, in_features = layer.weight.shape
         device = layer.weight.device
@@ -49,14 +47,15 @@ class Adapted(nn.Module):
         self.weight = layer.weight
         self.lora_A = nn.Parameter(start.to(device))     # what trains is fp32, whatever W is
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
         thin = F.linear(x, self.lora_A.to(x.dtype))              # (T, in) -> (T, r)
         correction = F.linear(thin, self.lora_B.to(x.dtype))     # (T, r) -> (T, out)
-        return F.linear(x, self.weight.to(x.dtype)) + SCALE * correction
+        return F.linear(x, self.weight.to(x.dtype)) + self.scale * correction
 
 
-def attach(model: nn.Module, rank: int, seed: int) -> None:
+def attach(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
     """Freeze everything but the projector, and give each linear layer of the language model its
     adapter."""
     for name, p in model.named_parameters():
@@ -65,7 +64,7 @@ def attach(model: nn.Module, rank: int, seed: int) -> None:
     blocks = model.language_model.layers
     for name, layer in list(blocks.named_modules()):
         if isinstance(layer, nn.Linear):
-            blocks.set_submodule(name, Adapted(layer, rank, generator))
+            blocks.set_submodule(name, Adapted(layer, rank, alpha, generator))
 
 
 # ---- the folder that PEFT loads ------------------------------------------------------------------
@@ -87,13 +86,14 @@ def to_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict]:
                 name += ".weight"
             tensors[f"base_model.model.model.{name}"] = p.detach().cpu()
 
-    rank = len(model.language_model.layers[0].self_attn.q_proj.lora_A)       # of all
+    layer = model.language_model.layers[0].self_attn.q_proj                  # all are alike
+    rank = len(layer.lora_A)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": SCALE * rank,
+        "lora_alpha": layer.scale * rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -106,12 +106,16 @@ def to_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict]:
     return tensors, config
 
 
-def save_adapter(model: nn.Module, folder: Path, source: Path, more: dict) -> None:
+def save_adapter(model: nn.Module, folder: Path, source: Path, more=None) -> Path:
     """Write what was trained beside the model in `source`, whole or not at all, with that model's
-    tokenizer; `more` are JSON files by name. One process calls it."""
-    tensors, config = to_peft(model, str(source.resolve()))
-    documents = {"adapter_config.json": config} | checkpoint.processor_json(model.config) | more
-    checkpoint.write_folder(folder, "adapter_model.safetensors", tensors, documents, source)
+    tokenizer; `more` are JSON files by name. Process 0 writes."""
+    folder = Path(folder)
+    if parallel.rank() == 0:
+        tensors, config = to_peft(model, str(source.resolve()))
+        documents = {"adapter_config.json": config}
+        documents |= checkpoint.processor_json(model.config) | (more or {})
+        checkpoint.write_folder(folder, "adapter_model.safetensors", tensors, documents, source)
+    return folder
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def count(config: Config, rank: int) -> Weights:
     with torch.device("meta"):                           # shapes without numbers
         model = Llava(config)
         if rank:
-            lora.attach(model, rank, seed=0)
+            lora.attach(model, rank, 2 * rank, seed=0)
         elif config.vision:
             model.vision_tower.requires_grad_(False)
     blocks = model.language_model.layers

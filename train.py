@@ -91,6 +91,7 @@ class Settings:
     warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
     clip: float = 1.0            # largest gradient norm (LLaVA's default); 0: none
     lora: int = 0                # rank of adapters (the paper's 128); 0: train all weights
+    alpha: float = 0.0           # adapters count alpha / rank times; 0: twice the rank (the paper)
 
     # how it is computed
     device: str = "auto"         # cpu, cuda, ...
@@ -123,13 +124,13 @@ def shuffled(items, seed):
         epoch += 1
 
 
-def schedule(step, steps, warmup=0.03):
+def schedule(step, steps, warmup=0.03, floor=0.0):
     """Learning-rate factor of steps 0, ..., steps-1: linear over a share `warmup`, then cosine."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm
     progress = (step - warm) / max(1, steps - warm)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def adamw(trained, lr, projector_lr, betas, weight_decay):
@@ -442,6 +443,8 @@ def door(s: Settings, full_lr: float, adapter_lr: float):
             f"{out} holds a run that was stopped after step {int(stopped.name[5:])}; go on with "
             "--resume, or choose another --out"
         )
+    if s.alpha and not s.lora:
+        raise BadInput("--alpha is about adapters: give --lora, their rank")
     if s.lora and checkpoint.base_folder(checkpoint.resolve(s.ckpt)):
         raise BadInput(
             f"--ckpt {s.ckpt} is an adapter, and PEFT loads none on top of another; merge it "
@@ -554,7 +557,7 @@ def begin(s, model, items, pack_of, steps, depends):
     """Inside: a Run over `items` in --out, its largest pack tried, its state restored with
     --resume; SIGTERM lets a step finish. Behind it whole weights are in model.dtype again."""
     if s.lora:
-        lora.attach(model, s.lora, s.seed)
+        lora.attach(model, s.lora, s.alpha or 2 * s.lora, s.seed)
     elif parallel.world() > 1:
         parallel.shard(model)
     s = replace(s, batch=min(s.batch, len(items)))       # a step takes no item twice

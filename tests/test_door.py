@@ -186,7 +186,7 @@ def test_an_unknown_flag_or_a_wrong_type_is_an_error(door, flag, why):
 @pytest.mark.parametrize("flag, value, why", [
     ("batch", 0, "--batch"), ("epochs", 0, "--epochs"), ("pack", -1, "--pack"), ("lr", -1.0, "--lr"), ("lr", "nan", "--lr"),
     ("lr", "inf", "--lr"), ("projector_lr", "nan", "--projector_lr"), ("warmup", "nan", "--warmup"), ("warmup", -1.0, "--warmup"),
-    ("clip", "inf", "--clip"), ("seed", -1, "--seed"), ("max_length", -1, "--max_length"),
+    ("alpha", "inf", "--alpha"), ("seed", -1, "--seed"), ("max_length", -1, "--max_length"),
     ("dtype", "float8", "--dtype float8: choose one of float32"), ("device", "tpu9", "--device tpu9: ")])
 def test_a_value_that_makes_no_sense_is_an_error(door, folder, flag, value, why):
     for script in (dpo, sft):
@@ -202,8 +202,8 @@ def test_help_says_of_every_flag_what_it_means_and_its_default(settings, capsys)
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for field in dataclasses.fields(settings):
-        shown = {bool: "", tuple: "DIR [DIR ...] "}.get(field.type, f"{field.type.__name__} ")
-        note = text.split(f" --{field.name} {shown}")[-1].split("(default: ")
+        shown = {bool: "[0|1]", tuple: "DIR [DIR ...]"}.get(field.type, field.type.__name__)
+        note = text.split(f"--{field.name} {shown} ")[1].split("(default: ")
         assert len(note[0].strip()) > 5, f"--{field.name} has no comment"
         assert note[1].startswith(repr(field.default)), field.name
 
@@ -350,11 +350,12 @@ def test_the_command_line_from_another_folder(ckpt, folder, tmp_path):
 
 # ---- what a mutation showed untested -------------------------------------------------------------
 
-def test_a_switch_is_on_where_it_is_named_and_takes_no_value(capsys):
-    assert [common.flags(annotate.Settings, argv).pairs for argv in ([], ["--pairs"])] == [False, True]
+def test_a_switch_is_on_off_or_an_error(capsys):
+    on = [common.flags(annotate.Settings, argv).pairs for argv in ([], ["--pairs"], ["--pairs", "1"], ["--pairs", "0"])]
+    assert on == [False, True, True, False]
     with pytest.raises(SystemExit):
         common.flags(annotate.Settings, ["--pairs", "yes"])
-    assert "yes" in capsys.readouterr().err
+    assert "--pairs" in capsys.readouterr().err
 
 
 WRITERS = {"dpo": (dpo, {}), "sft": (sft, {}), "annotate": (annotate, {"n": 2, "max_new": 2, "steps": None}),

@@ -64,7 +64,7 @@ def logps(model, folder, data):
 @pytest.mark.parametrize("text_only", [False, True])
 def test_adapters_stand_at_every_linear_layer_of_the_language_model_and_nowhere_else(text_only):
     model = tiny_model(text_only=text_only)
-    lora.attach(model, 4, 0)
+    lora.attach(model, 4, 8, 0)
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
              "mlp.down_proj")
     assert adapters(model) == {f"language_model.layers.{k}.{name}" for k in range(2) for name in names}
@@ -77,7 +77,7 @@ def test_adapters_stand_at_every_linear_layer_of_the_language_model_and_nowhere_
 def test_at_step_0_nothing_has_changed_and_the_seed_decides_A():
     models = [tiny_model(), tiny_model(), tiny_model()]
     for model, seed in zip(models, (0, 0, 1)):
-        lora.attach(model, 4, seed)
+        lora.attach(model, 4, 8, seed)
     layer, same, other = (model.language_model.layers[1].self_attn.q_proj for model in models)
     x = torch.randn(5, 64)
     assert torch.equal(layer(x), tiny_model().language_model.layers[1].self_attn.q_proj(x))
@@ -88,13 +88,13 @@ def test_at_step_0_nothing_has_changed_and_the_seed_decides_A():
 
 def test_in_16_bits_adapters_are_fp32_and_multiplied_in_16():
     model = tiny_model().bfloat16()
-    lora.attach(model, 4, 0)
+    lora.attach(model, 4, 12, 0)
     layer = model.language_model.layers[0].mlp.up_proj
     assert layer.weight.dtype == torch.bfloat16 and layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
     with torch.no_grad():
         layer.lora_B.normal_()
     x = torch.randn(3, 64, dtype=torch.bfloat16)
-    wanted = x @ layer.weight.T + 2 * (x @ layer.lora_A.bfloat16().T @ layer.lora_B.bfloat16().T)
+    wanted = x @ layer.weight.T + 3 * (x @ layer.lora_A.bfloat16().T @ layer.lora_B.bfloat16().T)
     assert torch.equal(layer(x), wanted)
     layer(x).float().sum().backward()
     assert layer.weight.grad is None and layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
@@ -149,9 +149,9 @@ def test_after_many_steps_the_cached_reference_is_still_that_of_the_start(run, c
     assert max(abs(a - b) for x, y in zip(now, cached) for a, b in zip(x, y)) > 1
 
 
-def test_an_adapter_on_an_adapter_is_refused(run, ckpt, data, tmp_path):
+def test_an_adapter_on_an_adapter_and_alpha_without_rank_are_refused(run, ckpt, data, tmp_path):
     for script in (dpo, sft):
-        for folder, changes, why in ((ckpt, {"lora": -1}, "--lora -1"),
+        for folder, changes, why in ((ckpt, {"lora": -1}, "--lora -1"), (ckpt, {"lora": 0, "alpha": 8.0}, "give --lora"),
                                      (run[0] / "adapter", {}, "PEFT loads none on top of another")):
             with pytest.raises(BadInput, match=why):
                 script.run(script.Settings(**flags(folder, data, tmp_path / "out", **changes)))

@@ -71,7 +71,7 @@ def measured(model, count, words, answer, budget, rank, again, dtype):
     model.to(dtype).dtype = dtype
     model.language_model.checkpointing = again
     if rank:
-        lora.attach(model, rank, 0)
+        lora.attach(model, rank, 2 * rank, 0)
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -131,7 +131,7 @@ def test_weights_are_counted_as_the_model_counts_them():
         every = sum(p.numel() for p in model.parameters())
         assert n.trained == every - n.frozen == n.rest + 2 * n.block
 
-        lora.attach(model, 6, 0)
+        lora.attach(model, 6, 12, 0)
         n = memory.count(model.config, 6)
         assert n.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert n.trained + n.frozen == sum(p.numel() for p in model.parameters()) and n.trained == n.rest + 2 * n.block
@@ -170,7 +170,7 @@ def test_checkpointing_computes_blocks_again_and_changes_no_bit(ckpt, monkeypatc
     monkeypatch.setattr(Block, "forward", lambda self, *a: calls.append(self) or real(self, *a))
     model = checkpoint.load(ckpt, dtype=dtype)
     if rank:
-        lora.attach(model, rank, 0)
+        lora.attach(model, rank, 8, 0)
         for name, p in model.named_parameters():
             if name.endswith("lora_B"):
                 torch.nn.init.ones_(p)                   # else A has no gradient

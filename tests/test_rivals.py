@@ -112,6 +112,7 @@ def test_epochs_become_steps_over_the_answers_there_are(ckpt, tmp_path):
 
 def test_the_best_whole_answer_is_the_arg_max_of_S():
     assert rejection.best(judged(3, 12, 9)) == 1 and rejection.best(judged(0)) == 0
+    assert rejection.best(judged(9, 12), least=12) == 1
     record = judged(12, 8)
     record["answers"][0]["finish"] = "length"
     assert rejection.best(record) == 1
@@ -125,10 +126,13 @@ def test_ties_are_drawn_with_a_seed_of_the_records_own():
     assert drawn != [rejection.best(one, seed=1) for one in many]
 
 
-@pytest.mark.parametrize("record", [judged(), {"id": "x", "answers": [{"text": "a"}]}])
-def test_a_record_without_a_best_answer_is_refused(record):
-    with pytest.raises(BadInput, match="no whole answer with scores"):
-        rejection.best(record)
+@pytest.mark.parametrize("record, least, why", [
+    (judged(), 0, "no whole answer with scores"),
+    (judged(9, 11), 12, "its best answer has S = 11, less than --least 12"),
+    ({"id": "x", "answers": [{"text": "a"}]}, 0, "no whole answer")])
+def test_a_record_without_a_best_answer_is_refused(record, least, why):
+    with pytest.raises(BadInput, match=why):
+        rejection.best(record, least)
 
 
 # ---- SteerLM -------------------------------------------------------------------------------------

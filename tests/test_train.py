@@ -65,6 +65,8 @@ def test_the_schedule_is_three_percent_warm_up_then_a_cosine_to_0():
     assert values == sorted(values, reverse=True) and 0 < values[-1] < 1e-4
     assert schedule(0, 1) == 1.0 and schedule(0, 2) == 1.0 and schedule(0, 10, warmup=0) == 1.0
     assert [schedule(k, 4, warmup=0.5) for k in range(4)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert min(schedule(k, 1000, floor=0.1) for k in range(30, 1000)) == pytest.approx(0.1,
+                                                                                       abs=1e-5)
 
 
 def test_the_projector_has_a_rate_of_its_own_and_vectors_do_not_decay():
@@ -167,7 +169,7 @@ def test_a_frozen_weight_stays_in_16_bits_and_out_of_the_optimizer():
 @pytest.mark.parametrize("changes, why", [
     ({"lora": -1}, "--lora"), ({"clip": math.nan}, "--clip"), ({"data": ""}, "--data is needed"),
     ({"ckpt": "nowhere"}, "--ckpt nowhere"),
-    ({"dtype": "float16"}, "--dtype float16"),
+    ({"alpha": 8.0}, "--alpha is about adapters"), ({"dtype": "float16"}, "--dtype float16"),
     ({"template": "alpaca"}, "--template alpaca")])
 def test_what_cannot_work_is_refused_before_anything_is_computed(ckpt, data, tmp_path, changes,
                                                                  why):
