@@ -333,6 +333,7 @@ def test_hashes_tell_where_one_part_ends():
 
 # ---- the real thing ------------------------------------------------------------------------------
 
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="processes of their own; SLOW=1 runs it")
 def test_the_command_line_from_another_folder(ckpt, folder, tmp_path):
     """One run that goes well and one that cannot: exit codes 0 and 1, and never a traceback."""
     data = write(folder / "prefs.jsonl", [pair("good-1"), pair("missing-image", "absent.jpg")])

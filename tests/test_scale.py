@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_scale.py -q
 """
+import os
 import gc
 import json
 import tracemalloc
@@ -60,7 +61,7 @@ def peak(script, ckpt, folder, count) -> int:
     return most
 
 
-@pytest.mark.parametrize("script", [dpo, sft])
+@pytest.mark.parametrize("script", [dpo, pytest.param(sft, marks=pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it"))])
 def test_a_record_more_is_some_hundred_bytes_more(ckpt, tmp_path, monkeypatch, script):
     """As lists of integers its 60 tokens alone would be two kilobytes, and its text as much again."""
     monkeypatch.setattr(formats, "AT_ONCE", 16)
