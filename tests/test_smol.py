@@ -102,7 +102,7 @@ def test_a_tokenizer_without_a_token_to_spare_is_refused(chat_model, tmp_path):
 
 def test_the_projector_learns_words_for_patches(chat_model, tmp_path, monkeypatch):
     """Held-out patches come nearer to their words than to those of a neighbour."""
-    monkeypatch.setattr(smol, "WARM_STEPS", 30)
+    monkeypatch.setattr(smol, "WARM_STEPS", 60)
     smol.give_eyes(chat_model, tmp_path / "start", seed=0)
     model = checkpoint.load(tmp_path / "start")
     rng = random.Random("held out")
