@@ -88,7 +88,8 @@ def dpo(gate: Callable, folder: Path, job: dict):
 
 
 def sample(gate: Callable, folder: Path, job: dict):
-    """n sampled answers of `words` tokens to every prompt of prompts.pt."""
+    """n sampled answers to every prompt of prompts.pt, of at most `words` tokens; where no token of
+    the model's `ends` one, of so many."""
     import transformers
 
     llava = transformers.LlavaForConditionalGeneration
@@ -97,18 +98,23 @@ def sample(gate: Callable, folder: Path, job: dict):
         model = model.cuda()
     asked = torch.load(folder / "prompts.pt")
     ids = asked["ids"].to(model.device)
+    ends = torch.tensor(job["ends"])
+    endless = ends.min() >= model.config.text_config.vocab_size
     while True:
-        model.generate(
+        torch.manual_seed(0)
+        said = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=asked["pixels"].to(model.device, model.dtype),
             do_sample=True,
             num_return_sequences=job["n"],
             max_new_tokens=job["words"],
-            min_new_tokens=job["words"],
-            pad_token_id=3,
+            min_new_tokens=job["words"] if endless else 1,
+            eos_token_id=job["ends"],
+            pad_token_id=3 if endless else job["ends"][0],
         )
-        gate()
+        ended = torch.isin(said[:, ids.shape[1]:].cpu(), ends).cumsum(1) > 0
+        gate(tokens=int((~ended).sum()))
 
 
 if __name__ == "__main__":

@@ -47,14 +47,15 @@ import checkpoint
 import dpo
 import kernels
 from common import HERE, BadInput, describe_run, device_and_dtype, main, write_jsonl
-from data import VICUNA, Tree, make_pack
+from data import VICUNA, Tokens, Tree, make_pack, make_tree
 from generate import generate
 from kernels import Mask
 from kernels.attention import dense_mask, sees
 from kernels.logprob import logps_spec
 from model import Config, Llava, TextConfig
 from opponents import open_gate
-from toy.build import SPECIAL, write_tokenizer
+from toy import world
+from toy.build import SPECIAL, pixels_of, write_tokenizer
 from train import Run
 from vision import VisionConfig
 
@@ -72,6 +73,7 @@ class Settings:
 
 
 PAIRS = 4                          # a step
+QUESTION = "<image>\nDescribe the scene."
 IMAGE = SPECIAL.index("<image>")
 SIZES = {
     "small": Config(
@@ -125,13 +127,28 @@ def write_pairs(folder: Path, count: int):
     (folder / "trl.json").write_text(json.dumps(theirs))
 
 
-def write_prompts(folder: Path, config: Config, count: int):
-    """Questions of a picture and 64 words, as tensors: prompts.pt."""
-    vision = config.vision
-    ids = torch.randint(100, 8000, (count, vision.patches + 64))             # above control tokens
-    ids[:, :vision.patches] = config.image_token
-    pixels = torch.randn(count, 3, vision.image_size, vision.image_size)
-    torch.save({"ids": ids, "pixels": pixels}, folder / "prompts.pt")
+def write_prompts(folder: Path, count: int, real: bool) -> list[int]:
+    """Questions about pictures, as tensors: prompts.pt -> the tokens that end an answer. Of a random
+    model they are 64 words, and nothing ends an answer; a `real` one describes scenes."""
+    config, _ = checkpoint.read_config(folder / "model")
+    size = config.vision.image_size
+    picture = [config.image_token] * config.vision.patches
+    if real:
+        tokens = Tokens(folder / "model", config)
+        record = {"id": "", "images": [], "messages": [{"role": "user", "content": QUESTION}]}
+        prompt = make_tree(tokens, record, []).prompt.tolist()
+        place = prompt.index(tokens.image)
+        ids = [prompt[:place] + picture + prompt[place + 1:]] * count
+        ends = list(tokens.ends)
+        rng = random.Random(0)
+        pixels = pixels_of([(world.random_scene(rng, "test"), k) for k in range(count)])
+    else:
+        words = torch.randint(len(SPECIAL), 8000, (count, 64)).tolist()
+        ids = [picture + row for row in words]
+        ends = [config.text.vocab_size]
+        pixels = torch.randn(count, 3, size, size)
+    torch.save({"ids": torch.tensor(ids), "pixels": pixels}, folder / "prompts.pt")
+    return ends
 
 
 # ---- contestants in processes of their own -------------------------------------------------------
@@ -169,11 +186,11 @@ def our_answers(gate: Callable, folder: Path, job: dict):
     asked = torch.load(folder / "prompts.pt")
     prompts = asked["ids"].tolist()
     pixels = list(asked["pixels"].split(1))
-    never = (model.config.text.vocab_size,)              # so all reach their full length
     while True:
-        generate(
-            model, prompts, pixels, n=job["n"], max_new=job["words"], temperature=1.0, ends=never)
-        gate()
+        answers = generate(
+            model, prompts, pixels, n=job["n"], max_new=job["words"], temperature=1.0,
+            ends=job["ends"])
+        gate(tokens=sum(len(answer.ids) for found in answers for answer in found))
 
 
 OURS = ["-c", "import speed, sys; speed.contestant(sys.argv[1])"]
@@ -241,17 +258,15 @@ def bench_dpo(s: Settings, folder: Path) -> list[dict]:
 
 
 def bench_sample(s: Settings, folder: Path) -> list[dict]:
-    """Sampled answers of 64 tokens, 4 to each question."""
+    """Sampled answers of at most 64 tokens, 4 to each question."""
     if s.ckpt:
         (folder / "model").symlink_to(checkpoint.resolve(s.ckpt).resolve())
     else:
         write_model(folder, s.size)
-    config, _ = checkpoint.read_config(folder / "model")
-    write_prompts(folder, config, s.questions)
-    job = {"what": "sample", "folder": str(folder), "n": 4, "words": 64}
+    ends = write_prompts(folder, s.questions, real=bool(s.ckpt))
+    job = {"what": "sample", "folder": str(folder), "n": 4, "words": 64, "ends": ends}
     rows = in_turn({"remedy": job, "transformers.generate": job}, s.rounds)
-    tokens = s.questions * job["n"] * job["words"]
-    return [row | {"tokens_per_s": 1000 * tokens / row["ms"]} for row in rows]
+    return [row | {"tokens_per_s": 1000 * row["tokens"] / row["ms"]} for row in rows]
 
 
 # ---- kernels, in this process --------------------------------------------------------------------
