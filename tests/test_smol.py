@@ -248,3 +248,31 @@ def test_as_a_llava_it_is_transformers_too(real, tmp_path, monkeypatch):
         ours = model(pack.ids, pack.positions, pack.mask, pixels) @ model.head.T
         their = theirs(input_ids=pack.ids[None], pixel_values=pixels).logits[0]
     assert (ours - their).abs().max() < 2e-4
+
+
+# ---- the story ---------------------------------------------------------------------------------------------------
+
+def test_the_story_measures_samples_judges_aligns_and_measures_again(tmp_path, monkeypatch, capsys):
+    """With doubles of the models: what goes where, and the table."""
+    done = []
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(smol, "SHIPPED", shipped)
+    monkeypatch.setattr(smol, "package_file", lambda: "package")
+    monkeypatch.setattr(smol, "unpack", lambda path, lm: lm.mkdir(parents=True))
+    monkeypatch.setattr(smol, "give_eyes", lambda lm, out, seed: done.append(("eyes", out.name)))
+    monkeypatch.setattr(smol.lora, "run", lambda s: done.append(("whole", Path(s.ckpt).relative_to(tmp_path), Path(s.out).name)))
+    figure = {"mean": 0.5, "ci": None, "n": 2}
+    monkeypatch.setattr(smol, "measure", lambda folder, name: done.append(("measured", name)) or dict.fromkeys(smol.TOLD[:6], figure))
+    monkeypatch.setattr(smol.annotate, "annotate", lambda s: done.append(("judged", Path(s.ckpt).name, s.judge)))
+    monkeypatch.setattr(smol.dpo, "align", lambda s: done.append(("aligned", Path(s.data).name, s.lora)))
+    monkeypatch.setattr(smol, "PROMPTS", 2)
+    smol.run(smol.Settings(out=str(tmp_path / "out"), story=True))
+    assert done == [("eyes", "start"), ("whole", Path("out/tuning/adapter"), "llava"), ("measured", "lm"), ("measured", "llava"), ("judged", "llava", "oracle"),
+                    ("aligned", "records.jsonl", smol.RANK), ("measured", "llava + DPO")]
+    prompts = (tmp_path / "out/judged/prompts.jsonl").read_text()
+    assert "<image>\\nWh" in prompts and '"english": true' in prompts
+    said = capsys.readouterr().out
+    assert "llava + DPO" in said and "0.50" in said and "scene talk" in said and said.splitlines()[-1].startswith("next: python chat.py")
+    assert [path.name for path in (tmp_path / "out/tuning/adapter").iterdir()] == ["adapter_config.json"]
