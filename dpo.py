@@ -32,6 +32,7 @@ Watch length_chosen against length_rejected: a judge that likes long answers tea
 import json
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
@@ -44,7 +45,7 @@ import parallel
 import train as training
 from common import BadInput, main, read_jsonl, write_jsonl, write_whole
 from data import GAP, choose_pair, make_tree
-from model import Llava, answer_logps
+from model import Llava, answer_logps, token_logps
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Settings(training.Settings):
     loss: str = "sigmoid"        # sigmoid (DPO), ipo, hinge or robust: see LOSSES
     beta: float = 0.1            # how strongly the policy is tied to its start (the paper's 0.1)
     smoothing: float = 0.0       # robust: the share of labels that are taken to be wrong, below 0.5
+    nll: float = 0.0             # RPO: so much of the chosen answer's own loss per token is added
+    tail: float = 1.0            # LD-DPO: what tokens beyond the shorter answer's length count
     average: bool = False        # mean log-probs per token instead of sums (the paper: sums)
     gap: int = GAP               # smallest difference in S of chosen and rejected (the paper's 2)
     holdout: float = 0.0         # share of the pairs kept out of training, to measure accuracy on
@@ -102,6 +105,27 @@ def robust(logps, reference, s):
 LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
 
 
+# Two terms that go with any of them. `--nll w` adds w * -log p(chosen) / its tokens: the chosen
+# answer itself shall not become rarer (RPO, arXiv:2404.19733). `--tail a` is about sums:
+
+def tailed_logps(model, pack, tail):
+    """log p of a pack's answers, two and two a pair, in which tokens beyond the shorter one's length
+    count `tail` (LD-DPO, arXiv:2409.06411): an answer cannot win by going on. (2 B,) fp32 nats."""
+    logps = token_logps(model, pack)                                         # (N,)
+    lengths = torch.bincount(pack.owner, minlength=pack.answers)             # (2 B,)
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(len(logps), device=logps.device) - starts[pack.owner]
+    shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)               # (2 B,)
+    weight = torch.where(place < shorter[pack.owner], 1.0, tail)
+    sums = logps.new_zeros(pack.answers)
+    return sums.index_put((pack.owner,), weight * logps, accumulate=True)
+
+
+def sums_of(s):
+    """How this run adds up an answer's log-probs: f(model, pack) -> (A,)."""
+    return answer_logps if s.tail == 1 else partial(tailed_logps, tail=s.tail)
+
+
 # ---- the loop ------------------------------------------------------------------------------------
 
 UNDECIDED = 1e-4    # a margin this small is rounding: neither right nor wrong
@@ -111,9 +135,11 @@ def train(run, pairs, s):
     """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
-            logps = answer_logps(run.model, part.pack).view(-1, 2)           # (2 B,) -> (B, 2)
-            logps, reference, lengths = beside_reference(logps, part.items, s)
+            sums = sums_of(s)(run.model, part.pack).view(-1, 2)              # (2 B,) -> (B, 2)
+            logps, reference, lengths = beside_reference(sums, part.items, s)
             loss, margin = LOSSES[s.loss](logps, reference, s)
+            if s.nll:
+                loss = loss - s.nll * sums[:, 0] / lengths[:, 0]
             run.backward(loss.sum() / len(batch))        # the mean over the batch, however packed
             rewards = s.beta * (logps - reference)       # whose difference the margin is
             run.record(
@@ -181,7 +207,7 @@ def check_contract(columns, s, dtype):
 
 def preference(model, pairs, pixels, s) -> dict:
     """Mean margin and accuracy on pairs that are not trained on; an undecided one counts half."""
-    logps = torch.tensor(reference_logps(model, pairs, pixels, s.pack))      # (B, 2)
+    logps = torch.tensor(reference_logps(model, pairs, pixels, s))           # (B, 2)
     logps, reference, _ = beside_reference(logps, pairs, s)
     found = margins(logps, reference, s.beta)
     right = (found > UNDECIDED).float() + 0.5 * (found.abs() <= UNDECIDED)
@@ -195,13 +221,13 @@ def preference(model, pairs, pixels, s) -> dict:
 # ---- the reference -------------------------------------------------------------------------------
 
 @torch.no_grad()
-def reference_logps(model, trees, pixels, budget):
+def reference_logps(model, trees, pixels, s):
     """log p of every answer under the model as it stands, a list for each tree."""
     world = parallel.world()
     bar = tqdm(total=len(trees), desc="reference", disable=None, leave=False)
     mine = []
-    for part in training.packs(trees, budget, pixels.pack, model.device):
-        sums = answer_logps(model, part.pack).cpu()
+    for part in training.packs(trees, s.pack, pixels.pack, model.device):
+        sums = sums_of(s)(model, part.pack).cpu()
         counts = [len(tree.answers) for tree in part.items]
         for tree, logps in zip(part.items, sums.split(counts)):
             if not logps.isfinite().all():
@@ -218,7 +244,7 @@ def reference_logps(model, trees, pixels, budget):
     return [shares[k % world][k // world] for k in range(len(trees))]
 
 
-def cached_reference(model, found, path, budget, depends):
+def cached_reference(model, found, path, s, depends):
     """reference.jsonl: computed and written where there is none, refused where it is another's."""
     note = path.with_suffix(".fingerprint.json")
     if parallel.from_first(path.exists):
@@ -226,7 +252,7 @@ def cached_reference(model, found, path, budget, depends):
         print(f"reference: {len(logps)} records read from {path}")
         return logps
 
-    logps = reference_logps(model, found.trees, found.pixels, budget)
+    logps = reference_logps(model, found.trees, found.pixels, s)
     if parallel.rank() == 0:
         rows = []
         for tree, numbers in zip(found.trees, logps):
@@ -283,6 +309,8 @@ def check_flags(s: Settings):
         raise BadInput(f"--loss {s.loss}: choose one of {', '.join(LOSSES)}")
     if s.smoothing and s.loss != "robust":
         raise BadInput("--smoothing belongs to --loss robust")
+    if s.tail > 1 or s.tail < 1 and not s.pairs_only:
+        raise BadInput("--tail: from 0 to 1, and with --pairs_only, for it is about two answers")
 
 
 def align(s: Settings) -> Llava:
@@ -322,9 +350,9 @@ def align(s: Settings) -> Llava:
     model = checkpoint.load(s.ckpt, device, dtype)
     depends = training.fingerprint(model, found)
     if s.pairs_only:
-        depends["answers"] = "chosen and rejected alone"
+        depends["answers"] = f"chosen and rejected alone, --tail {s.tail:g}"
     path = Path(s.reference or out / "reference.jsonl")
-    logps = cached_reference(model, found, path, s.pack, depends)
+    logps = cached_reference(model, found, path, s, depends)
     pairs, held_out = [], []
     for pair in make_pairs(found.trees, choices, logps):
         if is_held_out(pair.id, s.holdout):

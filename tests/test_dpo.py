@@ -21,7 +21,7 @@ from common import BadInput
 from data import Pixels, Tokens, choose_pair, make_tree
 from dpo import LOSSES
 from judge.rubric import RUBRIC
-from model import answer_logps
+from model import answer_logps, token_logps
 from train import Part, Run, schedule
 
 LN2 = math.log(2)
@@ -51,7 +51,7 @@ def loaded(ckpt, data):
     tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
     records, _ = formats.read(data)
     trees = [make_tree(tokens, r, [answer["text"] for answer in r["answers"]]) for r in records]
-    reference = dpo.reference_logps(model, trees, pixels, 8192)
+    reference = dpo.reference_logps(model, trees, pixels, dpo.Settings(pack=8192))
     return model, dpo.make_pairs(trees, map(choose_pair, records), reference), pixels
 
 
@@ -243,7 +243,7 @@ def test_with_pairs_only_the_reference_holds_the_pairs_answers_and_says_so(ckpt,
         expected = [whole[row["id"]][k] for k in pairs[row["id"]]]
         torch.testing.assert_close(torch.tensor(row["logps"]), torch.tensor(expected), atol=1e-4, rtol=0)
     about = json.loads((out / "reference.fingerprint.json").read_text())
-    assert about["answers"] == "chosen and rejected alone"
+    assert about["answers"] == "chosen and rejected alone, --tail 1"
     with pytest.raises(BadInput, match="stale.*answers"):
         align(ckpt, data, tmp_path / "other", steps=0, reference=str(out / "reference.jsonl"))
     with pytest.raises(BadInput, match="no usable pair"):
@@ -256,6 +256,95 @@ def test_pairs_only_trains_the_same(ckpt, data, tmp_path):
     one, other = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("all", "pairs"))
     for row, again in zip(one, other, strict=True):
         assert row["loss"] == pytest.approx(again["loss"], abs=1e-5)
+
+
+def one_at_a_time(model, pixels, pair):
+    """[log p of each token] of a pair's answers, each alone behind its prompt, in fp32."""
+    found = []
+    for answer in pair.answers:
+        with torch.enable_grad():
+            found.append(token_logps(model, pixels.pack([replace(pair, answers=[answer])])))
+    return found
+
+
+@pytest.fixture
+def some_pairs(ckpt, data):
+    model = checkpoint.load(ckpt)
+    tokens, pixels = Tokens(ckpt, model.config), Pixels(model.config)
+    records, _ = formats.read(data)
+    trees = []
+    for record in records:
+        pair = choose_pair(record)
+        if pair:
+            tree = make_tree(tokens, record, [record["answers"][k]["text"] for k in pair])
+            trees.append(replace(tree, reference=[-3.0, -4.5]))
+    assert len({len(answer) for tree in trees for answer in tree.answers}) > 2, "answers of several lengths"
+    return model, pixels, trees
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.3, 1.0])
+def test_with_tail_tokens_beyond_the_shorter_answer_count_less(some_pairs, tail):
+    model, pixels, trees = some_pairs
+    with torch.no_grad():
+        ours = dpo.tailed_logps(model, pixels.pack(trees), tail).view(-1, 2)
+        plain = answer_logps(model, pixels.pack(trees)).view(-1, 2)
+    for row, tree in zip(ours, trees):
+        both = one_at_a_time(model, pixels, tree)
+        shorter = min(map(len, both))
+        expected = [logps[:shorter].sum() + tail * logps[shorter:].sum() for logps in both]
+        torch.testing.assert_close(row, torch.stack(expected).detach(), atol=1e-4, rtol=0)
+    if tail == 1:
+        torch.testing.assert_close(ours, plain)
+
+
+def test_nll_and_tail_have_the_gradient_of_a_loop_over_single_answers(some_pairs, tmp_path):
+    model, pixels, trees = some_pairs
+    s = dpo.Settings(nll=0.7, tail=0.4, pairs_only=True, lr=1e-3, batch=len(trees), pack=4096)
+    run = Run(model, s, pixels.pack, steps=1)
+    for p in run.trained.values():
+        p.grad = None
+    loss = 0
+    for tree in trees:
+        chosen, rejected = one_at_a_time(model, pixels, tree)
+        shorter = min(len(chosen), len(rejected))
+        sums = [logps[:shorter].sum() + 0.4 * logps[shorter:].sum() for logps in (chosen, rejected)]
+        margin = s.beta * (sums[0] + 3.0 - sums[1] - 4.5)
+        loss = loss - F.logsigmoid(margin) / len(trees) - 0.7 * sums[0] / len(chosen) / len(trees)
+    loss.backward()
+    before = {n: p.grad.clone() for n, p in run.trained.items()}
+    for p in run.trained.values():
+        p.grad = None
+    dpo_train_once(run, trees, s)
+    for name, p in run.trained.items():
+        torch.testing.assert_close(p.grad, before[name], atol=1e-5, rtol=1e-3)
+
+
+def dpo_train_once(run, trees, s):
+    """The loop of dpo.train up to its update, which would clip and step."""
+    class Enough(Exception):
+        pass
+
+    def stop(**amounts):
+        raise Enough
+
+    run.update = stop
+    with pytest.raises(Enough), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "check_contract", lambda *args: None)
+        dpo.train(run, trees, s)
+
+
+def test_the_two_terms_change_nothing_at_their_defaults_and_the_contract_holds_with_them(ckpt, data, tmp_path):
+    plain = align(ckpt, data, tmp_path / "plain", steps=2)
+    again = align(ckpt, data, tmp_path / "again", steps=2, nll=0.0, tail=1.0)
+    assert checkpoint.digest(plain) == checkpoint.digest(again)
+    align(ckpt, data, tmp_path / "both", steps=1, nll=1.0, tail=0.5, pairs_only=True)
+    [row] = rows_of(tmp_path / "both/metrics.jsonl")
+    assert abs(row["margin"]) < 1e-3 and row["loss"] > LN2 + 1
+    for wrong in ({"tail": 0.5}, {"tail": 1.5, "pairs_only": True}):
+        with pytest.raises(BadInput, match="--tail: from 0 to 1"):
+            align(ckpt, data, tmp_path / "wrong", **wrong)
+    with pytest.raises(BadInput, match="stale.*--tail 0.5"):
+        align(ckpt, data, tmp_path / "stale", steps=0, pairs_only=True, tail=0.25, reference=str(tmp_path / "both/reference.jsonl"))
 
 
 def other_row(k, row):

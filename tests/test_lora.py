@@ -144,8 +144,8 @@ def test_after_many_steps_the_cached_reference_is_still_that_of_the_start(run, c
     cached = [r["logps"] for r in rows_of(run[0] / "reference.jsonl")]
     fresh = checkpoint.load(ckpt)
     trees, pixels = trees_of(ckpt, fresh.config, data), Pixels(fresh.config)
-    assert dpo.reference_logps(fresh, trees, pixels, 1024) == cached
-    now = dpo.reference_logps(run[1], trees, pixels, 1024)
+    assert dpo.reference_logps(fresh, trees, pixels, dpo.Settings(pack=1024)) == cached
+    now = dpo.reference_logps(run[1], trees, pixels, dpo.Settings(pack=1024))
     assert max(abs(a - b) for x, y in zip(now, cached) for a, b in zip(x, y)) > 1
 
 
