@@ -274,7 +274,7 @@ def prices(text) -> list[float]:
     return [sent, back]
 
 
-def judge(s, records, out) -> list[dict]:
+def scored(s, records, out) -> list[dict]:
     """Every record judged -> the records with scores, states and what the judge was."""
     if s.judge == "oracle":
         replies = ask_oracle(s, records)
@@ -283,7 +283,12 @@ def judge(s, records, out) -> list[dict]:
     judged = []
     for record, (reply, found) in zip(records, replies):
         judged.append(with_scores(record, reply, found, s))
+    return judged
 
+
+def judge(s, records, out) -> list[dict]:
+    """The same, and what came of it in print."""
+    judged = scored(s, records, out)
     states = Counter(record["judge"]["state"] for record in judged)
     counts = [f"{states[name]} {name}" for name in STATES if states[name] or name == "ok"]
     print("judged: " + ", ".join(counts))

@@ -140,22 +140,15 @@ def test_kto_is_100_lines_and_starts_at_one_half(tmp_path, judged):
     assert second["loss"] < 0.5 and (copy / "out/model").exists()
 
 
-def test_policy_gradient_is_100_lines_and_judges_what_it_samples(tmp_path, judged):
-    assert changed("grpo") <= 100
+def test_another_reward_is_one_function(tmp_path, judged):
+    assert changed("grpo") <= 25
     copy = forked("grpo", tmp_path)
-    train(copy, command("grpo.py"), judged)
+    data = judged.with_name("golden.jsonl")
+    data.write_text("".join(json.dumps(record | {"golden": "red", "answers": []}) + "\n" for record in rows_of(judged)))
+    train(copy, command("grpo.py"), data)
     rows = rows_of(copy / "out/metrics.jsonl")
-    assert [row["answers"] for row in rows] == [16, 16] and all(0 <= row["reward"] <= 12 for row in rows)
-    assert rows[0]["grad_norm"] > 0 and (copy / "out/model").exists()
-
-
-@pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it")
-def test_policy_gradient_raises_the_reward(tmp_path):
-    copy = forked("grpo", tmp_path)
-    run(copy, "toy/tasks.py", "--out", "runs/prompts")
-    run(copy, *command("grpo.py").split())
-    rewards = [row["reward"] for row in rows_of(copy / "runs/grpo/metrics.jsonl")]
-    assert sum(rewards[:5]) / 5 < 10 and sum(rewards[-10:]) / 10 > 11
+    assert [row["answers"] for row in rows] == [16, 16] and all(0 <= row["score"] <= 1 for row in rows)
+    assert (copy / "out/model").exists()
 
 
 def test_a_template_is_one_entry_and_goes_with_the_model(tmp_path, judged):
