@@ -276,3 +276,18 @@ def test_the_story_measures_samples_judges_aligns_and_measures_again(tmp_path, m
     said = capsys.readouterr().out
     assert "llava + DPO" in said and "0.50" in said and "scene talk" in said and said.splitlines()[-1].startswith("next: python chat.py")
     assert [path.name for path in (tmp_path / "out/tuning/adapter").iterdir()] == ["adapter_config.json"]
+
+
+def test_the_shipped_adapter_is_small_says_how_it_was_made_and_fits_what_smol_makes():
+    from safetensors.torch import load_file
+    files = sorted(smol.SHIPPED.iterdir())
+    assert sum(path.stat().st_size for path in files) < 10e6
+    made = json.loads((smol.SHIPPED / "made.json").read_text())
+    assert made["command"].startswith("smol.py") and made["commit"] and made["seed"] == 0
+    about = json.loads((smol.SHIPPED / "adapter_config.json").read_text())
+    assert about["r"] == smol.RANK and about["base_model_name_or_path"] == "../../start"
+    tensors = load_file(smol.SHIPPED / "adapter_model.safetensors")
+    assert all(value.isfinite().all() for value in tensors.values())
+    kinds = {name.split(".")[-2] for name in tensors if "lora" in name}
+    assert kinds == {"lora_A", "lora_B"} and sum("lora_B" in name for name in tensors) == 30 * 7
+    assert sum("multi_modal_projector" in name for name in tensors) == 4
