@@ -132,17 +132,16 @@ def write_prompts(folder: Path, count: int, real: bool) -> list[int]:
     model they are 64 words, and nothing ends an answer; a `real` one describes scenes."""
     config, _ = checkpoint.read_config(folder / "model")
     size = config.vision.image_size
-    picture = [config.image_token] * config.vision.patches
     if real:
         tokens = Tokens(folder / "model", config)
         record = {"id": "", "images": [], "messages": [{"role": "user", "content": QUESTION}]}
-        prompt = make_tree(tokens, record, []).prompt.tolist()
-        place = prompt.index(tokens.image)
-        ids = [prompt[:place] + picture + prompt[place + 1:]] * count
+        ids = [make_tree(tokens, record, []).ids()] * count
         ends = list(tokens.ends)
         rng = random.Random(0)
-        pixels = pixels_of([(world.random_scene(rng, "test"), k) for k in range(count)])
+        scenes = [(world.random_scene(rng, "test"), k) for k in range(count)]
+        pixels = pixels_of(scenes, size)
     else:
+        picture = [IMAGE] * config.vision.patches
         words = torch.randint(len(SPECIAL), 8000, (count, 64)).tolist()
         ids = [picture + row for row in words]
         ends = [config.text.vocab_size]

@@ -129,9 +129,9 @@ def write_tokenizer(folder: Path, words: list[str], fixed=()):
 
 # ---- stage 1: the vision tower -------------------------------------------------------------------
 
-def pixels_of(pictures):
-    """[(scene, seed of its looks)] -> (N, 3, S, S)."""
-    drawn = [preprocess(world.render(*picture), VISION.image_size) for picture in pictures]
+def pixels_of(pictures, size=VISION.image_size):
+    """[(scene, seed of its looks)] -> (N, 3, size, size)."""
+    drawn = [preprocess(world.render(*picture), size) for picture in pictures]
     return torch.stack(drawn)
 
 
