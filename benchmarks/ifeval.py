@@ -18,7 +18,7 @@ import json
 import re
 
 from benchmarks.harness import Item, ratios, stored
-from common import BadInput, field, shown
+from common import BadInput, shown
 
 FORM = "5.1f"
 SCALE = 100
@@ -28,8 +28,10 @@ ANSWERS = "{model}.jsonl"
 JUDGMENTS = ""
 
 
-# What ends a sentence, with the quotes and brackets that close there. An initial does not.
-SENTENCE_END = re.compile(r"""(?<=[.?!])(?<!\s\w\.)(?<!^\w\.)["')\]}]*(?:\s+["')\]}]*(?!\S)\s*|\s+|(?=\*))""")
+# What ends a sentence, with the quotes and brackets that close there. An initial does not, nor does
+# a number before a small letter.
+INSIDE = r"(?<!\s[^\W\d_]\.)(?<!^[^\W\d_]\.)(?!(?<=\d\.)\s+[a-z])"
+SENTENCE_END = re.compile(INSIDE + r"""(?<=[.?!])["')\]}]*(?:\s+["')\]}]*(?!\S)\s*|\s+|(?=\*))""")
 
 
 # ---- the 25 kinds --------------------------------------------------------------------------------
@@ -251,7 +253,11 @@ def items(folder):
     path = folder.find("input_data.jsonl")
     rows = stored(path, key="a name or number", prompt="a text", instruction_id_list="a list of texts",
                   kwargs="a list")
+    keys = set()
     for row in rows:
+        if row["key"] in keys:
+            raise BadInput(f"{path}: two prompts have the key {shown(str(row['key']))}")
+        keys.add(row["key"])
         row["instructions"] = list(instructions(row, f"{path}: prompt {shown(str(row['key']))}"))
     return [Item(row["key"], [row["prompt"]], row, max_new=1280) for row in rows]
 
@@ -264,6 +270,8 @@ def instructions(row, where):
         try:
             known = {name: value for name, value in arguments.items() if value is not None}
             CHECKS[kind]("a", **known)
+        except BadInput:                                 # a ValueError, too: langdetect is missing
+            raise
         except KeyError:
             raise BadInput(f"{where}: {shown(kind)} is no instruction of IFEval") from None
         except (TypeError, ValueError, AttributeError, re.error) as error:

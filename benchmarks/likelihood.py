@@ -40,8 +40,8 @@ def items(folder):
             if not record.get("golden"):
                 raise BadInput(f"{path}: {record['id']} has no golden answer")
             question = record["messages"][-1]["content"]
-            found.append(Item(f"{path.stem}/{record['id']}", [question], record,
-                              record["images"], record["root"]))
+            name = f"{path.relative_to(folder.path)}/{record['id']}"         # two files may share ids
+            found.append(Item(name, [question], record, record["images"], record["root"]))
     return found
 
 

@@ -1,6 +1,6 @@
 """IFEval's 25 kinds of instruction: by hand, against a published implementation, and as a benchmark.
 
-    pip install langdetect nltk immutabledict && pip install --no-deps if-verifiable
+    pip install langdetect nltk immutabledict datasets && pip install --no-deps if-verifiable
     python -m pytest tests/test_ifeval.py -q
 """
 import importlib.util
@@ -36,6 +36,7 @@ TABLE = [
     ("keywords:letter_frequency", {"letter": "a", "let_frequency": 2, "let_relation": "at least"}, "Aha", "a"),
     ("language:response_language", {"language": "de"}, "Die Katze schläft heute den ganzen Tag.", "The cat sat on the mat and slept all day long."),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "One. Two!", "One 1.5 only."),
+    ("length_constraints:number_sentences", {"num_sentences": 4, "relation": "at least"}, "1. One\n2. Two\n3. Three", "J. R. R. Tolkien wrote. Much."),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***\na\n***\nb", "a *** *** b"),
     ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "two words", "three words now"),
     ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Well"}, "a\n\n\"well, b", "a\n\nb"),
@@ -90,7 +91,7 @@ def test_what_two_sentences_can_satisfy_is_short():
 PIECES = ["The cat sat on the mat.", "Is it so? Yes!", "HELLO there, WORLD", "* a bullet", "- another", "*bold* words", "**very** bold", "***", "******", "[name]",
           "[a] and [b]", "<<title>>", "<< >>", "P.S. more", "p. p. s. even more", "P.P.S last", "SECTION 1", "Section 2", "\"quoted\"", "\"", "My answer is maybe.",
           "{\"a\": [1, 2]}", "```json\n{\"a\": 1}\n```", "", "\n", "the end.", "Die Katze schläft heute den ganzen Tag.", "naïve, aaa", "all in lower case here",
-          "ALL IN CAPITALS HERE", "one two three four five six", "'word' first", "My answer is yes.", "say it again", "It's 3.5, no?", "ready", "End"]
+          "ALL IN CAPITALS HERE", "one two three four five six", "'word' first", "My answer is yes.", "say it again", "It's 3.5, no?", "ready", "End", "1. One step.\n2. Another."]
 DRAWS = {
     "keywords": lambda r: r.sample(["cat", "world", "bold", "it", "three"], 2),
     "keyword": lambda r: r.choice(["cat", "a", "bold"]),
@@ -191,15 +192,16 @@ def test_responses_in_the_official_form_are_scored(tmp_path, capsys):
     ({"kwargs": [{"num_words": 3}]}, "prompt 1: the arguments of punctuation:no_comma are not IFEval's"),
     ({"kwargs": ["x"]}, "prompt 1: the arguments of punctuation:no_comma are not IFEval's"),
     ({"prompt": None}, "row 1: prompt is null"),
+    ({"key": 2}, "two prompts have the key 2"),
     ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["("]}]}, "the arguments of keywords:existence"),
 ])
 def test_a_file_that_is_not_ifeval_s_is_named(tmp_path, change, why):
     with pytest.raises(BadInput, match=re.escape(why)):
-        evaluate.run(evaluate.Settings(bench="ifeval", answers="x", data_dir=data(tmp_path, [ROWS[0] | change]), out=str(tmp_path / "out")))
+        evaluate.run(evaluate.Settings(bench="ifeval", answers="x", data_dir=data(tmp_path, [ROWS[0] | change, ROWS[1]]), out=str(tmp_path / "out")))
 
 
 def test_without_langdetect_one_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "langdetect", None)
     row = ROWS[0] | {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]}
-    with pytest.raises(BadInput, match="pip install langdetect"):
+    with pytest.raises(BadInput, match="^ifeval: .*pip install langdetect"):
         evaluate.run(evaluate.Settings(bench="ifeval", answers="x", data_dir=data(tmp_path, [row]), out=str(tmp_path / "out")))

@@ -76,6 +76,14 @@ def test_nll_is_that_of_one_answer_at_a_time_by_hand(data, ckpt, tmp_path, capsy
     assert sum(row["tokens"] for row in stored) == count
 
 
+def test_records_of_two_files_are_two_records(data, tmp_path):
+    (data / "likelihood/given.jsonl").write_text(json.dumps({"instruction": "Who?", "output": "A quite different answer."}))
+    (data / "likelihood/deep").mkdir()
+    (data / "likelihood/deep/given.json").write_text(json.dumps(ROWS))
+    ids = [item.id for item in likelihood.items(Folder(data / "likelihood", "", tmp_path))]
+    assert len(ids) == len(set(ids)) == 5
+
+
 def test_what_likelihood_cannot_use_is_said(data, ckpt, tmp_path):
     folder = Folder(data / "likelihood", "", tmp_path)
     (data / "likelihood/given.json").write_text(json.dumps([{"instruction": "What?"}]))
