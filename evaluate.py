@@ -195,7 +195,7 @@ def ask_judge(s, name, items, model):
 def stored_judgments(s, name):
     """Score a stored judgment file -> {model: [result]}; FastChat keeps many models in one file."""
     if not BENCHES[name].JUDGMENTS:
-        raise BadInput(f"--judgments: {name} needs no judge; give --answers")
+        raise BadInput(f"--judgments: {name} needs no judge; give --ckpt or --answers")
     items = []
     if s.data_dir or s.answers or name == "mm_vet":
         items = questions(s, name)

@@ -8,8 +8,8 @@ go on, where generated answers tell what it does first. It has a leak: who has l
 finds short answers likely, so it stands beside other figures, never alone. Models with different
 tokenizers cannot be compared.
 
-Any file that formats.py reads will do, if its records have golden answers: AlpacaEval's
-`alpaca_eval.json`, for one.
+Any .json or .jsonl file that formats.py reads will do, if its records have golden answers:
+AlpacaEval's `alpaca_eval.json`, for one.
 """
 from dataclasses import replace
 
@@ -53,7 +53,10 @@ def measure(model, tokens, pixels, items):
     measured = []
     for item in items:
         try:
-            tree = make_tree(tokens, item.row, [item.row["golden"]], max_length=tokens.room)
+            tree = make_tree(tokens, item.row, [item.row["golden"]])
+            length = tree.length + len(tree.answers[0])
+            if length > tokens.room:
+                raise BadInput(f"is {length} tokens long, the model has room for {tokens.room}")
             trees[item.id] = replace(tree, id=item.id)
         except BadInput as problem:
             item = replace(item, failed=str(problem))

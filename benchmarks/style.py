@@ -1,4 +1,4 @@
-"""How a model talks, whatever it says: three shares that stand beside every text benchmark.
+"""How a model talks, whatever it says: three figures that stand beside every text benchmark.
 
     words        mean words of an answer
     looping      share of answers that end in a phrase said four times over: the end of a model that
@@ -23,13 +23,13 @@ SCENE = re.compile(
 
 
 def loops(text: str) -> bool:
-    """Whether the last words repeat with some period, four periods long. (The very last word may be
-    cut off.)"""
-    words = text.split()[:-1]
-    for period in range(1, LONGEST + 1):
-        end = words[-3 * period:]
-        if len(words) >= 4 * period and end == words[-4 * period:-period]:
-            return True
+    """Whether the last words repeat with some period, four periods long."""
+    whole = text.split()
+    for words in (whole, whole[:-1]):                    # the very last word may be cut off
+        for period in range(1, LONGEST + 1):
+            end = words[-3 * period:]
+            if len(words) >= 4 * period and end == words[-4 * period:-period]:
+                return True
     return False
 
 
@@ -39,9 +39,15 @@ def scene_talk(question: str, text: str) -> bool:
 
 def style(items) -> dict:
     """{"words", "looping", "scene talk"} of answered items (harness.Item), with intervals."""
-    said = [(question, text) for item in items for question, text in zip(item.questions, item.texts)]
+    words, looping, talk, ids = [], [], [], []
+    for item in items:
+        for question, text in zip(item.questions, item.texts):
+            words.append(len(text.split()))
+            looping.append(loops(text))
+            talk.append(scene_talk(question, text))
+            ids.append(item.id)                          # turns of one conversation move together
     return {
-        "words": mean([len(text.split()) for _, text in said]),
-        "looping": mean([loops(text) for _, text in said]),
-        "scene talk": mean([scene_talk(question, text) for question, text in said]),
+        "words": mean(words, ids),
+        "looping": mean(looping, ids),
+        "scene talk": mean(talk, ids),
     }

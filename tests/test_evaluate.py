@@ -458,7 +458,7 @@ def test_a_judgment_file_with_several_models_scores_each(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, why", [
     ({"bench": "mt_bank"}, "choose among mm_vet"), ({"bench": "pope,mmbench", "answers": "x"}, "with --answers or --judgments, one"),
-    ({"bench": "pope", "judgments": "x"}, "needs no judge; give --answers"), ({"bench": "pope"}, "--data_dir: pope/ holds no coco_pope_adversarial.json"),
+    ({"bench": "pope", "judgments": "x"}, "needs no judge; give --ckpt or --answers"), ({"bench": "pope"}, "--data_dir: pope/ holds no coco_pope_adversarial.json"),
     ({"bench": "mm_vet", "judgments": "x"}, "--data_dir: mm_vet/ holds no mm-vet.json"), ({"split": "train"}, "--split is dev or test"),
     ({"batch": 0}, "--batch at least 1"), ({"bench": "mt_bench", "judge": "oracle"}, "say gemini:MODEL"), ({"compare": ("nowhere",)}, "nowhere/results.json: cannot be read"),
     ({"bench": "alpaca_eval", "judgments": "nowhere.json"}, "nowhere.json: cannot be read")])

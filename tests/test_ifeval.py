@@ -91,7 +91,7 @@ def test_what_two_sentences_can_satisfy_is_short():
 PIECES = ["The cat sat on the mat.", "Is it so? Yes!", "HELLO there, WORLD", "* a bullet", "- another", "*bold* words", "**very** bold", "***", "******", "[name]",
           "[a] and [b]", "<<title>>", "<< >>", "P.S. more", "p. p. s. even more", "P.P.S last", "SECTION 1", "Section 2", "\"quoted\"", "\"", "My answer is maybe.",
           "{\"a\": [1, 2]}", "```json\n{\"a\": 1}\n```", "", "\n", "the end.", "Die Katze schläft heute den ganzen Tag.", "naïve, aaa", "all in lower case here",
-          "ALL IN CAPITALS HERE", "one two three four five six", "'word' first", "My answer is yes.", "say it again", "It's 3.5, no?", "ready", "End", "1. One step.\n2. Another."]
+          "ALL IN CAPITALS HERE", "one two three four five six", "'word' first", "Q&A by R&D", "My answer is yes.", "say it again", "It's 3.5, no?", "ready", "End", "1. One step.\n2. Another."]
 DRAWS = {
     "keywords": lambda r: r.sample(["cat", "world", "bold", "it", "three"], 2),
     "keyword": lambda r: r.choice(["cat", "a", "bold"]),
@@ -187,21 +187,32 @@ def test_responses_in_the_official_form_are_scored(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, why", [
-    ({"kwargs": []}, "prompt 1: kwargs and instruction_id_list are not of one length"),
+    ({"kwargs": []}, "prompt 1: kwargs and instruction_id_list are empty or not of one length"),
+    ({"kwargs": [], "instruction_id_list": []}, "prompt 1: kwargs and instruction_id_list are empty or not of one length"),
     ({"instruction_id_list": ["punctuation:no_dots"]}, "punctuation:no_dots is no instruction of IFEval"),
-    ({"kwargs": [{"num_words": 3}]}, "prompt 1: the arguments of punctuation:no_comma are not IFEval's"),
-    ({"kwargs": ["x"]}, "prompt 1: the arguments of punctuation:no_comma are not IFEval's"),
+    ({"kwargs": [{"num_words": 3}]}, "prompt 1: punctuation:no_comma takes no arguments, not num_words"),
+    ({"kwargs": ["x"]}, "prompt 1: the arguments of punctuation:no_comma are no object"),
     ({"prompt": None}, "row 1: prompt is null"),
     ({"key": 2}, "two prompts have the key 2"),
-    ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["("]}]}, "the arguments of keywords:existence"),
+    *[({"instruction_id_list": [kind], "kwargs": [arguments]}, f"prompt 1: {name} of {kind} is ") for kind, arguments, name in [
+        ("keywords:existence", {"keywords": ["a", "("]}, "keywords"),
+        ("keywords:existence", {"keywords": ["a", 3]}, "keywords"),
+        ("keywords:forbidden_words", {"forbidden_words": "cat"}, "forbidden_words"),
+        ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "at most"}, "relation"),
+        ("length_constraints:number_words", {"num_words": "3", "relation": "at least"}, "num_words"),
+        ("length_constraints:number_paragraphs", {"num_paragraphs": 0}, "num_paragraphs"),
+        ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": -3, "first_word": "a"}, "nth_paragraph"),
+        ("startend:end_checker", {"end_phrase": 7}, "end_phrase"),
+    ]],
 ])
 def test_a_file_that_is_not_ifeval_s_is_named(tmp_path, change, why):
     with pytest.raises(BadInput, match=re.escape(why)):
         evaluate.run(evaluate.Settings(bench="ifeval", answers="x", data_dir=data(tmp_path, [ROWS[0] | change, ROWS[1]]), out=str(tmp_path / "out")))
 
 
-def test_without_langdetect_one_message_says_what_to_install(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, arguments", [("language:response_language", {"language": "de"}), ("change_case:english_capital", {})])
+def test_without_langdetect_one_message_says_what_to_install(tmp_path, monkeypatch, kind, arguments):
     monkeypatch.setitem(sys.modules, "langdetect", None)
-    row = ROWS[0] | {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]}
+    row = ROWS[0] | {"instruction_id_list": [kind], "kwargs": [arguments]}
     with pytest.raises(BadInput, match="^ifeval: .*pip install langdetect"):
         evaluate.run(evaluate.Settings(bench="ifeval", answers="x", data_dir=data(tmp_path, [row]), out=str(tmp_path / "out")))

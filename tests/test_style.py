@@ -20,7 +20,7 @@ ROWS = [{"instruction": "Write a short poem about the sea.", "output": "The sea 
 
 def test_an_answer_loops_where_it_ends_in_a_phrase_four_times_over():
     assert loops("well I see I see I see I see I")
-    assert loops("no " * 6)
+    assert loops("no " * 6) and loops("I see, I see, I see, I see,")
     assert loops("so " + "this is the way we go round " * 5 + "th")
     assert not loops("I see. I see. I do not see.") and not loops("no no no") and not loops("")
     assert not loops("again and again and again and again and again, it ended well in the end")
@@ -38,6 +38,7 @@ def test_style_is_a_mean_over_answers():
     items = [Item(1, ["a", "b"], texts=["one two", "a red star"]), Item(2, ["c"], texts=["no " * 7]), Item(3, ["d"])]
     found = {name: figure["mean"] for name, figure in style(items).items()}
     assert found == {"words": 4, "looping": pytest.approx(1 / 3), "scene talk": pytest.approx(1 / 3)}
+    assert style(items)["words"]["ci"] == pytest.approx(1.96 * 2), "two turns of one conversation are one draw"
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_what_likelihood_cannot_use_is_said(data, ckpt, tmp_path):
     tokens.room = 10
     [item] = likelihood.measure(model, tokens, Pixels(model.config), [Item(1, ["a"], {"id": "1", "messages": [{"role": "user", "content": "What?"}],
                                                                                       "images": [], "golden": "This.", "root": ""})])
-    assert "more than --max_length 10" in item.failed and not item.texts
+    assert "the model has room for 10" in item.failed and not item.texts
 
 
 def test_how_a_model_talks_stands_below_its_table(ckpt, tmp_path, capsys):
