@@ -82,7 +82,7 @@ def flags(settings, argv=None):
         if field.type is bool:
             how = {"type": on_or_off, "nargs": "?", "const": True, "metavar": "0|1"}
         elif field.type is tuple:
-            how = {"type": str, "nargs": "+", "metavar": "DIR"}
+            how = {"type": str, "nargs": "+", "metavar": "PATH"}
         note = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", default=field.default, help=note, **how)
     return settings(**vars(parser.parse_args(argv)))

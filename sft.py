@@ -15,9 +15,13 @@ is frozen. A record's `golden` answer is the target; without one the chosen answ
 its best-scored one. In a conversation of several turns the earlier assistant turns are targets,
 too. The miniature's own stages (toy/build.py) run through `train` below.
 
+The old remedy against forgetting is replay: mix what shall not be forgotten into what is learned.
+`--data A B --share 0.33` adds so much of B to all of A that a third of the whole is B's.
+
     python sft.py --ckpt llava-1.5-7b-hf --data llava_instruct.json --out runs/sft
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from operator import itemgetter
 
 import common  # first: it tells OpenMP how to wait
@@ -25,7 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import train as training
-from common import BadInput, main
+from common import BadInput, main, sha
 from data import Tree, make_tree, scored_answers, usable
 from model import token_logps
 from train import Run
@@ -34,6 +38,8 @@ from train import Run
 @dataclass
 class Settings(training.Settings):
     """Supervised fine-tuning on golden answers."""
+    data: tuple = ()             # a file (see formats.py), or two: what to learn, and what to replay
+    share: float = 0.0           # how much of what is learned the second file makes up
     out: str = "runs/sft"        # run folder
     lr: float = 0.0              # peak learning rate; 0: 2e-5 (LLaVA), adapters 4e-4 (the paper)
 
@@ -81,13 +87,30 @@ def golden_tree(tokens, record, longest):
     return [make_tree(tokens, record, [target(record)], history=True, max_length=longest)]
 
 
+def mixed(first, second, share, seed):
+    """All of `first`, and so much of `second` that it is `share` of the whole: drawn with a seed,
+    nothing twice before everything was drawn once."""
+    count = round(share / (1 - share) * len(first))
+    return first + list(islice(training.shuffled(second, seed), count))
+
+
 # ---- the script ----------------------------------------------------------------------------------
 
 def fit(s: Settings, trees_of, documents=None):
     """--data and --ckpt -> the tuned model in --out. trees_of(tokens, record, longest) gives what
     to learn from a record; `documents` are JSON files that go with the model."""
+    files = [s.data] if isinstance(s.data, str) else list(s.data)
+    if len(files) > 2 or (len(files) == 2) != (0 < s.share < 1):
+        raise BadInput("--data A B and --share go together: how much of the whole, between 0 and 1, "
+                       "is B's")
+    s = replace(s, data="".join(files[:1]))
     s, device, dtype = training.door(s, full_lr=2e-5, adapter_lr=4e-4)
     found = training.read(s, trees_of)                   # the data first: weights take longer
+    for path in files[1:]:
+        replayed = training.read(replace(s, data=path, out=f"{s.out}/replay"), trees_of)
+        trees = mixed(found.trees, replayed.trees, s.share, s.seed)
+        print(f"replay: {len(trees) - len(found.trees)} of {len(trees)} answers are from {path}")
+        found = replace(found, trees=trees, pictures=sha(found.pictures, replayed.pictures))
     model = checkpoint.load(s.ckpt, device, dtype)
     print(f"{found.records} records, {len(found.trees)} answers to learn")
     steps = training.announce(s, model, found.trees)

@@ -202,7 +202,7 @@ def test_help_says_of_every_flag_what_it_means_and_its_default(settings, capsys)
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for field in dataclasses.fields(settings):
-        shown = {bool: "[0|1]", tuple: "DIR [DIR ...]"}.get(field.type, field.type.__name__)
+        shown = {bool: "[0|1]", tuple: "PATH [PATH ...]"}.get(field.type, field.type.__name__)
         note = text.split(f"--{field.name} {shown} ")[1].split("(default: ")
         assert len(note[0].strip()) > 5, f"--{field.name} has no comment"
         assert note[1].startswith(repr(field.default)), field.name

@@ -101,6 +101,39 @@ def test_sft_runs_from_llava_json_scores_earlier_turns_too_and_learns(ckpt, toke
         assert torch.equal(before[name], p) == name.startswith("vision_tower."), name
 
 
+def test_replay_is_a_seeded_share_of_the_second_file_and_nothing_twice_before_all_were_drawn():
+    first, second = list("abcdef"), list(range(4))
+    third = sft.mixed(first, second, 1 / 3, seed=0)
+    assert third[:6] == first and len(third) == 9 and len(set(third)) == 9
+    half = sft.mixed(first, second, 0.5, seed=0)
+    assert set(half[6:10]) == set(second) and len(half) == 12, "two of the four come again"
+    assert sft.mixed(first, second, 1 / 3, seed=0) == third != sft.mixed(first, second, 1 / 3, seed=1)
+
+
+def test_sft_replays_a_second_file(ckpt, tmp_path, capsys):
+    data = conversations(tmp_path / "data")
+    text = tmp_path / "text.jsonl"
+    rows = [{"id": f"t{k}", "messages": turns(f"What is {k}?", f"It is {k}.")} for k in range(9)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "bad"}]))
+    given = {"data": (str(data), str(text)), "share": 0.5, "steps": 4, "batch": 4, "save_every": 2}
+    sft.run(settings(sft, ckpt, "", tmp_path / "out", **given))
+    assert "replay: 5 of 10 answers are from" in capsys.readouterr().out
+    assert rows_of(tmp_path / "out/replay/rejects.jsonl")[0]["id"] == "bad"
+    assert rows_of(tmp_path / "out/rejects.jsonl") == [], "each file's rejects have their own list"
+
+    alone = settings(sft, ckpt, data, tmp_path / "alone", steps=4, batch=4)
+    sft.run(alone)
+    one, both = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("alone", "out"))
+    assert [row["tokens"] for row in one] != [row["tokens"] for row in both]
+
+
+@pytest.mark.parametrize("changes", [{"share": 0.5}, {"data": ("a", "b")}, {"data": ("a", "b", "c")},
+                                     {"data": ("a", "b"), "share": 1.0}])
+def test_two_files_and_a_share_go_together(ckpt, tmp_path, changes):
+    with pytest.raises(BadInput, match="--data A B and --share go together"):
+        sft.run(settings(sft, ckpt, "a", tmp_path / "out", **changes))
+
+
 def test_epochs_become_steps_over_the_answers_there_are(ckpt, tmp_path):
     """Five records and the paper's batch of 128: three epochs are three steps, not one."""
     sft.run(settings(sft, ckpt, conversations(tmp_path / "data"), tmp_path / "out", steps=-1,
