@@ -8,6 +8,11 @@ paper: how much data, how many wrong labels, one model's preferences given to an
 before text questions; and what the paper left open: beta against learning rate, sums against means
 of log-probs.
 
+--today asks what a reader asks since: newer losses, sampling from the policy as it is, and remedies
+that cost nothing or nearly: weights averaged with the text model's, text replayed. And does the
+picture matter, or do any pairs restore the style? Each of its runs has the paper's methods beside
+it, two columns of toy/moved.py, and DPO's settings as they were chosen for DPO.
+
 How it is kept honest. Learning rates were searched on a development seed and development items,
 three per method, no method more (LOG.md, results/search.jsonl), and chosen by the judge's opinion
 of image answers; reported seeds are others. Every method has the same three passes over what it can
@@ -19,6 +24,7 @@ Every run is a folder that appears when it is done; the same command goes on whe
 
     python reproduce.py                            one seed on the shipped miniature, some minutes
     python reproduce.py --seeds 5 --from_scratch   every stage anew per seed, about an hour
+    python reproduce.py --today --seeds 5 --first 30 --from_scratch --out runs/today
     python reproduce.py --smol --seeds 3 --data_dir DATA --out runs/smol3     hours; docs/smol.md
 
 --smol asks the same of a language model that somebody else trained (smol.py), whose text has
@@ -27,6 +33,7 @@ benchmarks of its own, and adds what costs nothing: averaging its weights with t
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import threading
 import zlib
@@ -43,6 +50,7 @@ from tqdm import tqdm
 import annotate
 import checkpoint
 import dpo
+import grpo
 import rejection
 import sft
 import smol
@@ -54,8 +62,8 @@ from common import (
     HERE, BadInput, describe_run, lock, main, read_jsonl, write_jsonl, write_whole,
 )
 from data import Tokens, choose_pair
-from toy import build, figures, items
-from toy.tasks import write_prompts
+from toy import build, figures, items, moved
+from toy.tasks import text_conversation, text_prompts, write_prompts
 
 
 @dataclass
@@ -65,6 +73,7 @@ class Settings:
     seeds: int = 1                 # how many
     first: int = 10                # the first of them; 0 to 2 were used while this was made
     from_scratch: bool = False     # build every seed's models anew, not only align the shipped one
+    today: bool = False            # newer losses, policy gradient and free remedies instead
     workers: int = 2               # runs at once, one thread each
     smol: bool = False             # a real small language model instead of the miniature's
     data_dir: str = ""             # with --smol: official files of ifeval and likelihood
@@ -74,8 +83,8 @@ class Settings:
 
 # ---- the runs: name, method, what is changed -----------------------------------------------------
 
-METHODS = {"sft": sft, "rejection": rejection, "steerlm": steerlm, "dpo": dpo}
-LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5}
+METHODS = {"sft": sft, "rejection": rejection, "steerlm": steerlm, "dpo": dpo, "grpo": grpo}
+LR = {"sft": 5e-5, "rejection": 1e-4, "steerlm": 1e-4, "dpo": 5e-5, "grpo": 1e-4}
 
 # SteerLM's scores in words that the miniature knows.
 FORM = "\nanswer with {helpfulness} , {correctness} , {coherence} , {complexity} , {verbosity} ."
@@ -98,6 +107,27 @@ RUNS = {
     "DPO, beta 0.3, lr 0.0002": ("dpo", {"beta": 0.3, "lr": 2e-4}),
     "DPO, mean log-probs": ("dpo", {"average": True, "beta": 0.5}),
 }
+TODAY_RUNS = {
+    "DPO, ipo": ("dpo", {"loss": "ipo"}),
+    "DPO, hinge": ("dpo", {"loss": "hinge"}),
+    "DPO, 25% of labels flipped": ("dpo", {"records": "flip 0.25"}),
+    "the same, robust 0.25": ("dpo", {"records": "flip 0.25", "loss": "robust", "smoothing": 0.25}),
+    "DPO, nll 1": ("dpo", {"nll": 1.0, "pairs_only": True}),
+    "DPO, tail 0.5": ("dpo", {"tail": 0.5, "pairs_only": True}),
+    "DPO, pictures swapped": ("dpo", {"records": "swap"}),
+    "DPO, text pairs alone": ("dpo", {"records": "text"}),
+    "DPO, a second round": ("dpo", {"records": "again"}),
+    "Policy gradient": ("grpo", {"judge": "oracle", "epochs": 1}),
+    "SFT, full answers, 5% text": ("sft", {"share": 0.05}),
+    "SFT, full answers, 33% text": ("sft", {"share": 0.33}),
+    "LLaVA-mini + 0.25 Vicuna-mini": ("mix", {"of": "LLaVA-mini", "alpha": 0.25}),
+    "LLaVA-mini + 0.5 Vicuna-mini": ("mix", {"of": "LLaVA-mini", "alpha": 0.5}),
+    "LLaVA-mini + 0.75 Vicuna-mini": ("mix", {"of": "LLaVA-mini", "alpha": 0.75}),
+    "DPO + 0.25 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.25}),
+    "DPO + 0.5 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.5}),
+    "DPO + 0.75 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.75}),
+}
+REPLAYED = "LLaVA-mini, 33% text in tuning"
 SMOL_RUNS = {
     "SFT, full answers": ("sft", {"lr": 4e-4}),
     "Rejection sampling": ("rejection", {"lr": 4e-4}),
@@ -108,11 +138,35 @@ SMOL_FIRST = ("SmolLM2", "LLaVA-Smol", "half and half")
 NARROWER = {"DPO of a narrower model": ("dpo", {}), "LLaVA-mini, narrower": None}
 
 
+@dataclass
+class Job:
+    """One line of a table: train `ckpt` as `how` says, or take it as it is, and measure."""
+    folder: Path
+    name: str
+    how: tuple | None        # a method, and what is changed
+    ckpt: Path
+    start: Path              # the model that visual tuning left
+    seed: int
+    settings: Settings
+
+    def waits(self):
+        """Whether it begins with the model that DPO made."""
+        changes = self.how[1] if self.how else {}
+        return changes.get("records") == "again" or changes.get("of") == "DPO"
+
+
 def change(records, how, seed):
     """The records as a run wants them.
 
-    "short" golden answers, a "share 0.25" of them, or "flip 0.25" of the pairs' labels."""
+    "short" golden answers, a "share 0.25" of them, "flip 0.25" of the pairs' labels, or "swap": each
+    with the next one's picture, in a seeded circle, so that nobody keeps their own."""
     kind, _, amount = how.partition(" ")
+    if kind == "swap":
+        circle = random.Random(f"swap/{seed}").sample(records, len(records))
+        others = zip(circle, circle[1:] + circle[:1])
+        images = {record["id"]: other["images"] for record, other in others}
+        return [record | {"images": images[record["id"]]} for record in records]
+
     changed = []
     for record in records:
         if kind == "short":
@@ -130,34 +184,61 @@ def change(records, how, seed):
 
 # ---- one seed: build, sample, then train and measure ---------------------------------------------
 
-def make(folder, seed, width):
+def make(folder, seed, width, replay=0.0):
     """Both models from nothing -> `folder`/llava and `folder`/vicuna."""
     if not folder.exists():
-        build.run(build.Settings(out=str(folder), seed=seed, width=width))
+        build.run(build.Settings(out=str(folder), seed=seed, width=width, replay=replay))
 
 
-def train(folder, method, changes, ckpt, seed):
-    """One of RUNS -> `folder`/model, beside what its script leaves there."""
-    result = folder / ("adapter" if "lora" in changes else "model")
+def data_of(job, how):
+    """The records that a run learns from, as they are or changed; sampled first where they are its
+    own."""
+    seed_folder = job.folder.parent
+    own = seed_folder / how / "records.jsonl"
+    if how in ("again", "text"):
+        if how == "again" and not own.exists():          # a thousand new questions
+            story.sample(job.ckpt, own.parent, 1000, job.seed + 1000, "cpu")
+        if how == "text" and not own.exists():
+            asked = own.with_name("prompts.jsonl")
+            write_jsonl(asked, text_prompts(1000, job.seed))
+            story.answer(job.ckpt, asked, own.parent, job.seed, "cpu")
+        return own
+
+    data = seed_folder / "data" / "records.jsonl"
+    if how:
+        changed = change(read_jsonl(data), how, job.seed)
+        data = data.with_name(f"records-{job.folder.name}.jsonl")            # beside the pictures
+        write_jsonl(data, changed)
+    return data
+
+
+def train(job):
+    """One of the runs -> `folder`/model, beside what its script leaves there."""
+    method, changes = job.how
+    result = job.folder / ("adapter" if "lora" in changes else "model")
     if result.exists():
         return result
+    if method == "mix":
+        others = {"LLaVA-mini": job.start, "DPO": job.folder.with_name(slug("DPO")) / "model"}
+        text_model = job.start.with_name("vicuna")
+        return checkpoint.mix(others[changes["of"]], text_model, changes["alpha"], result)
 
     changes = {"lr": LR[method]} | changes
-    data = folder.parent / "data" / "records.jsonl"
-    how = changes.pop("records", "")
-    if how:
-        records = change(read_jsonl(data), how, seed)
-        data = data.with_name(f"records-{folder.name}.jsonl")            # beside the pictures
-        write_jsonl(data, records)
+    data = str(data_of(job, changes.pop("records", "")))
+    if "share" in changes:                               # as much as five hundred text conversations
+        replay = job.folder.parent / "replay.jsonl"
+        rng = random.Random(f"replay/{job.seed}")
+        write_jsonl(replay, [text_conversation(rng) | {"id": f"text-{k}"} for k in range(500)])
+        data = (data, str(replay))
 
     script = METHODS[method]
     script.run(script.Settings(
-        ckpt=str(ckpt), data=str(data), out=str(folder), seed=seed, batch=16,
+        ckpt=str(job.ckpt), data=data, out=str(job.folder), seed=job.seed, batch=16,
         device="cpu", resume=True, **changes))
     return result
 
 
-def measure(folder, name):
+def measure(folder, name, start):
     """Every miniature benchmark -> {name: scores}.
 
     A SteerLM model is asked for all fours, for few words, and for nothing: three rows."""
@@ -174,6 +255,7 @@ def measure(folder, name):
         for each, tokens in asked.items():
             scores, said = items.measure(model, tokens, pictures, each)
             rows[each] = scores
+            scores |= moved.measure(model, tokens, said, start, pictures, each)
             if model.config.vision:
                 texts = [row["answers"][0] for row in said if not row["id"].startswith("text")]
                 scores["image words"] = mean([len(text.split()) for text in texts])
@@ -182,28 +264,29 @@ def measure(folder, name):
 
 
 def outcome(job):
-    """Train as RUNS says, or take the checkpoint as it is, and measure it -> rows of results, kept
-    in the run's folder."""
-    folder, name, how, ckpt, seed, s = job
+    """Train as the job says, or take the checkpoint as it is, and measure it -> rows of results,
+    kept in the run's folder."""
+    folder, s = job.folder, job.settings
     if (folder / "row.jsonl").exists():
         return read_jsonl(folder / "row.jsonl")
 
     torch.set_num_threads(1)
-    model, steps, lr = ckpt, 0, 0.0
+    model, steps, lr = job.ckpt, 0, 0.0
     with (open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log)):
         try:
-            if how:
-                model = train(folder, *how, ckpt, seed)
-                config = json.loads((folder / "config.json").read_text())
-                steps, lr = config["steps"], config["settings"]["lr"]
+            if job.how:
+                model = train(job)
+                if (folder / "config.json").exists():    # a mixture took no steps
+                    config = json.loads((folder / "config.json").read_text())
+                    steps, lr = config["steps"], config["settings"]["lr"]
             if s.smol:
-                scores = {name: smol.measure(model, name, s.split, s.data_dir, s.dtype)}
+                scores = {job.name: smol.measure(model, job.name, s.split, s.data_dir, s.dtype)}
             else:
-                scores = measure(model, name)
+                scores = measure(model, job.name, job.start)
         except Exception as problem:
-            raise BadInput(f"{name}: {problem}; see {folder}.log") from problem
+            raise BadInput(f"{job.name}: {problem}; see {folder}.log") from problem
 
-    about = describe_run(None, seed=seed, steps=steps, lr=lr)
+    about = describe_run(None, seed=job.seed, steps=steps, lr=lr)
     rows = [about | {"name": each, "scores": found} for each, found in scores.items()]
     write_jsonl(folder / "row.jsonl", rows)
     return rows
@@ -217,6 +300,8 @@ FIRST = ("Vicuna-mini", "LLaVA-mini", "SFT, short answers", "SFT, full answers",
          "SteerLM", "SteerLM, verbosity 0", "SteerLM, not asked for scores", "DPO")
 
 
+TODAY_COLUMNS = ("text", "core", "equal length", "words", "exist", "attribute", "describe",
+                 "choice", "judged", "kl", "kl a token")
 REAL_COLUMNS = ("ifeval", "short", "long", "nll", "words", "looping", "scene talk", "exist",
                 "attribute", "describe", "choice", "judged")
 
@@ -255,6 +340,14 @@ def report(rows):
     ])
 
 
+def today(rows):
+    seeds = sorted({str(row["seed"]) for row in rows})
+    return "\n".join([
+        f"The miniature, test items, mean ± standard deviation over seeds {', '.join(seeds)}",
+        table(rows, [*FIRST, REPLAYED, *TODAY_RUNS], TODAY_COLUMNS),
+    ])
+
+
 def end_with_parent():
     """A worker's first call: it ends with the process that it works for, even one killed by -9."""
     def watch():
@@ -286,7 +379,7 @@ def smol_jobs(s, folder, seed):
     for name, (method, changes) in SMOL_RUNS.items():
         changes = changes | {"lora": 8, "epochs": 1, "dtype": s.dtype}
         runs.append((name, (method, changes), made / "llava"))
-    return [(folder / slug(name), name, how, ckpt, seed, s) for name, how, ckpt in runs]
+    return jobs_of(runs, made / "llava", s, folder, seed)
 
 
 def toy_jobs(s, folder, seed):
@@ -294,17 +387,32 @@ def toy_jobs(s, folder, seed):
     toy = HERE / "toy"
     if s.from_scratch:
         toy = folder / "toy"
-        make(toy, seed, 128)
+        make(toy, seed, 128, replay=0.33 if s.today else 0.0)
     if not (folder / "data" / "records.jsonl").exists():
         story.sample(toy / "llava", folder / "data", 1000, seed, "cpu")
 
+    dpo_ckpt = folder / slug("DPO") / "model"
     runs = [("Vicuna-mini", None, toy / "vicuna"), ("LLaVA-mini", None, toy / "llava")]
+    if s.today:
+        for name, how in (RUNS | TODAY_RUNS).items():
+            if name in FIRST or name in TODAY_RUNS:
+                again = how[1].get("records") == "again"
+                runs.append((name, how, dpo_ckpt if again else toy / "llava"))
+        if s.from_scratch:
+            runs.append((REPLAYED, None, toy / "replayed"))
+        return jobs_of(runs, toy / "llava", s, folder, seed)
+
     runs += [(name, how, toy / "llava") for name, how in RUNS.items()]
     if s.from_scratch and seed == s.first:              # one seed has a second size
         narrow = folder / "narrow"
         make(narrow, seed, 96)
         runs += [(name, how, narrow / "llava") for name, how in NARROWER.items()]
-    return [(folder / slug(name), name, how, ckpt, seed, s) for name, how, ckpt in runs]
+    return jobs_of(runs, toy / "llava", s, folder, seed)
+
+
+def jobs_of(runs, start, s, folder, seed):
+    """[(name, how, ckpt)] -> jobs, each with a folder of its own."""
+    return [Job(folder / slug(name), name, how, ckpt, start, seed, s) for name, how, ckpt in runs]
 
 
 def run(s: Settings):
@@ -321,20 +429,25 @@ def run(s: Settings):
     for seed in range(s.first, s.first + s.seeds):
         folder = out / f"seed-{seed}"
         jobs = smol_jobs(s, folder, seed) if s.smol else toy_jobs(s, folder, seed)
+        waves = ([job for job in jobs if not job.waits()], [job for job in jobs if job.waits()])
+        bar = tqdm(total=len(jobs), desc=f"seed {seed}", unit="run", disable=None)
         with ProcessPoolExecutor(s.workers, spawn, end_with_parent) as pool:
-            done = pool.map(outcome, jobs)
-            for found in tqdm(done, f"seed {seed}", len(jobs), unit="run", disable=None):
-                rows += found
+            for wave in waves:
+                for found in pool.map(outcome, wave):
+                    rows += found
+                    bar.update()
+        bar.close()
 
     write_jsonl(out / "rows.jsonl", rows)
     if s.smol:
         text = table(rows, [*SMOL_FIRST, *SMOL_RUNS], REAL_COLUMNS)
-        write_whole(out / "tables.txt", text + "\n")
-        print(text)
-        return
-    write_whole(out / "tables.txt", report(rows) + "\n")
-    print(report(rows))
-    figures.draw(rows, out / "figures")
+    elif s.today:
+        text = today(rows)
+    else:
+        text = report(rows)
+        figures.draw(rows, out / "figures")
+    write_whole(out / "tables.txt", text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

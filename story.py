@@ -34,7 +34,11 @@ class Settings(dpo.Settings):
 
 def sample(ckpt, out, prompts: int, seed: int, device="auto", dtype="auto"):
     """Questions about pictures, four answers to each, judged -> `out`/records.jsonl."""
-    asked = write_prompts(prompts, seed, out)
+    answer(ckpt, write_prompts(prompts, seed, out), out, seed, device, dtype)
+
+
+def answer(ckpt, asked, out, seed: int, device="auto", dtype="auto"):
+    """Those of a file of questions -> `out`/records.jsonl."""
     annotate.annotate(annotate.Settings(
         ckpt=str(ckpt), data=str(asked), out=str(out), judge="oracle", seed=seed,
         temperature=1.0, max_new=48, batch=64, device=device, dtype=dtype))

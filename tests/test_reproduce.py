@@ -112,14 +112,13 @@ def test_the_figures_are_drawn_from_the_rows(tmp_path):
 
 def test_from_scratch_every_seed_starts_from_its_own_models_and_the_first_has_a_second_size(tmp_path, inline, monkeypatch):
     built, starts = [], {}
-    monkeypatch.setattr(reproduce, "make", lambda folder, seed, width: built.append((folder.name, seed, width)))
+    monkeypatch.setattr(reproduce, "make", lambda folder, seed, width, replay=0.0: built.append((folder.name, seed, width)))
     monkeypatch.setattr(story, "sample", lambda *args: None)
     monkeypatch.setattr(reproduce, "report", lambda rows: "")
     monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
 
     def outcome(job):
-        folder, name, how, ckpt, seed, s = job
-        starts[seed, name] = str(ckpt.relative_to(tmp_path))
+        starts[job.seed, job.name] = str(job.ckpt.relative_to(tmp_path))
         return []
 
     monkeypatch.setattr(reproduce, "outcome", outcome)
@@ -187,7 +186,8 @@ def test_a_failed_run_names_its_log(tmp_path, monkeypatch, inline):
         raise ValueError("no")
     monkeypatch.setattr(reproduce, "measure", fails)
     with pytest.raises(BadInput, match=r"DPO: no; see .*dpo\.log"):
-        reproduce.outcome((tmp_path / "dpo", "DPO", None, Path("toy/llava"), 0, reproduce.Settings()))
+        toy = Path("toy/llava")
+        reproduce.outcome(reproduce.Job(tmp_path / "dpo", "DPO", None, toy, toy, 0, reproduce.Settings()))
 
 
 def test_the_pages_tables_are_drawn_from_results():
@@ -229,7 +229,7 @@ def test_a_real_model_s_seed_is_made_sampled_and_aligned_with_adapters(tmp_path,
     monkeypatch.setattr(reproduce, "write_prompts", lambda n, seed, folder, english: done.append(("asked", english)) or folder)
     monkeypatch.setattr(reproduce.annotate, "annotate", lambda s: done.append(("judged", s.ckpt, s.judge)))
     monkeypatch.setattr(reproduce.checkpoint, "mix", lambda a, b, alpha, out: done.append(("mixed", a.name, b.name, alpha)))
-    monkeypatch.setattr(reproduce, "outcome", lambda job: done.append((job[1], job[2] and job[2][1]["lora"], job[3].name)) or [])
+    monkeypatch.setattr(reproduce, "outcome", lambda job: done.append((job.name, job.how and job.how[1]["lora"], job.ckpt.name)) or [])
     monkeypatch.setattr(reproduce, "table", lambda *args: "")
     reproduce.run(reproduce.Settings(out=str(tmp_path), smol=True, data_dir="DATA"))
     made = str(tmp_path / "seed-10/smol")

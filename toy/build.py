@@ -12,6 +12,7 @@ like any other checkpoint, and so does transformers:
 
     OUT/llava       LLaVA-mini: config.json, model.safetensors, tokenizer.json, ...
     OUT/vicuna      Vicuna-mini, the text model it was made from
+    OUT/replayed    with --replay 0.33: visual tuning with so much text, which forgets less
 
 Stage 4 is where the damage is done, for the natural reason: most visual questions are answered in a
 word, the language model learns that answers are short, and nothing in the data reminds it of its
@@ -25,6 +26,7 @@ same bytes.
     python evaluate.py --ckpt runs/toy/vicuna,runs/toy/llava             # what the two can do
 """
 import common  # first: it tells OpenMP how to wait
+import copy
 import json
 import math
 import multiprocessing
@@ -57,6 +59,7 @@ class Settings:
     seed: int = 0                # of initialisation and data
     scale: float = 1.0           # share of every stage's steps (0.01 to see it run)
     width: int = 128             # of the language model; a head for every 32
+    replay: float = 0.0          # also OUT/replayed, tuned with so much text among the pictures
 
     def steps(self, full: int) -> int:
         return max(2, int(full * self.scale))
@@ -272,7 +275,18 @@ def visual_trees(tokens, seed, draw_kinds):
 
 
 def pack_of(trees):
-    return make_pack(trees, pixels_of([tree.images[0] for tree in trees]))
+    pictures = [tree.images[0] for tree in trees if tree.images]
+    return make_pack(trees, pixels_of(pictures) if pictures else None)
+
+
+def with_text(trees, tokens, seed, share):
+    """Endless trees, `share` of them text conversations."""
+    rng = random.Random(seed)
+    while True:
+        if rng.random() < share:
+            yield as_tree(tokens, tasks.text_conversation(rng))
+        else:
+            yield next(trees)
 
 
 def caption_kinds(rng):
@@ -310,9 +324,17 @@ def train_visual(parts, s, vicuna, out):
     sft.train(run, visual_trees(tokens, f"projector/{s.seed}", caption_kinds), "3 projector")
 
     model.language_model.requires_grad_(True)
-    settings = sft.Settings(lr=3e-4, batch=16)
-    run = Run(model, settings, pack_of, steps=s.steps(400), betas=(0.9, 0.98))
-    sft.train(run, visual_trees(tokens, f"tuning/{s.seed}", tuning_kinds), "4 visual tuning")
+    draws = visual_trees(tokens, f"tuning/{s.seed}", tuning_kinds)
+    tune(copy.deepcopy(model), draws, s, parts, out / "llava")
+    if s.replay:
+        draws = visual_trees(tokens, f"tuning/{s.seed}", tuning_kinds)
+        draws = with_text(draws, tokens, f"replay/{s.seed}", s.replay)
+        tune(model, draws, s, parts, out / "replayed")
+
+
+def tune(model, trees, s, parts, out):
+    run = Run(model, sft.Settings(lr=3e-4, batch=16), pack_of, steps=s.steps(400), betas=(0.9, 0.98))
+    sft.train(run, trees, "4 visual tuning")
     checkpoint.save(model, out, parts)
 
 
@@ -332,7 +354,7 @@ def run(s: Settings):
             language_model = pool.submit(train_language, parts, s, aside / "vicuna")
             tower.result()
             language_model.result()
-        train_visual(parts, s, aside / "vicuna", aside / "llava")
+        train_visual(parts, s, aside / "vicuna", aside)
 
     print(f"what they can do: python evaluate.py --ckpt {out}/vicuna,{out}/llava")
 

@@ -150,16 +150,22 @@ def content(turn, text):
     return share if turn["kind"] == "describe" else float(share == 1)
 
 
+def mark(turn, text):
+    """MT-mini: 1 to 10 for one turn, half of it for content, half for saying it in a sentence."""
+    right, shape = content(turn, text), form(turn, text)
+    return 1 + 9 * right * (.5 + .3 * (shape == "full") + .2 * (shape != "other"))
+
+
 def score_text(record: dict, answers: list[str]) -> dict:
-    """MT-mini: 1 to 10 per turn, the mean of both. `core` is the content alone."""
-    mark = core = terse = words = 0.
-    for turn, text in zip(record["truth"]["turns"], answers):
-        right, shape = content(turn, text), form(turn, text)
-        mark += 1 + 9 * right * (.5 + .3 * (shape == "full") + .2 * (shape != "other"))
-        core += right
-        terse += shape == "bare"
-        words += len(text.split())
-    return {"text": mark / 2, "core": core / 2, "terse": terse / 2, "words": words / 2}
+    """The mean of both turns' marks. `core` is the content alone."""
+    turns = record["truth"]["turns"]
+    asked = list(zip(turns, answers))
+    return {
+        "text": sum(mark(turn, text) for turn, text in asked) / 2,
+        "core": sum(content(turn, text) for turn, text in asked) / 2,
+        "terse": sum(form(turn, text) == "bare" for turn, text in asked) / 2,
+        "words": sum(len(text.split()) for _, text in asked) / 2,
+    }
 
 
 def score(bench: str, record: dict, text: str) -> float:

@@ -217,6 +217,16 @@ def preference_prompts(n: int, seed: int, kinds=MIXED) -> list[dict]:
     return records
 
 
+def text_prompts(n: int, seed: int) -> list[dict]:
+    """The same without pictures: the first turns of text tasks."""
+    rng = random.Random(f"text preference {seed}")
+    records = []
+    for i in range(n):
+        turns, scene = text_task(rng, rng.choice(TEXT_TASKS), "train")
+        records.append(conversation(f"text-preference-{seed}-{i:05d}", turns[:1], scene=scene))
+    return records
+
+
 # ---- benchmark items: fixed, held out; choices are made on "dev", results reported on "test" -----
 
 def items(bench: str, n: int, split="dev", seed=0) -> list[dict]:

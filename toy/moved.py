@@ -1,0 +1,126 @@
+"""What a method moved: how far the model went, and whether its text is better or only longer.
+
+Two questions that a table of scores leaves open.
+
+How far did it go? The divergence from where it started, on answers that the model itself now gives
+to held-out questions,
+
+    KL = mean of log p(y | x) - log p_start(y | x),      y sampled from p at temperature 1
+
+in nats, per answer and per token. What a new task makes a model forget goes with this number, some
+say, whatever the method (arXiv:2509.04259).
+
+Is it better, or longer? Full sentences are longer than bare words, and judges like length. The
+length-controlled win rate is what AlpacaEval's leaderboard does about that (arXiv:2404.04475): each
+answer is compared with the start's answer to the same question, and a regression
+
+    P(win) = sigmoid(theta + phi * tanh(longer / std of longer)),      longer in words
+
+puts what length explains into phi. sigmoid(theta) is the win rate at equal length. (Its third term,
+how hard a question is, needs many models.) Matched lengths would need no formula, but would keep
+only the questions on which a method changed nothing.
+"""
+import numpy as np
+import torch
+
+import checkpoint
+from benchmarks.harness import mean, ratios
+from data import Pixels, Tokens, make_tree, pack_size, split, usable
+from generate import sample_answers
+from model import answer_logps
+from toy import items, oracle, tasks
+
+ASKED = 50           # held-out questions about pictures, of each kind
+
+
+# ---- how far -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def divergence(model, start, tokens, records, seed=0):
+    """{"kl": nats an answer, "kl a token"}, from one sampled answer to each record. Answers that
+    were cut off do not count: what they would have said is not known."""
+    pixels = Pixels(model.config)
+    prompts = [make_tree(tokens, record, []) for record in records]
+    said = sample_answers(model, tokens, pixels, prompts, n=1, max_new=items.MAX_NEW,
+                          seed=seed)
+    whole = []
+    for record, [answer] in zip(records, said):
+        if usable(answer):
+            whole.append((record, answer["text"]))
+
+    now = logps_of(model, tokens, pixels, whole)
+    plain = tokens.asking(None) if tokens.steer else tokens                  # as the start was asked
+    before = logps_of(start, plain, pixels, whole)
+    moved = [a - b for (a, _), (b, _) in zip(now, before)]
+    lengths = [length for _, length in now]
+    return {"kl": mean(moved), "kl a token": ratios([(moved, lengths, range(len(moved)))])}
+
+
+def logps_of(model, tokens, pixels, answered):
+    """[(log p of its answer, how many tokens that has)] of each (record, text)."""
+    trees = [make_tree(tokens, record, [text]) for record, text in answered]
+    found = []
+    for part in split(trees, pack_size(0, model.device)):
+        logps = answer_logps(model, pixels.pack(part).to(model.device)).tolist()
+        found += [(logp, len(tree.answers[0])) for tree, logp in zip(part, logps)]
+    return found
+
+
+# ---- better, or longer ---------------------------------------------------------------------------
+
+ROUNDS = 25          # of Newton's method; it has converged after ten
+RIDGE = 0.01         # on phi: where the longer answer always wins, the data leave it open
+RESAMPLES = 200
+
+
+def win_rate(wins, longer):
+    """wins (N,): 1, 0.5 or 0 against the start; longer (N,) in words -> the win rate at equal
+    length."""
+    spread = longer.std()
+    x = np.stack([np.ones_like(longer), np.tanh(longer / spread) if spread else longer], 1)
+    theta = np.zeros(2)
+    penalty = RIDGE * np.diag([1e-3, 1.0]) * len(wins)
+    for _ in range(ROUNDS):
+        p = 1 / (1 + np.exp(-x @ theta))                                     # (N,)
+        gradient = x.T @ (wins - p) - penalty @ theta
+        theta += np.linalg.solve((x.T * (p * (1 - p))) @ x + penalty, gradient)
+    return 1 / (1 + np.exp(-theta[0]))
+
+
+def controlled(records, said, start_said):
+    """The win rate over the start's answers at equal length, both turns of every text record; the
+    interval is a bootstrap over records."""
+    wins, longer = [], []                                # a row of two turns per record
+    for record, mine, theirs in zip(records, said, start_said):
+        turns = record["truth"]["turns"]
+        ahead = [oracle.mark(turn, a) - oracle.mark(turn, b)
+                 for turn, a, b in zip(turns, mine, theirs)]
+        wins.append([0.5 + 0.5 * np.sign(lead) for lead in ahead])
+        longer.append([len(a.split()) - len(b.split()) for a, b in zip(mine, theirs)])
+    wins, longer = np.array(wins), np.array(longer, float)
+
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(RESAMPLES):
+        rows = rng.integers(len(wins), size=len(wins))
+        draws.append(win_rate(wins[rows].ravel(), longer[rows].ravel()))
+    rate = win_rate(wins.ravel(), longer.ravel())
+    return {"mean": float(rate), "ci": float(1.96 * np.std(draws)), "n": wins.size}
+
+
+# ---- both, for one model -------------------------------------------------------------------------
+
+def measure(model, tokens, said, start, folder, name):
+    """{"equal length", "kl", "kl a token"} of a model against the one in the folder `start`; `said`
+    is what items.measure saw it answer. A text model has no KL: nobody can show it a picture."""
+    before = checkpoint.load(start)
+    start_tokens = Tokens(start, before.config)
+    texts = tasks.draw(tasks.items("text", items.ITEMS["text"], "test"), folder)
+    mine = [row["answers"] for row in said if row["id"].startswith("text")]
+    theirs = items.ask(before, start_tokens, texts, f"{name}: the start's text")
+    scores = {"equal length": controlled(texts, mine, theirs)}
+    if model.config.vision:
+        benches = [bench for bench in items.ITEMS if bench != "text"]
+        records = [record for bench in benches for record in tasks.items(bench, ASKED, "test")]
+        scores |= divergence(model, before, tokens, tasks.draw(records, folder))
+    return scores
