@@ -17,6 +17,7 @@ from conftest import ROOT, hf_checkpoint, tiny_checkpoint, tiny_model
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import lora
 from checkpoint import load, save
 from common import BadInput
 from data import Tokens
@@ -704,6 +705,27 @@ def test_a_mix_is_the_average_by_hand_and_at_either_end_one_of_the_two(tmp_path,
             torch.testing.assert_close(p, expected.to(dtype).float(), rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-7)
             if alpha in (0.0, 1.0):
                 assert torch.equal(p, expected), name
+
+
+def test_what_transformers_wrote_in_shards_and_an_adapter_are_mixed_and_transformers_loads_the_mix(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    a, _ = hf_checkpoint(tmp_path / "a", "byte", max_shard_size="100KB", seed=1)
+    model = load(a)
+    lora.attach(model, 4, 8, 0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(1))
+    b = lora.save_adapter(model, tmp_path / "b", a)
+    ids = torch.tensor([1, *[model.config.image_token] * 4, 9, 30, 7, 300])
+    for alpha, end in ((0.0, a), (1.0, b)):
+        with torch.no_grad():
+            torch.testing.assert_close(run(load(checkpoint.mix(str(a), str(b), alpha, tmp_path / f"{alpha}")), ids), run(load(end), ids))
+    half = checkpoint.mix(str(a), str(b), 0.5, tmp_path / "half")
+    hf, info = transformers.LlavaForConditionalGeneration.from_pretrained(half, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(run(load(half), ids), theirs(hf, ids), atol=1e-4, rtol=1e-4)
 
 
 def test_a_mix_of_unlike_models_is_refused(tmp_path):

@@ -145,6 +145,50 @@ def test_changes_of_the_records():
     assert "pair" not in records[0], "the records themselves are left alone"
 
 
+def test_swapped_pictures_are_all_the_others_and_nobody_keeps_their_own():
+    records = [{"id": str(k), "images": [f"{k}.png"]} for k in range(50)]
+    swapped = reproduce.change(records, "swap", 0)
+    assert sorted(r["images"] for r in swapped) == sorted(r["images"] for r in records) and [r["id"] for r in swapped] == [r["id"] for r in records]
+    assert all(a["images"] != b["images"] for a, b in zip(records, swapped))
+    assert swapped == reproduce.change(records, "swap", 0) != reproduce.change(records, "swap", 1)
+
+
+def test_today_s_runs_begin_where_they_should_and_those_of_dpo_s_model_wait_for_it(tmp_path, inline, monkeypatch):
+    started, built = [], []
+    monkeypatch.setattr(reproduce, "make", lambda folder, seed, width, replay=0.0: built.append(replay))
+    monkeypatch.setattr(story, "sample", lambda *args: None)
+    monkeypatch.setattr(reproduce, "outcome", lambda job: started.append((job.name, str(job.ckpt.relative_to(tmp_path)))) or [])
+    monkeypatch.setattr(reproduce, "today", lambda rows: "")
+    reproduce.run(reproduce.Settings(out=str(tmp_path), today=True, from_scratch=True, first=30))
+    names = [name for name, _ in started]
+    assert built == [0.33] and len(set(names)) == len(names) == 2 + 5 + 18 + 1
+    assert set(names[-4:]) == {"DPO, a second round", *(f"DPO + {share} Vicuna-mini" for share in (0.25, 0.5, 0.75))}
+    found = dict(started)
+    assert found["DPO, a second round"] == "seed-30/DPO/model" and found[reproduce.REPLAYED] == "seed-30/toy/replayed"
+    assert found["DPO, pictures swapped"] == found["LLaVA-mini"] == "seed-30/toy/llava"
+
+
+def test_a_run_finds_its_own_data(tmp_path, monkeypatch):
+    """A second round samples DPO's model, text pairs have questions without pictures, replay is a second file, a mixture is none."""
+    asked = []
+    monkeypatch.setattr(story, "sample", lambda ckpt, out, n, seed, device: asked.append((ckpt.parent.name, out.name, seed)))
+    monkeypatch.setattr(story, "answer", lambda ckpt, file, out, seed, device: asked.append((ckpt.name, file.name, len(read_jsonl(file)))))
+    monkeypatch.setattr(reproduce.sft, "run", lambda s: asked.append([Path(path).name for path in s.data] + [s.share]))
+    monkeypatch.setattr(reproduce.checkpoint, "mix", lambda a, b, alpha, out: asked.append((str(a.relative_to(tmp_path)), b.name, alpha)))
+    toy = tmp_path / "toy/llava"
+
+    def job(name, ckpt=toy):
+        return reproduce.Job(tmp_path / reproduce.slug(name), name, reproduce.TODAY_RUNS[name], ckpt, toy, 30, reproduce.Settings())
+
+    again = reproduce.data_of(job("DPO, a second round", tmp_path / "DPO/model"), "again")
+    text = reproduce.data_of(job("DPO, text pairs alone"), "text")
+    assert again == tmp_path / "again/records.jsonl" and text == tmp_path / "text/records.jsonl"
+    reproduce.train(job("SFT, full answers, 33% text"))
+    reproduce.train(job("DPO + 0.25 Vicuna-mini"))
+    assert asked == [("DPO", "again", 1030), ("llava", "prompts.jsonl", 1000), ["records.jsonl", "replay.jsonl", 0.33], ("DPO/model", "vicuna", 0.25)]
+    assert len(read_jsonl(tmp_path / "replay.jsonl")) == 500
+
+
 def test_a_table_by_hand():
     rows = [{"name": "x", "seed": k, "steps": 7, "scores": {"text": {"mean": v}}} for k, v in enumerate((1.0, 3.0))]
     head, line = reproduce.table(rows, ["x", "nobody"]).splitlines()

@@ -87,11 +87,12 @@ def test_the_two_checkpoints_stay_under_ten_megabytes():
 def test_building_twice_gives_the_same_bytes(tmp_path):
     """All four stages, a few steps each."""
     for name in ("one", "two"):
-        done = subprocess.run([sys.executable, "-m", "toy.build", "--scale", "0.002", "--out", tmp_path / name],
+        done = subprocess.run([sys.executable, "-m", "toy.build", "--scale", "0.002", "--replay", "0.33", "--out", tmp_path / name],
                               capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     files = sorted(f.relative_to(tmp_path / "one") for f in (tmp_path / "one").rglob("*") if f.is_file())
     assert Path("vicuna/model.safetensors") in files and Path("llava/model.safetensors") in files
+    assert (tmp_path / "one/replayed/model.safetensors").read_bytes() != (tmp_path / "one/llava/model.safetensors").read_bytes()
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
 
 
