@@ -32,7 +32,6 @@ Watch length_chosen against length_rejected: a judge that likes long answers tea
 import json
 import zlib
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
@@ -45,7 +44,7 @@ import parallel
 import train as training
 from common import BadInput, main, read_jsonl, write_jsonl, write_whole
 from data import GAP, choose_pair, make_tree
-from model import Llava, answer_logps, token_logps
+from model import Llava, summed, token_logps
 
 
 @dataclass
@@ -108,22 +107,17 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
 # Two terms that go with any of them. `--nll w` adds w * -log p(chosen) / its tokens: the chosen
 # answer itself shall not become rarer (RPO, arXiv:2404.19733). `--tail a` is about sums:
 
-def tailed_logps(model, pack, tail):
-    """log p of a pack's answers, two and two a pair, in which tokens beyond the shorter one's length
-    count `tail` (LD-DPO, arXiv:2409.06411): an answer cannot win by going on. (2 B,) fp32 nats."""
-    logps = token_logps(model, pack)                                         # (N,)
+def counted(logps, pack, tail):
+    """(N,) log-probs of a pack's tokens, its answers two and two a pair -> what they count: those
+    beyond the shorter answer's length `tail` times (LD-DPO, arXiv:2409.06411), so that an answer
+    cannot win by going on."""
+    if tail == 1:
+        return logps
     lengths = torch.bincount(pack.owner, minlength=pack.answers)             # (2 B,)
     starts = lengths.cumsum(0) - lengths
     place = torch.arange(len(logps), device=logps.device) - starts[pack.owner]
     shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)               # (2 B,)
-    weight = torch.where(place < shorter[pack.owner], 1.0, tail)
-    sums = logps.new_zeros(pack.answers)
-    return sums.index_put((pack.owner,), weight * logps, accumulate=True)
-
-
-def sums_of(s):
-    """How this run adds up an answer's log-probs: f(model, pack) -> (A,)."""
-    return answer_logps if s.tail == 1 else partial(tailed_logps, tail=s.tail)
+    return torch.where(place < shorter[pack.owner], logps, tail * logps)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -135,11 +129,13 @@ def train(run, pairs, s):
     """`pairs` are trees of two answers, chosen and rejected, with their reference."""
     for step, batch in run.steps(training.shuffled(pairs, s.seed)):
         for part in run.packs(batch):
-            sums = sums_of(s)(run.model, part.pack).view(-1, 2)              # (2 B,) -> (B, 2)
+            tokens = token_logps(run.model, part.pack)                       # (N,)
+            sums = summed(counted(tokens, part.pack, s.tail), part.pack).view(-1, 2)     # (B, 2)
             logps, reference, lengths = beside_reference(sums, part.items, s)
             loss, margin = LOSSES[s.loss](logps, reference, s)
             if s.nll:
-                loss = loss - s.nll * sums[:, 0] / lengths[:, 0]
+                chosen = summed(tokens, part.pack)[::2]                      # with its whole tail
+                loss = loss - s.nll * chosen / lengths[:, 0]
             run.backward(loss.sum() / len(batch))        # the mean over the batch, however packed
             rewards = s.beta * (logps - reference)       # whose difference the margin is
             run.record(
@@ -227,7 +223,8 @@ def reference_logps(model, trees, pixels, s):
     bar = tqdm(total=len(trees), desc="reference", disable=None, leave=False)
     mine = []
     for part in training.packs(trees, s.pack, pixels.pack, model.device):
-        sums = sums_of(s)(model, part.pack).cpu()
+        tokens = token_logps(model, part.pack)
+        sums = summed(counted(tokens, part.pack, s.tail), part.pack).cpu()
         counts = [len(tree.answers) for tree in part.items]
         for tree, logps in zip(part.items, sums.split(counts)):
             if not logps.isfinite().all():

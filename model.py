@@ -289,9 +289,13 @@ def token_logps(model: Llava, pack) -> Tensor:
     return kernels.logps(hidden, model.head.to(hidden.dtype), pack.place, pack.targets)
 
 
-def answer_logps(model: Llava, pack) -> Tensor:
-    """sum log p(answer | prompt) of every answer of a data.Pack, (A,) fp32 nats."""
-    logps = token_logps(model, pack)
-    sums = torch.zeros(pack.answers, dtype=logps.dtype, device=logps.device)
+def summed(logps, pack) -> Tensor:
+    """(N,), one for each scored token of a data.Pack -> (A,), their sum for each answer."""
+    sums = logps.new_zeros(pack.answers)
     # index_put, for a GPU's index_add adds in any order, and no run would give the same bits twice.
     return sums.index_put((pack.owner,), logps, accumulate=True)
+
+
+def answer_logps(model: Llava, pack) -> Tensor:
+    """sum log p(answer | prompt) of every answer of a data.Pack, (A,) fp32 nats."""
+    return summed(token_logps(model, pack), pack)

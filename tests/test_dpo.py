@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from common import BadInput
 from data import Pixels, Tokens, choose_pair, make_tree
 from dpo import LOSSES
 from judge.rubric import RUBRIC
-from model import answer_logps, token_logps
+from model import answer_logps, summed, token_logps
 from train import Part, Run, schedule
 
 LN2 = math.log(2)
@@ -286,8 +288,9 @@ def some_pairs(ckpt, data):
 def test_with_tail_tokens_beyond_the_shorter_answer_count_less(some_pairs, tail):
     model, pixels, trees = some_pairs
     with torch.no_grad():
-        ours = dpo.tailed_logps(model, pixels.pack(trees), tail).view(-1, 2)
-        plain = answer_logps(model, pixels.pack(trees)).view(-1, 2)
+        pack = pixels.pack(trees)
+        ours = summed(dpo.counted(token_logps(model, pack), pack, tail), pack).view(-1, 2)
+        plain = answer_logps(model, pack).view(-1, 2)
     for row, tree in zip(ours, trees):
         both = one_at_a_time(model, pixels, tree)
         shorter = min(map(len, both))
@@ -309,7 +312,7 @@ def test_nll_and_tail_have_the_gradient_of_a_loop_over_single_answers(some_pairs
         shorter = min(len(chosen), len(rejected))
         sums = [logps[:shorter].sum() + 0.4 * logps[shorter:].sum() for logps in (chosen, rejected)]
         margin = s.beta * (sums[0] + 3.0 - sums[1] - 4.5)
-        loss = loss - F.logsigmoid(margin) / len(trees) - 0.7 * sums[0] / len(chosen) / len(trees)
+        loss = loss - F.logsigmoid(margin) / len(trees) - 0.7 * chosen.mean() / len(trees)
     loss.backward()
     before = {n: p.grad.clone() for n, p in run.trained.items()}
     for p in run.trained.values():
@@ -317,6 +320,44 @@ def test_nll_and_tail_have_the_gradient_of_a_loop_over_single_answers(some_pairs
     dpo_train_once(run, trees, s)
     for name, p in run.trained.items():
         torch.testing.assert_close(p.grad, before[name], atol=1e-5, rtol=1e-3)
+
+
+def trl_loss(name, logps, mask, reference, beta, **more):
+    """TRL's own loss over log-probs of tokens (2 B, L), chosen above rejected; `mask` says which are an answer's."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer
+    outputs = SimpleNamespace(log_probs=logps, entropy=torch.zeros_like(logps), is_top1=mask.bool(), logits=torch.zeros(len(logps), 1),
+                              sum_logits=torch.zeros_like(logps), num_logits=1, mean_logits=torch.zeros_like(logps))
+    several = MagicMock(gather=lambda x: x, gather_for_metrics=lambda x: x, device="cpu")
+    stub = SimpleNamespace(model=SimpleNamespace(training=True), accelerator=several, aux_loss_enabled=False, precompute_ref_logps=True, use_weighting=False,
+                           f_divergence_type="reverse_kl", loss_types=[name], loss_weights=[1.0], beta=beta, _metrics=MagicMock(), _total_train_tokens=0, _tp_size=1,
+                           **{"ld_alpha": None, "label_smoothing": 0.0} | more)
+    shifted = torch.cat([torch.zeros(len(mask), 1, dtype=mask.dtype), mask], 1)
+    inputs = {"completion_mask": shifted, "input_ids": shifted, "attention_mask": shifted, "ref_chosen_logps": reference[:, 0], "ref_rejected_logps": reference[:, 1]}
+    return trainer._compute_loss(stub, lambda **inputs: outputs, inputs, False)
+
+
+@pytest.mark.parametrize("name, flags, theirs", [
+    ("sigmoid", {}, {}), ("hinge", {}, {}), ("ipo", {"average": True}, {}), ("robust", {"smoothing": 0.2}, {"label_smoothing": 0.2}),
+    ("sigmoid", {"tail": 0.4}, {"ld_alpha": 0.4})], ids=str)
+def test_losses_and_tail_are_trl_s_on_the_same_log_probs(name, flags, theirs):
+    g = torch.Generator().manual_seed(3)
+    pairs, longest = 6, 9
+    lengths = torch.randint(1, longest + 1, (pairs, 2), generator=g)
+    tokens = -3 * torch.rand(pairs, 2, longest, generator=g)
+    reference = -20 * torch.rand(pairs, 2, generator=g)
+    mask = (torch.arange(longest) < lengths[..., None]).long()                   # (B, 2, L)
+
+    of_chosen_then_rejected = [x.transpose(0, 1).reshape(2 * pairs, longest) for x in (tokens * mask, mask)]
+    weighted = reference * (lengths if flags.get("average") else 1)
+    expected = trl_loss(name, *of_chosen_then_rejected, weighted, beta=0.3, **theirs)
+
+    owner = torch.arange(2 * pairs).repeat_interleave(lengths.view(-1))
+    pack = SimpleNamespace(owner=owner, answers=2 * pairs)
+    s = dpo.Settings(loss=name, beta=0.3, **flags)
+    sums = summed(dpo.counted(tokens[mask.bool()], pack, s.tail), pack).view(-1, 2)
+    if s.average:
+        sums = sums / lengths
+    torch.testing.assert_close(LOSSES[name](sums, reference, s)[0].mean(), expected)
 
 
 def dpo_train_once(run, trees, s):
@@ -455,8 +496,7 @@ def test_a_reference_file_that_is_not_ours_is_never_written_over(ckpt, data, tmp
 
 def test_a_record_that_the_model_gives_no_finite_log_prob_is_named(ckpt, data, tmp_path,
                                                                    monkeypatch):
-    monkeypatch.setattr(dpo, "answer_logps", lambda m,
-                        pack: torch.full((pack.answers,), float("nan")))
+    monkeypatch.setattr(dpo, "token_logps", lambda model, pack: torch.full((len(pack.owner),), float("nan")))
     with pytest.raises(BadInput, match="record r0: its reference log-prob is"):
         align(ckpt, data, tmp_path / "out", steps=0)
     assert not (tmp_path / "out" / "reference.jsonl").exists()
