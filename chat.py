@@ -1,4 +1,4 @@
-"""Talk to a checkpoint about pictures, in a terminal; or to two at once.
+"""Talk to a checkpoint about pictures, in a terminal or in a browser; or to two at once.
 
 An evaluation is a number; a conversation shows what it is a number of. Turns go through the very
 function that training and benchmarks get their tokens from (data.make_tree), so what you see here
@@ -6,6 +6,7 @@ is what they saw.
 
     python chat.py                                      the shipped LLaVA-mini
     python chat.py --vs runs/dpo/model                  before and after, side by side
+    python chat.py --vs runs/dpo/model --web            the same on a page (web.py)
     python chat.py --ckpt llava-1.5-7b-hf --temperature 0.7
 
     /image PATH    attach a picture to the next question (again for more)
@@ -21,13 +22,16 @@ from itertools import count
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
+import torch
+
 import checkpoint
+import web
 from common import BadInput, device_and_dtype, main
-from data import Pixels, Tokens, make_tree, target_scores
+from data import Tokens, make_tree, target_scores
 from formats import check
 from generate import stream
-from toy import tasks
-from vision import load_image
+from toy import tasks, world
+from vision import load_image, preprocess
 
 
 @dataclass
@@ -40,92 +44,109 @@ class Settings:
     temperature: float = 0.0     # 0: the likeliest token always
     max_new: int = 512           # longest answer in tokens
     seed: int = 0                # of the sampling
+    web: bool = False            # on a page, for a browser on this machine
+    port: int = 8000             # of that page; 0: any that is free
     device: str = "auto"         # cpu, cuda, ...
     dtype: str = "auto"          # float32, bfloat16; auto: float32 on the CPU
 
 
 class Speaker:
-    """One checkpoint and its side of the conversation."""
+    """One checkpoint, and how it answers. It remembers nothing: a conversation is a list of turns,
+    {"role": "user" or "assistant", "text", "pictures": [PIL image]}."""
 
     def __init__(self, name: str, s: Settings):
         folder = checkpoint.resolve(name)
         self.name = name
         self.s = s
         self.model = checkpoint.load(folder, *device_and_dtype(s.device, s.dtype))
-        self.pixels = Pixels(self.model.config)
         self.tokens = Tokens(folder, self.model.config, s.template)
         if s.target:
             self.tokens = self.tokens.asking(target_scores(s.target))
         if self.tokens.template.ask:
             print(f"{name}: every question ends with {self.tokens.template.ask!r}")
-        self.reset()
 
-    def reset(self):
-        self.messages = []
-        self.images = []
+    def answer(self, turns, temperature, scores=None):
+        """The answer to the last turn, as it comes: ("note", what one should know), ("text", a
+        little more of it, or "") for every token, and last ("end", "" or why it was cut off).
 
-    def say(self, question: str, images: list[str]):
-        """Print the answer as it comes, and remember both; nothing where it raises BadInput."""
-        if images and not self.tokens.patches:
-            print(f"({self.name} sees no pictures, and is asked without)")
-            images = []
-        content = "<image>\n" * len(images) + question
-        record = {
-            "id": self.name,
-            "root": "/",
-            "images": self.images + images,
-            "messages": [*self.messages, {"role": "user", "content": content}],
-        }
+        `scores` {attribute: 0 to 4} are asked of a SteerLM model instead of its own. Raises BadInput
+        before the first token."""
+        tokens = self.tokens.asking(scores) if scores else self.tokens
+        sees = tokens.patches > 0
+        messages, pictures = [], []
+        for turn in turns:
+            shown = turn.get("pictures", ()) if sees else ()
+            pictures.extend(shown)
+            content = "<image>\n" * len(shown) + turn["text"]
+            messages.append({"role": turn["role"], "content": content})
+        if turns[-1].get("pictures") and not sees:
+            yield "note", f"{self.name} sees no pictures, and is asked without"
+
+        names = [str(k) for k in range(len(pictures))]
+        record = {"id": self.name, "root": "/", "images": names, "messages": messages}
         check(record)
-        tree = make_tree(self.tokens, record, [])
-        prompt = tree.ids()
-        room = min(self.s.max_new, self.tokens.room - len(prompt))
+        prompt = make_tree(tokens, record, []).ids()
+        room = min(self.s.max_new, tokens.room - len(prompt))
         if room < 1:
             raise BadInput(f"{self.name}: {len(prompt)} tokens so far, and it was built for "
-                           f"{self.tokens.room}; /reset")
-        unknown = self.tokens.tokenizer.token_to_id("<unk>")
-        strange = self.tokens.encode(record["messages"][-1]["content"]).count(unknown)
+                           f"{tokens.room}; /reset")
+        unknown = tokens.tokenizer.token_to_id("<unk>")
+        strange = tokens.encode(messages[-1]["content"]).count(unknown)
         if strange:
-            print(f"({self.name} does not know {strange} of these words)")
+            yield "note", f"{self.name} does not know {strange} of these words"
 
-        said = self.answer(prompt, self.pixels(tree.images), room)
-        self.messages = [*record["messages"], {"role": "assistant", "content": said}]
-        self.images = record["images"]
-
-    def answer(self, prompt, pixels, room):
-        """Print what the model says, token by token -> its text."""
         ids, said = [], ""
-        seed = self.s.seed + len(self.messages)
-        tokens = stream(self.model, [prompt], [pixels], max_new=room, seeds=[[seed]],
-                        temperature=self.s.temperature, ends=self.tokens.ends)
-        for token in tokens:
-            if token.item() in self.tokens.ends:
-                print()
-                return said
+        seed = self.s.seed + len(turns) - 1
+        draws = stream(self.model, [prompt], [self.pixels(pictures)], max_new=room, seeds=[[seed]],
+                       temperature=temperature, ends=tokens.ends)
+        for token in draws:
+            if token.item() in tokens.ends:
+                yield "end", ""
+                return
             ids.append(token.item())
-            text = self.tokens.decode(ids)
-            if not text.endswith("\ufffd"):             # half a character: wait for the rest
-                print(text[len(said):], end="", flush=True)
-                said = text
-        print(f" ... (cut after {room} tokens)")
-        return said
+            text = tokens.decode(ids)
+            whole = not text.endswith("\ufffd")         # half a character: wait for the rest
+            yield "text", text[len(said):] if whole else ""
+            said = text if whole else said
+        yield "end", f"cut after {room} tokens"
+
+    def pixels(self, pictures):
+        """PIL images -> (n, 3, S, S), or None for none."""
+        size = self.model.config.vision.image_size if pictures else 0
+        return torch.stack([preprocess(image, size) for image in pictures]) if pictures else None
 
 
-def attach(path) -> str:
-    """A picture's path from the root of the disk, opened once. Raises BadInput."""
-    path = Path(path).expanduser().resolve()
-    load_image(path)
-    return str(path.relative_to("/"))
-
-
-def draw(k: int) -> Path:
-    """The miniature's k-th picture; prints what is in it and something to ask."""
+def drawn(k: int):
+    """The miniature's k-th picture -> the picture, what is in it, and something to ask."""
     record = tasks.items("attribute", k + 1)[k]
-    [drawn] = tasks.draw([record], Path(tempfile.mkdtemp()))
-    path = Path(drawn["root"], drawn["images"][0])
-    print(f"{path}: {tasks.written(tasks.scene_of(record)).removeprefix('scene : ')}")
-    print(f"try: {record['truth']['turns'][0]['question']}")
-    return path
+    scene = tasks.scene_of(record)
+    about = tasks.written(scene).removeprefix("scene : ")
+    return world.render(scene, record["truth"]["seed"]), about, record["truth"]["turns"][0]["question"]
+
+
+# ---- in a terminal -------------------------------------------------------------------------------
+
+def show_drawn(k: int):
+    """The same, kept in a file for the user to open, and told."""
+    image, about, question = drawn(k)
+    path = Path(tempfile.mkdtemp(), "picture.png")
+    image.save(path)
+    print(f"{path}: {about}\ntry: {question}")
+    return image
+
+
+def say(speaker, turns):
+    """Print the answer as it comes -> all of it."""
+    said = ""
+    for kind, text in speaker.answer(turns, speaker.s.temperature):
+        if kind == "note":
+            print(f"({text})")
+        elif kind == "text":
+            print(text, end="", flush=True)
+            said += text
+        else:
+            print(f" ... ({text})" if text else "")
+    return said
 
 
 def typed() -> str:
@@ -140,35 +161,40 @@ def run(s: Settings):
     if s.max_new < 1 or not 0 <= s.temperature < math.inf:
         raise BadInput("--max_new must be at least 1, --temperature not negative")
     speakers = [Speaker(name, s) for name in (s.ckpt, s.vs) if name]
+    if s.web:
+        web.serve(speakers, drawn, s)
+        return
+    said = [[] for _ in speakers]                       # the turns of each, for answers differ
     waiting = []                                        # pictures for the next question
-    pictures = map(draw, count())                       # the miniature's, drawn as they are wanted
+    pictures = map(show_drawn, count())                 # the miniature's, drawn as they are wanted
     print("a question and return; /image PATH, /draw, /reset, /quit")
     while (line := typed()) != "/quit":
         try:
-            answer(line, speakers, waiting, pictures)
+            do(line, speakers, said, waiting, pictures)
         except BadInput as problem:
             print(problem)
 
 
-def answer(line, speakers, waiting, pictures):
-    """Do as a line says: a command, or a question about the pictures that are `waiting`."""
+def do(line, speakers, said, waiting, pictures):
+    """As a line says: a command, or a question about the pictures that are `waiting`."""
     command, _, rest = line.partition(" ")
     if command == "/image":
-        waiting.append(attach(rest))
+        waiting.append(load_image(Path(rest).expanduser()))
     elif command == "/draw":
-        waiting.append(attach(next(pictures)))
+        waiting.append(next(pictures))
     elif command == "/reset":
         waiting.clear()
-        for speaker in speakers:
-            speaker.reset()
+        for turns in said:
+            turns.clear()
     elif command.startswith("/"):
         raise BadInput(f"{command}: choose /image, /draw, /reset or /quit")
     elif line:
-        asked = waiting.copy()
+        question = {"role": "user", "text": line, "pictures": waiting.copy()}
         waiting.clear()
-        for speaker in speakers:
+        for speaker, turns in zip(speakers, said):
             print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
-            speaker.say(line, asked)
+            answer = say(speaker, [*turns, question])
+            turns += [question, {"role": "assistant", "text": answer}]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from common import BadInput
 from conftest import tiny_checkpoint
 from data import Pixels, Tokens, make_tree
 from generate import sample_answers
+from judge.rubric import RUBRIC
 from toy.tasks import draw, items
 
 
@@ -52,21 +53,25 @@ def test_two_turns_about_a_picture_are_what_the_benchmarks_would_read(talk, pict
     assert two == greedy(messages, record["images"], record["root"])
 
 
-def test_answers_come_token_by_token(talk, picture, monkeypatch, capsys):
-    pieces = []
-    monkeypatch.setattr("builtins.print", lambda *a, end="\n", flush=False: pieces.append((*a, end)))
-    speaker = chat.Speaker("toy/vicuna", chat.Settings())
-    speaker.say("what is the opposite of big ?", [])
-    assert len(pieces) > 4 and "".join(p[0] for p in pieces).strip() == speaker.messages[1]["content"] == "the opposite of big is small ."
+def heard(speaker, question, **how):
+    """What a speaker says to one question -> [(kind, text)]."""
+    return list(speaker.answer([{"role": "user", "text": question}], 0, **how))
 
 
-def test_half_a_character_waits_for_the_rest(tmp_path, monkeypatch, capsys):
+def test_answers_come_token_by_token():
+    said = heard(chat.Speaker("toy/vicuna", chat.Settings()), "what is the opposite of big ?")
+    assert len(said) > 4 and said[-1] == ("end", "") and {kind for kind, _ in said[:-1]} == {"text"}
+    assert "".join(text for _, text in said) == "the opposite of big is small ."
+
+
+def test_half_a_character_waits_for_the_rest(tmp_path, monkeypatch):
     speaker = chat.Speaker(str(tiny_checkpoint(tmp_path / "tiny", "byte", text_only=True)), chat.Settings())
     ids = speaker.tokens.tokenizer.encode("Ünïcödé 漢字 €").ids + [*speaker.tokens.ends]
     assert any("\ufffd" in speaker.tokens.decode(ids[:k]) for k in range(len(ids))), "this tokenizer cuts characters in two"
     monkeypatch.setattr(chat, "stream", lambda *args, **how: (torch.tensor([i]) for i in ids))
-    speaker.say("Write a poem.", [])
-    assert capsys.readouterr().out == "Ünïcödé 漢字 €\n" and speaker.messages[-1]["content"] == "Ünïcödé 漢字 €"
+    said = heard(speaker, "Write a poem.")
+    assert "".join(text for _, text in said) == "Ünïcödé 漢字 €" and not any("\ufffd" in text for _, text in said)
+    assert len(said) == len(ids), "one event for every token, so that a server sees at once that nobody listens"
 
 
 def test_the_seed_draws_the_answer(talk):
@@ -137,8 +142,10 @@ def test_a_steered_checkpoint_says_what_it_asks_for_and_asks_for_it(talk, tmp_pa
     asked = []
     monkeypatch.setattr(chat, "stream", lambda model, prompts, *args, **how: asked.append(prompts[0]) or iter(()))
     speaker = chat.Speaker(str(folder), chat.Settings(target="4 4 4 4 0"))
-    speaker.say("what is two plus two ?", [])
-    assert "plus two ? five five five five one ASSISTANT:" in speaker.tokens.decode(asked[0]) + " ASSISTANT:"
+    heard(speaker, "what is two plus two ?")
+    heard(speaker, "what is two plus two ?", scores=dict.fromkeys(RUBRIC.attributes, 1))
+    assert "plus two ? five five five five one" in speaker.tokens.decode(asked[0])
+    assert "plus two ? two two two two two" in speaker.tokens.decode(asked[1]), "scores of this answer alone"
     with pytest.raises(BadInput, match="5 numbers"):
         chat.run(chat.Settings(target="4", ckpt=str(folder)))
     with pytest.raises(BadInput, match="was not trained"):

@@ -9,8 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from urllib.request import urlopen
 
 import pytest
 
@@ -37,6 +39,16 @@ def test_the_pages_show_commands_that_need_nothing():
         assert any(line.startswith(f"python {script} ") for line in shown), script
 
 
+def look_at_the_page(words, folder):
+    """It says where it is, is there, and ends with Ctrl+C."""
+    server = subprocess.Popen([words[0], "-u", *words[1:]], cwd=folder, stdout=subprocess.PIPE, text=True)
+    said = server.stdout.readline()
+    with urlopen(re.search(r"http://\S+", said)[0]) as page:
+        assert b"New conversation" in page.read()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(30) == 0
+
+
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="some minutes; SLOW=1 runs it")
 def test_the_commands_run_as_written(tmp_path):
     for path in (*ROOT.glob("*.py"), *map(ROOT.joinpath, ("benchmarks", "docs", "judge", "kernels", "toy"))):
@@ -44,6 +56,9 @@ def test_the_commands_run_as_written(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     for line in commands():
         words = [sys.executable, *shlex.split(line)[1:]]
+        if "--web" in words:
+            look_at_the_page(words, tmp_path)
+            continue
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, input="/draw\n/quit\n")
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert (tmp_path / "runs/annotate/board.html").exists() and (tmp_path / "runs/aligned/model/model.safetensors").exists()
