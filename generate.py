@@ -51,7 +51,7 @@ def sample_token(logits: Tensor, temperature, top_p, u: Tensor) -> Tensor:
 
 # ---- decoding ------------------------------------------------------------------------------------
 
-LEAVE = 3 / 4    # share of a batch still at work, at which the others leave: the cache is copied
+LEAVE = 3 / 4    # share of records still at work, at which the cache is copied without the others
 
 
 @torch.no_grad()
@@ -80,37 +80,28 @@ def stream(
     uniform = []                                                             # per answer
     for seed in sum(seeds, []):
         uniform.append(torch.rand(max_new, generator=torch.Generator().manual_seed(seed)))
-    uniform = torch.stack(uniform).to(model.device).view(R, n, max_new)
+    uniform = torch.stack(uniform).to(model.device)                          # (R * n, max_new)
     ending = torch.tensor(ends, device=model.device)
 
     cache, hidden = prefill(model, prompts, pixels, n)
     hidden = hidden.repeat_interleave(n, 0)                                  # (A, D), A = R * n now
-    here = torch.arange(R, device=model.device)                              # records in the batch
-    active = torch.ones(R * n, dtype=torch.bool, device=model.device)        # (A,)
-    said = torch.full((R, n), ends[0], device=model.device)
+    who = torch.arange(R * n, device=model.device)                           # (A,) whose rows these are
+    said = torch.full((R * n,), ends[0], device=model.device)
     for step in range(max_new):
         logits = product(hidden, model.head).float()                         # (A, V)
-        token = sample_token(logits, temperature, top_p, uniform[here, :, step].flatten())
-        token = token.masked_fill(~active, ends[0])
-        said[here] = token.view(-1, n)
-        yield said.flatten().clone()
+        token = sample_token(logits, temperature, top_p, uniform[who, step])
+        said[who] = token
+        yield said.clone()
 
-        active = active & ~torch.isin(token, ending)
-        if step == max_new - 1 or not active.any():
+        # Answers that have ended leave the batch.
+        going = ~torch.isin(token, ending)
+        if step == max_new - 1 or not going.any():
             return
-
-        # Records whose answers have all ended leave the batch, once they have a past to leave.
-        going = active.view(-1, n).any(1)
-        if step > 0 and going.sum() <= LEAVE * len(going):
-            said[here[~going]] = ends[0]
-            here = here[going]
-            cache.keep_records(going)
-            rows = going.repeat_interleave(n)
-            token = token[rows]
-            active = active[rows]
-
-        length = cache.prompt_len.repeat_interleave(n)                       # (A,)
-        hidden = model.language_model(model.embed_text(token), length + step, cache.decode)
+        said[who[~going]] = ends[0]
+        who, token = who[going], token[going]
+        cache.keep(going)
+        positions = cache.lengths() + step
+        hidden = model.language_model(model.embed_text(token), positions, cache.decode)
 
 
 @dataclass
@@ -136,12 +127,15 @@ def until(ids, ends):
 # ---- the cache -----------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of R ragged prompts, stored once each, and of their R x n growing answers."""
+    """Keys and values of R ragged prompts, stored once each, and of their R x n growing answers.
+
+    A of the answers are still at work: `place` (A,) says which of the R x n they are."""
 
     def __init__(self, layers, prompt_len, n, device):
         self.R = len(prompt_len)
         self.n = n
         self.prompt_len = torch.tensor(prompt_len, device=device)            # (R,)
+        self.place = torch.arange(self.R * n, device=device)                 # (A,)
         self.prompt = [None] * layers                                        # keys, values
         self.own = [None] * layers
         self.filled = [0] * layers
@@ -156,22 +150,37 @@ class Cache:
         values = v[self.rows].transpose(1, 2).contiguous()
         self.prompt[layer] = keys, values
 
-    def keep_records(self, going):
-        """Forget all records but those where `going` (R,) is true."""
-        def kept(pairs):
-            return [[x[going] for x in pair] for pair in pairs]
-
-        self.prompt_len = self.prompt_len[going]
+    def keep(self, going):
+        """Go on with the answers where `going` (A,) is true. The store is copied, without records
+        of which none is left, where there are enough of those."""
+        self.place = self.place[going]
+        left = torch.zeros(self.R, dtype=torch.bool, device=going.device)
+        left[self.place // self.n] = True
+        if self.own[0] is None or left.sum() > LEAVE * self.R:
+            return
+        number = left.cumsum(0) - 1                                          # of those that are left
+        self.place = number[self.place // self.n] * self.n + self.place % self.n
+        self.prompt_len = self.prompt_len[left]
         self.R = len(self.prompt_len)
-        self.prompt = kept(self.prompt)
-        self.own = kept(self.own)
+        self.prompt = [[x[left] for x in pair] for pair in self.prompt]
+        self.own = [[x[left] for x in pair] for pair in self.own]
+
+    def lengths(self):
+        """How long each answer's prompt is, (A,)."""
+        return self.prompt_len[self.place // self.n]
+
+    def on_grid(self, x):
+        """(A, ...) -> (R, n, ...), zeros for answers that have ended."""
+        grid = x.new_zeros(self.R * self.n, *x.shape[1:])
+        grid[self.place] = x
+        return grid.view(self.R, self.n, *x.shape[1:])
 
     def decode(self, layer, q, k, v):
         """The `attend` of one new token per answer: file its k and v away, look at what it sees."""
         used = self.filled[layer]
         new = []
         for x in (k, v):
-            x = x.view(self.R, self.n, 1, *x.shape[1:])                      # (R, n, 1, G, K)
+            x = self.on_grid(x)[:, :, None]                                  # (R, n, 1, G, K)
             new.append(x.permute(0, 3, 1, 2, 4))                             # (R, G, n, 1, K)
         if self.own[layer] is None:
             self.own[layer] = [x.new_zeros(*x.shape[:3], 32, x.shape[-1]) for x in new]
@@ -181,9 +190,9 @@ class Cache:
             store[:, :, :, used:used + 1] = x
         self.filled[layer] = used + 1
 
-        q = q.view(self.R, self.n, *q.shape[1:])                             # (R, n, H, K)
+        q = self.on_grid(q)                                                  # (R, n, H, K)
         gathered = kernels.decode(q, self.prompt[layer], self.own[layer], self.prompt_len, used + 1)
-        return gathered.flatten(0, 1)                                        # (R*n, H, K)
+        return gathered.flatten(0, 1)[self.place]                            # (A, H, K)
 
 
 def prefill(model, prompts, pixels, n):

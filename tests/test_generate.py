@@ -80,25 +80,29 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(tiny, sampling):
     assert [group[1:] for group in everything] == run(range(len(PROMPTS)), slice(1, 2))
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, 3])
 def test_finished_answers_leave_the_batch_and_change_nothing(tiny, monkeypatch, n):
-    """Every answer gets an end of its own, by turns early and late; the cache shrinks, the texts are
-    those of a batch that keeps all."""
+    """Some tokens end an answer, by turns early and late: rows and cache shrink, and the texts are
+    those of a batch in which nobody ends, cut at these tokens."""
     free = generate(tiny, PROMPTS, IMAGES, n=n, max_new=40, temperature=1.0, ends=NEVER)
     ends = {answer.ids[2 + 5 * k] for k, answers in enumerate(free) for answer in answers[:1]}
-    sizes = []
-    keep = generation.Cache.keep_records
+    records, rows = [], []
+    keep = generation.Cache.keep
 
     def watched(cache, going):
+        rows.append(len(going))
         keep(cache, going)
-        sizes.append(cache.R)
+        records.append(cache.R)
 
-    monkeypatch.setattr(generation.Cache, "keep_records", watched)
+    monkeypatch.setattr(generation.Cache, "keep", watched)
     how = {"n": n, "max_new": 40, "temperature": 1.0, "ends": tuple(ends)}
     shrunk = generate(tiny, PROMPTS, IMAGES, **how)
-    assert sizes and sizes == sorted(sizes, reverse=True) and sizes[-1] < len(PROMPTS)
-    monkeypatch.setattr(generation, "LEAVE", 0)
-    assert shrunk == generate(tiny, PROMPTS, IMAGES, **how) and len(sizes) < 10
+    expected = [[generation.until(answer.ids, ends).ids for answer in answers] for answers in free]
+    assert [[answer.ids for answer in answers] for answers in shrunk] == expected
+    assert records == sorted(records, reverse=True) and 1 <= records[-1] < len(PROMPTS)
+    assert rows[0] == n * len(PROMPTS) and rows == sorted(rows, reverse=True)
+    longest = [max(len(ids) for ids in answers) for answers in expected]
+    assert n == 1 or sum(rows) < n * sum(longest), "answers leave one by one, not with their record's last"
     tokens = list(stream(tiny, PROMPTS, IMAGES, **how))
     assert all(len(step) == n * len(PROMPTS) for step in tokens)
 
