@@ -441,10 +441,8 @@ def run(s: Settings):
     write_jsonl(out / "rows.jsonl", rows)
     if s.smol:
         text = table(rows, [*SMOL_FIRST, *SMOL_RUNS], REAL_COLUMNS)
-    elif s.today:
-        text = today(rows)
     else:
-        text = report(rows)
+        text = today(rows) if s.today else report(rows)
         figures.draw(rows, out / "figures")
     write_whole(out / "tables.txt", text + "\n")
     print(text)

@@ -106,8 +106,12 @@ def test_half_the_data_and_flipped_labels_reach_the_training(experiment):
 
 
 def test_the_figures_are_drawn_from_the_rows(tmp_path):
-    figures.draw(read_jsonl(ROOT / "results" / "reproduce.jsonl"), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"forgetting.png", "curves.png"}
+    old, today = (read_jsonl(ROOT / "results" / f"{name}.jsonl") for name in ("reproduce", "today"))
+    figures.draw(today, tmp_path / "both", old)
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"forgetting.png", "curves.png"}
+    figures.draw(today, tmp_path / "today")
+    assert {path.name for path in (tmp_path / "today").iterdir()} == {"forgetting.png"}, "its rows have no shares of the data"
+    assert len(figures.forgetting(today).axes) == 2 and len(figures.forgetting(old).axes) == 1, "the older rows have no KL"
 
 
 def test_from_scratch_every_seed_starts_from_its_own_models_and_the_first_has_a_second_size(tmp_path, inline, monkeypatch):
@@ -159,6 +163,7 @@ def test_today_s_runs_begin_where_they_should_and_those_of_dpo_s_model_wait_for_
     monkeypatch.setattr(story, "sample", lambda *args: None)
     monkeypatch.setattr(reproduce, "outcome", lambda job: started.append((job.name, str(job.ckpt.relative_to(tmp_path)))) or [])
     monkeypatch.setattr(reproduce, "today", lambda rows: "")
+    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
     reproduce.run(reproduce.Settings(out=str(tmp_path), today=True, from_scratch=True, first=30))
     names = [name for name, _ in started]
     assert built == [0.33] and len(set(names)) == len(names) == 2 + 5 + 18 + 1
@@ -237,7 +242,8 @@ def test_a_failed_run_names_its_log(tmp_path, monkeypatch, inline):
 def test_the_pages_tables_are_drawn_from_results():
     rows = read_jsonl(ROOT / "results" / "reproduce.jsonl")
     page = [line.strip() for line in (ROOT / "docs" / "experiment.md").read_text().splitlines()]
-    for line in reproduce.report(rows).splitlines():
+    drawn = reproduce.report(rows) + "\n" + reproduce.today(read_jsonl(ROOT / "results" / "today.jsonl"))
+    for line in drawn.splitlines():
         assert line.strip() in page, f"not in docs/experiment.md: {line}"
 
 

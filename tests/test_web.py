@@ -22,6 +22,7 @@ from common import BadInput
 from conftest import ROOT
 from data import Pixels, make_tree
 from generate import sample_answers
+from judge.rubric import RUBRIC
 from toy import tasks
 
 MODELS = ("toy/llava", "toy/vicuna")
@@ -40,7 +41,7 @@ def serve():
     def start(speakers):
         server = web.listen(speakers, chat.drawn, chat.Settings(port=0))
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         running.append(server)
         return server
 
@@ -170,6 +171,7 @@ class Slow:
         self.text, self.pause, self.tokens_said, self.closed = text, pause, 0, threading.Event()
 
     def answer(self, turns, temperature, scores):
+        self.asked = temperature, scores
         try:
             if self.text:
                 yield "text", self.text
@@ -280,18 +282,29 @@ def test_a_picture_and_a_question_get_both_answers(serve, speakers, browser, tmp
     assert console(browser) == []
 
 
-def test_stop_stops_and_a_script_in_an_answer_stays_text(serve, browser):
+def test_escape_stops_sliders_ask_and_a_script_in_an_answer_stays_text(serve, browser):
+    Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
     evil = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
-    endless = Slow()
-    server = serve([endless, Slow(evil)])
+    endless, steered = Slow(), Slow(evil)
+    steered.tokens = SimpleNamespace(steer={"target": dict.fromkeys(RUBRIC.attributes, 4)}, patches=0)
+    server = serve([endless, steered])
     browser.get(f"http://127.0.0.1:{server.server_port}")
     until(lambda: found(browser, ".names h2"))
+    sliders = found(browser, "input[type=range]")
+    sliders[-1].send_keys(Keys.HOME)
+    found(browser, "#temperature")[0].send_keys(Keys.ARROW_UP)
     found(browser, "#box")[0].send_keys("<b>bold</b>\n")
     until(lambda: "word word" in found(browser, ".said")[0].text and found(browser, ".said")[1].text == evil)
-    found(browser, "#stop")[0].click()
+    assert len(sliders) == 5 and steered.asked == (0.1, {name: 0 if name == "verbosity" else 4 for name in RUBRIC.attributes})
+    assert endless.asked == (0.1, None), "no scores for a model that was not trained to be asked for them"
+    found(browser, "#box")[0].send_keys(Keys.ESCAPE)
     until(lambda: not found(browser, ".waiting"))
     assert endless.closed.wait(5) and "stopped" in found(browser, ".answer")[0].text and "cut after 1 tokens" in found(browser, ".answer")[1].text
     assert found(browser, ".question")[0].text == "<b>bold</b>" and browser.title == "remedy: a conversation"
+    found(browser, "#box")[0].send_keys("again\n")
+    until(lambda: len(found(browser, ".said")) == 4 and "word" in found(browser, ".said")[2].text)
+    found(browser, "#stop")[0].click()
+    until(lambda: not found(browser, ".waiting") and "stopped" in found(browser, ".answer")[2].text)
     found(browser, "#anew")[0].click()
     assert not found(browser, ".question")
     assert console(browser) == []

@@ -1,10 +1,11 @@
 """The experiment's rows, drawn: what was lost, and what came back.
 
-    forgetting.png    text ability against image answers: tuning goes one way, each method another
+    forgetting.png    text ability against image answers: tuning goes one way, each method another;
+                      and against how far each went
     curves.png        both against the share of the data, and of wrong labels
 
 Nothing is computed here but means; every function takes rows and returns a figure. reproduce.py
-draws its own; those of this repository are drawn from results/reproduce.jsonl:
+draws what its rows have; those of this repository come from results/today.jsonl and reproduce.jsonl:
 
     python -m toy.figures
 """
@@ -20,14 +21,20 @@ import matplotlib.pyplot as plt
 
 from common import HERE, main, read_jsonl
 
-METHODS = {
-    "LLaVA-mini": "black",
-    "SFT, short answers": "tab:orange",
-    "SFT, full answers": "tab:blue",
-    "Rejection sampling": "tab:green",
-    "SteerLM, not asked for scores": "tab:purple",
-    "DPO": "tab:red",
+METHODS = {                      # name -> color, marker; filled ones learn from judged image answers
+    "LLaVA-mini": ("black", "o"),
+    "SFT, short answers": ("tab:orange", "o"),
+    "SFT, full answers": ("tab:blue", "o"),
+    "Rejection sampling": ("tab:green", "o"),
+    "SteerLM, not asked for scores": ("tab:purple", "o"),
+    "DPO": ("tab:red", "o"),
+    "Policy gradient": ("tab:brown", "o"),
+    "DPO, pictures swapped": ("tab:red", "x"),
+    "DPO, text pairs alone": ("tab:red", "+"),
+    "SFT, full answers, 5% text": ("tab:blue", "+"),
+    "LLaVA-mini, 33% text in tuning": ("black", "+"),
 }
+MIXED = ("LLaVA-mini", *(f"LLaVA-mini + {share} Vicuna-mini" for share in (0.25, 0.5, 0.75)))
 DATA = {
     0: "LLaVA-mini",
     25: "DPO, 25% of the data",
@@ -44,34 +51,56 @@ FLIPS = {
 
 
 def values(rows, name, column):
-    """One number per seed."""
-    return np.array([row["scores"][column]["mean"] for row in rows if row["name"] == name])
+    """One number per seed; none for what a model cannot have."""
+    scores = [row["scores"] for row in rows if row["name"] == name]
+    return np.array([found[column]["mean"] for found in scores if column in found])
 
 
 def forgetting(rows):
-    """Text (1 to 10) up, the judge's opinion of image answers (0 to 12) to the right."""
-    figure, axis = plt.subplots(figsize=(8.5, 4.5))
-    start = [values(rows, "LLaVA-mini", column).mean() for column in ("judged", "text")]
-    for name, color in METHODS.items():
-        x = values(rows, name, "judged")
-        y = values(rows, name, "text")
-        end = x.mean(), y.mean()
-        axis.scatter(x, y, s=14, color=color, alpha=0.35)
-        axis.scatter(*end, s=60, color=color, label=name)
-        if name != "LLaVA-mini":
-            axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color})
+    """Text (1 to 10) up; to the right the judge's opinion of image answers (0 to 12) and, where the
+    rows have it, how far a method went (nats)."""
+    columns = {"judged": "image answers, the judge's S (0 to 12)"}
+    if any("kl" in row["scores"] for row in rows):
+        columns["kl"] = "how far it went: KL from LLaVA-mini, nats an answer"
+    figure, axes = plt.subplots(1, len(columns), figsize=(3 + 4.8 * len(columns), 4.6), sharey=True,
+                                squeeze=False)
+    axes = axes[0]
+    for axis, column in zip(axes, columns):
+        draw_methods(axis, rows, column)
+        # The text model sees nothing: a level, not a point.
+        level = values(rows, "Vicuna-mini", "text").mean()
+        axis.axhline(level, color="grey", linestyle=":", label="Vicuna-mini: no vision")
+        axis.set_xlabel(columns[column])
 
-    # The text model sees nothing: a level, not a point.
-    level = values(rows, "Vicuna-mini", "text").mean()
-    axis.axhline(level, color="grey", linestyle=":", label="Vicuna-mini: no vision")
     steered = values(rows, "SteerLM", "text").mean()
-    axis.plot([], " ", label=f"SteerLM asked for all fours:\ntext {steered:.1f}, off the page")
-
-    axis.set_title(f"What each method makes of the same questions ({len(x)} seeds)")
-    axis.set_xlabel("image answers, the judge's S (0 to 12)")
-    axis.set_ylabel("text ability, MT-mini (1 to 10)")
-    axis.legend(frameon=False, bbox_to_anchor=(1, 1))
+    axes[-1].plot([], " ", label=f"SteerLM asked for all fours:\ntext {steered:.1f}, off the page")
+    seeds = len(values(rows, "LLaVA-mini", "text"))
+    figure.suptitle(f"What each method makes of LLaVA-mini ({seeds} seeds)")
+    axes[0].set_ylabel("text ability, MT-mini (1 to 10)")
+    axes[-1].legend(frameon=False, bbox_to_anchor=(1, 1), fontsize="small")
     return figure
+
+
+def draw_methods(axis, rows, column):
+    """A small mark for each seed, a large one for their mean, an arrow from where all began; the
+    mixtures of both models are one path."""
+    start = [values(rows, "LLaVA-mini", name).mean() for name in (column, "text")]
+    for name, (color, marker) in METHODS.items():
+        x = values(rows, name, column)
+        y = values(rows, name, "text")
+        if not len(x):
+            continue
+        end = x.mean(), y.mean()
+        axis.scatter(x, y, s=14, color=color, marker=marker, alpha=0.35)
+        axis.scatter(*end, s=60, color=color, marker=marker, label=name)
+        if name not in ("LLaVA-mini", "LLaVA-mini, 33% text in tuning"):     # that one began elsewhere
+            axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "alpha": 0.6})
+
+    path = [[values(rows, name, c).mean() for c in (column, "text")] for name in MIXED
+            if len(values(rows, name, column))]
+    if len(path) > 1:
+        axis.plot(*zip(*path), color="grey", marker=".", linestyle="--",
+                  label="LLaVA-mini + 0.25, 0.5, 0.75\nof Vicuna-mini")
 
 
 def curves(rows):
@@ -89,9 +118,14 @@ def curves(rows):
     return figure
 
 
-def draw(rows, out):
+def draw(rows, out, rows_of_curves=None):
+    """Those figures for which there are rows -> `out`."""
+    found = {"forgetting": forgetting(rows)}
+    rows_of_curves = rows_of_curves or rows
+    if all(len(values(rows_of_curves, name, "text")) for name in [*DATA.values(), *FLIPS.values()]):
+        found["curves"] = curves(rows_of_curves)
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in (("forgetting", forgetting(rows)), ("curves", curves(rows))):
+    for name, figure in found.items():
         figure.tight_layout()
         figure.savefig(out / f"{name}.png", dpi=150)
         plt.close(figure)
@@ -101,9 +135,14 @@ def draw(rows, out):
 @dataclass
 class Settings:
     """Draw the experiment's figures."""
-    rows: str = str(HERE / "results/reproduce.jsonl")    # what reproduce.py wrote
+    rows: str = str(HERE / "results/today.jsonl")        # what reproduce.py --today wrote
+    curves: str = str(HERE / "results/reproduce.jsonl")  # what reproduce.py wrote
     out: str = str(HERE / "results/figures")             # folder of the figures
 
 
+def run(s: Settings):
+    draw(read_jsonl(s.rows), Path(s.out), read_jsonl(s.curves))
+
+
 if __name__ == "__main__":
-    main(Settings, lambda s: draw(read_jsonl(s.rows), Path(s.out)))
+    main(Settings, run)
