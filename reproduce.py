@@ -9,9 +9,10 @@ before text questions; and what the paper left open: beta against learning rate,
 of log-probs.
 
 --today asks what a reader asks since: newer losses, sampling from the policy as it is, and remedies
-that cost nothing or nearly: weights averaged with the text model's, text replayed. And does the
-picture matter, or do any pairs restore the style? Each of its runs has the paper's methods beside
-it, two columns of toy/moved.py, and DPO's settings as they were chosen for DPO.
+that cost nothing or little: weights averaged with the text model's, text replayed. And does the picture
+matter, or do any pairs restore the style? Each of its runs has the paper's methods beside it, the
+columns of toy/moved.py, and DPO's settings as they were chosen for DPO. The policy gradient makes
+one pass, which has as many judged answers as the others' three; a second round has twice as many.
 
 How it is kept honest. Learning rates were searched on a development seed and development items,
 three per method, no method more (LOG.md, results/search.jsonl), and chosen by the judge's opinion
@@ -59,7 +60,7 @@ import story
 from benchmarks.compare import paper
 from benchmarks.harness import aligned, mean, slug
 from common import (
-    HERE, BadInput, describe_run, lock, main, read_jsonl, write_jsonl, write_whole,
+    HERE, BadInput, describe_run, lock, main, read_json, read_jsonl, write_jsonl, write_whole,
 )
 from data import Tokens, choose_pair
 from toy import build, figures, items, moved
@@ -226,7 +227,7 @@ def train(job):
     changes = {"lr": LR[method]} | changes
     data = str(data_of(job, changes.pop("records", "")))
     if "share" in changes:                               # as much as five hundred text conversations
-        replay = job.folder.parent / "replay.jsonl"
+        replay = job.folder.parent / f"replay-{job.folder.name}.jsonl"
         rng = random.Random(f"replay/{job.seed}")
         write_jsonl(replay, [text_conversation(rng) | {"id": f"text-{k}"} for k in range(500)])
         data = (data, str(replay))
@@ -320,7 +321,7 @@ def table(rows, names, columns=COLUMNS):
 
 def cell(rows, column):
     values = [row["scores"][column]["mean"] for row in rows if column in row["scores"]]
-    if not values:
+    if not values or None in values:
         return "-"
     spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else " " * 6
     return f"{statistics.mean(values):.2f}{spread}"
@@ -376,6 +377,8 @@ def smol_jobs(s, folder, seed):
 
     models = zip(SMOL_FIRST, (made / "lm", made / "llava", half))
     runs = [(name, None, ckpt) for name, ckpt in models]
+    if seed != s.first:                                  # of SmolLM2 itself nothing is drawn
+        runs = runs[1:]
     for name, (method, changes) in SMOL_RUNS.items():
         changes = changes | {"lora": 8, "epochs": 1, "dtype": s.dtype}
         runs.append((name, (method, changes), made / "llava"))
@@ -403,16 +406,27 @@ def toy_jobs(s, folder, seed):
         return jobs_of(runs, toy / "llava", s, folder, seed)
 
     runs += [(name, how, toy / "llava") for name, how in RUNS.items()]
+    jobs = jobs_of(runs, toy / "llava", s, folder, seed)
     if s.from_scratch and seed == s.first:              # one seed has a second size
         narrow = folder / "narrow"
         make(narrow, seed, 96)
-        runs += [(name, how, narrow / "llava") for name, how in NARROWER.items()]
-    return jobs_of(runs, toy / "llava", s, folder, seed)
+        runs = [(name, how, narrow / "llava") for name, how in NARROWER.items()]
+        jobs += jobs_of(runs, narrow / "llava", s, folder, seed)
+    return jobs
 
 
 def jobs_of(runs, start, s, folder, seed):
     """[(name, how, ckpt)] -> jobs, each with a folder of its own."""
     return [Job(folder / slug(name), name, how, ckpt, start, seed, s) for name, how, ckpt in runs]
+
+
+def same_experiment(s, out):
+    """A folder's rows are of one experiment: what was measured otherwise is not counted in."""
+    path = out / "experiment.json"
+    mine = {name: getattr(s, name) for name in ("from_scratch", "smol", "split", "dtype")}
+    if path.exists() and read_json(path) != mine:
+        raise BadInput(f"{out} holds runs of another experiment ({path}); choose another --out")
+    write_whole(path, json.dumps(mine) + "\n")
 
 
 def run(s: Settings):
@@ -424,6 +438,7 @@ def run(s: Settings):
     torch.set_num_threads(1)
     out = Path(s.out)
     lock(out)
+    same_experiment(s, out)
     spawn = multiprocessing.get_context("spawn")
     rows = []
     for seed in range(s.first, s.first + s.seeds):

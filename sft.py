@@ -16,7 +16,8 @@ its best-scored one. In a conversation of several turns the earlier assistant tu
 too. The miniature's own stages (toy/build.py) run through `train` below.
 
 The old remedy against forgetting is replay: mix what shall not be forgotten into what is learned.
-`--data A B --share 0.33` adds so much of B to all of A that a third of the whole is B's.
+`--data A B --share 0.33` adds so much of B to all of A that a third of the conversations are B's
+(of the tokens it may be more: the loss counts those).
 
     python sft.py --ckpt llava-1.5-7b-hf --data llava_instruct.json --out runs/sft
 """
@@ -39,7 +40,7 @@ from train import Run
 class Settings(training.Settings):
     """Supervised fine-tuning on golden answers."""
     data: tuple = ()             # a file (see formats.py), or two: what to learn, and what to replay
-    share: float = 0.0           # how much of what is learned the second file makes up
+    share: float = 0.0           # how many of the conversations are of the second file
     out: str = "runs/sft"        # run folder
     lr: float = 0.0              # peak learning rate; 0: 2e-5 (LLaVA), adapters 4e-4 (the paper)
 
@@ -109,7 +110,10 @@ def fit(s: Settings, trees_of, documents=None):
     for path in files[1:]:
         replayed = training.read(replace(s, data=path, out=f"{s.out}/replay"), trees_of)
         trees = mixed(found.trees, replayed.trees, s.share, s.seed)
-        print(f"replay: {len(trees) - len(found.trees)} of {len(trees)} answers are from {path}")
+        more = trees[len(found.trees):]
+        tokens = sum(map(scored_tokens, more)) / sum(map(scored_tokens, trees))
+        print(f"replay: {len(more)} of {len(trees)} conversations, {tokens:.0%} of the scored tokens, "
+              f"are from {path}")
         found = replace(found, trees=trees, pictures=sha(found.pictures, replayed.pictures))
     model = checkpoint.load(s.ckpt, device, dtype)
     print(f"{found.records} records, {len(found.trees)} answers to learn")

@@ -43,19 +43,21 @@ def test_the_divergence_is_that_of_one_answer_at_a_time(shipped, half, tmp_path,
 
     pixels = Pixels(model.config)
     differences, lengths = [], 0
-    for record, [answer] in zip(records, said[0]):
-        pack = pixels.pack([make_tree(tokens, record, [answer["text"]])])
-        with torch.no_grad():
-            differences.append((token_logps(model, pack) - token_logps(start, pack)).sum().item())
-        lengths += len(tokens.encode(answer["text"])) - 1 + 1                # less <s>, and </s>
-    assert found["kl"]["mean"] == pytest.approx(sum(differences) / 12, abs=1e-4) and found["kl"]["mean"] > 0
+    for record, answers in zip(records, said[0]):
+        for answer in answers:
+            pack = pixels.pack([make_tree(tokens, record, [answer["text"]])])
+            with torch.no_grad():
+                differences.append((token_logps(model, pack) - token_logps(start, pack)).sum().item())
+            lengths += len(tokens.encode(answer["text"])) - 1 + 1            # less <s>, and </s>
+    assert len(differences) == 48 == found["kl"]["n"]
+    assert found["kl"]["mean"] == pytest.approx(sum(differences) / 48, abs=1e-4) and found["kl"]["mean"] > 0
     assert found["kl a token"]["mean"] == pytest.approx(sum(differences) / lengths, abs=1e-4)
 
 
 def test_who_did_not_move_has_no_divergence_and_cut_answers_do_not_count(shipped, tmp_path, monkeypatch):
     model, tokens = shipped
     records = asked(6, tmp_path)
-    assert moved.divergence(model, model, tokens, records)["kl"] == {"mean": 0, "ci": 0, "n": 6}
+    assert moved.divergence(model, model, tokens, records)["kl"] == {"mean": 0, "ci": 0, "n": 24}
     monkeypatch.setattr(items, "MAX_NEW", 1)
     assert moved.divergence(model, model, tokens, records)["kl"]["n"] == 0
 
@@ -82,12 +84,24 @@ def test_the_win_rate_of_ties_is_a_half_and_without_lengths_it_is_the_mean():
     assert separated == pytest.approx(0.5), "always longer and always better: length explains it all"
 
 
-def test_full_sentences_win_and_equal_answers_tie():
+def test_right_answers_win_equal_ones_tie_and_lengths_that_never_meet_say_nothing():
     records = tasks.items("text", 20, "test")
     full = [[turn["full"] for turn in record["truth"]["turns"]] for record in records]
     bare = [[turn["bare"] for turn in record["truth"]["turns"]] for record in records]
+    wrong = [["no"] * 2] * 20
     assert moved.controlled(records, full, full) == {"mean": 0.5, "ci": 0.0, "n": 40}
-    assert moved.controlled(records, full, bare)["mean"] > 0.5 > moved.controlled(records, bare, full)["mean"]
+    assert moved.controlled(records, bare, wrong)["mean"] > 0.6 > 0.4 > moved.controlled(records, wrong, bare)["mean"]
+    assert moved.controlled(records, full, bare)["mean"] is None, "no answer is as long as the start's: nothing is known"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_sentences_for_words_are_no_gain_at_equal_length(share):
+    """The same content in a sentence always wins and is always longer: its length explains all of it."""
+    records = tasks.items("text", 165, "test")
+    bare = [[turn["bare"] for turn in record["truth"]["turns"]] for record in records]
+    mine = [[turn["full"] for turn in record["truth"]["turns"]] if k < share * 165 else words for k, (record, words) in enumerate(zip(records, bare))]
+    found = moved.controlled(records, mine, bare)
+    assert found["mean"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_text_questions_to_be_judged_are_training_ones_without_a_picture():

@@ -22,6 +22,7 @@ from conftest import ROOT, tiny_checkpoint
 from judge.rubric import RUBRIC
 from toy import figures, items, tasks
 
+ALL = reproduce.RUNS                     # the experiment below makes do with few
 FEW = ("SteerLM", "DPO", "DPO, 50% of the data", "DPO, 75% of labels flipped")
 
 
@@ -159,6 +160,7 @@ def test_swapped_pictures_are_all_the_others_and_nobody_keeps_their_own():
 
 def test_today_s_runs_begin_where_they_should_and_those_of_dpo_s_model_wait_for_it(tmp_path, inline, monkeypatch):
     started, built = [], []
+    monkeypatch.setattr(reproduce, "RUNS", ALL)
     monkeypatch.setattr(reproduce, "make", lambda folder, seed, width, replay=0.0: built.append(replay))
     monkeypatch.setattr(story, "sample", lambda *args: None)
     monkeypatch.setattr(reproduce, "outcome", lambda job: started.append((job.name, str(job.ckpt.relative_to(tmp_path)))) or [])
@@ -190,14 +192,24 @@ def test_a_run_finds_its_own_data(tmp_path, monkeypatch):
     assert again == tmp_path / "again/records.jsonl" and text == tmp_path / "text/records.jsonl"
     reproduce.train(job("SFT, full answers, 33% text"))
     reproduce.train(job("DPO + 0.25 Vicuna-mini"))
-    assert asked == [("DPO", "again", 1030), ("llava", "prompts.jsonl", 1000), ["records.jsonl", "replay.jsonl", 0.33], ("DPO/model", "vicuna", 0.25)]
-    assert len(read_jsonl(tmp_path / "replay.jsonl")) == 500
+    assert asked == [("DPO", "again", 1030), ("llava", "prompts.jsonl", 1000), ["records.jsonl", "replay-SFT-full-answers-33-text.jsonl", 0.33], ("DPO/model", "vicuna", 0.25)]
+    assert len(read_jsonl(tmp_path / "replay-SFT-full-answers-33-text.jsonl")) == 500
 
 
 def test_a_table_by_hand():
     rows = [{"name": "x", "seed": k, "steps": 7, "scores": {"text": {"mean": v}}} for k, v in enumerate((1.0, 3.0))]
     head, line = reproduce.table(rows, ["x", "nobody"]).splitlines()
+    unknown = rows + [{"name": "x", "seed": 2, "steps": 7, "scores": {"text": {"mean": None}}}]
+    assert reproduce.cell(unknown, "text") == "-", "a mean over the seeds that have one would be of other seeds"
     assert line.split() == ["x", "7", "2.00", "±1.41"] + ["-"] * 9 and head.split()[:4] == ["steps", "text", "core", "pictured"]
+
+
+def test_a_folder_has_the_rows_of_one_experiment(tmp_path):
+    reproduce.same_experiment(reproduce.Settings(), tmp_path)
+    reproduce.same_experiment(reproduce.Settings(seeds=5, today=True), tmp_path)
+    for other in ({"from_scratch": True}, {"split": "dev"}, {"smol": True}, {"dtype": "bfloat16"}):
+        with pytest.raises(BadInput, match="holds runs of another experiment"):
+            reproduce.same_experiment(reproduce.Settings(**other), tmp_path)
 
 
 def test_the_door():

@@ -4,6 +4,7 @@ that of the definition.
     python -m pytest tests/test_rivals.py -q
 """
 import json
+import re
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_sft_replays_a_second_file(ckpt, tmp_path, capsys):
     text.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "bad"}]))
     given = {"data": (str(data), str(text)), "share": 0.5, "steps": 4, "batch": 4, "save_every": 2}
     sft.run(settings(sft, ckpt, "", tmp_path / "out", **given))
-    assert "replay: 5 of 10 answers are from" in capsys.readouterr().out
+    assert re.search(r"replay: 5 of 10 conversations, \d\d% of the scored tokens, are from", capsys.readouterr().out)
     assert rows_of(tmp_path / "out/replay/rejects.jsonl")[0]["id"] == "bad"
     assert rows_of(tmp_path / "out/rejects.jsonl") == [], "each file's rejects have their own list"
 

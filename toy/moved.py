@@ -7,8 +7,9 @@ to held-out questions,
 
     KL = mean of log p(y | x) - log p_start(y | x),      y sampled from p at temperature 1
 
-in nats, per answer and per token. What a new task makes a model forget goes with this number, some
-say, whatever the method (arXiv:2509.04259).
+in nats, per answer and per token. Some say that what a new task makes a model forget goes with how
+far it moves on that task, whatever the method (arXiv:2509.04259). KL can be taken in either
+direction; this one counts what the model now says, and not what it has stopped to say.
 
 Is it better, or longer? Full sentences are longer than bare words, and judges like length. The
 length-controlled win rate is what AlpacaEval's leaderboard does about that (arXiv:2404.04475): each
@@ -18,7 +19,8 @@ answer is compared with the start's answer to the same question, and a regressio
 
 puts what length explains into phi. sigmoid(theta) is the win rate at equal length. (Its third term,
 how hard a question is, needs many models.) Matched lengths would need no formula, but would keep
-only the questions on which a method changed nothing.
+only the questions on which a method changed little. Where hardly any answer is as long as the
+start's, equal length is outside what was seen, and no figure is given.
 """
 import numpy as np
 import torch
@@ -31,29 +33,29 @@ from model import answer_logps
 from toy import items, oracle, tasks
 
 ASKED = 50           # held-out questions about pictures, of each kind
+ANSWERS = 4          # sampled to each of them
 
 
 # ---- how far -------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def divergence(model, start, tokens, records, seed=0):
-    """{"kl": nats an answer, "kl a token"}, from one sampled answer to each record. Answers that
-    were cut off do not count: what they would have said is not known."""
+    """{"kl": nats an answer, "kl a token"}, from sampled answers to each record. Those that were cut
+    off do not count: what they would have said is not known."""
     pixels = Pixels(model.config)
     prompts = [make_tree(tokens, record, []) for record in records]
-    said = sample_answers(model, tokens, pixels, prompts, n=1, max_new=items.MAX_NEW,
-                          seed=seed)
+    said = sample_answers(model, tokens, pixels, prompts, n=ANSWERS, max_new=items.MAX_NEW, seed=seed)
     whole = []
-    for record, [answer] in zip(records, said):
-        if usable(answer):
-            whole.append((record, answer["text"]))
+    for record, answers in zip(records, said):
+        whole += [(record, answer["text"]) for answer in answers if usable(answer)]
 
     now = logps_of(model, tokens, pixels, whole)
     plain = tokens.asking(None) if tokens.steer else tokens                  # as the start was asked
     before = logps_of(start, plain, pixels, whole)
     moved = [a - b for (a, _), (b, _) in zip(now, before)]
     lengths = [length for _, length in now]
-    return {"kl": mean(moved), "kl a token": ratios([(moved, lengths, range(len(moved)))])}
+    questions = [record["id"] for record, _ in whole]
+    return {"kl": mean(moved, questions), "kl a token": ratios([(moved, lengths, questions)])}
 
 
 def logps_of(model, tokens, pixels, answered):
@@ -69,7 +71,8 @@ def logps_of(model, tokens, pixels, answered):
 # ---- better, or longer ---------------------------------------------------------------------------
 
 ROUNDS = 25          # of Newton's method; it has converged after ten
-RIDGE = 0.01         # on phi: where the longer answer always wins, the data leave it open
+RIDGE = 1e-4         # on phi, an answer's share: where longer always wins, the data leave it open
+SAME = 0.05          # least share of answers within a word of the start's length
 RESAMPLES = 200
 
 
@@ -79,7 +82,7 @@ def win_rate(wins, longer):
     spread = longer.std()
     x = np.stack([np.ones_like(longer), np.tanh(longer / spread) if spread else longer], 1)
     theta = np.zeros(2)
-    penalty = RIDGE * np.diag([1e-3, 1.0]) * len(wins)
+    penalty = RIDGE * np.diag([1e-3, 1.0]) * len(wins)   # on theta only against winning everything
     for _ in range(ROUNDS):
         p = 1 / (1 + np.exp(-x @ theta))                                     # (N,)
         gradient = x.T @ (wins - p) - penalty @ theta
@@ -88,8 +91,8 @@ def win_rate(wins, longer):
 
 
 def controlled(records, said, start_said):
-    """The win rate over the start's answers at equal length, both turns of every text record; the
-    interval is a bootstrap over records."""
+    """The win rate over the start's answers at equal length, both turns of every text record, its
+    mean None where too few are of equal length; the interval is a bootstrap over records."""
     wins, longer = [], []                                # a row of two turns per record
     for record, mine, theirs in zip(records, said, start_said):
         turns = record["truth"]["turns"]
@@ -98,6 +101,8 @@ def controlled(records, said, start_said):
         wins.append([0.5 + 0.5 * np.sign(lead) for lead in ahead])
         longer.append([len(a.split()) - len(b.split()) for a, b in zip(mine, theirs)])
     wins, longer = np.array(wins), np.array(longer, float)
+    if np.mean(np.abs(longer) <= 1) < SAME:
+        return {"mean": None, "ci": None, "n": wins.size}
 
     rng = np.random.default_rng(0)
     draws = []
