@@ -77,7 +77,8 @@ def forgetting(rows):
     seeds = len(values(rows, "LLaVA-mini", "text"))
     figure.suptitle(f"What each method makes of LLaVA-mini ({seeds} seeds)")
     axes[0].set_ylabel("text ability, MT-mini (1 to 10)")
-    axes[0].legend(frameon=False, fontsize="small", bbox_to_anchor=(len(axes) * 1.06, 1), loc="upper left")
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), frameon=False, bbox_to_anchor=(1, 1),
+                    fontsize="small")
     return figure
 
 
