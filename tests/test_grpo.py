@@ -97,25 +97,39 @@ def test_cut_off_and_unscored_answers_have_no_score(prompts, tmp_path, monkeypat
         grpo.judged(s, records)
 
 
-def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bits(prompts, tmp_path, monkeypatch):
-    grpo.run(settings(prompts, tmp_path / "whole"))
-    keep = training.Run.keep
+@pytest.fixture(scope="module")
+def whole(prompts, tmp_path_factory):
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("grpo") / "whole"
+    grpo.run(settings(prompts, out))
+    return out
 
-    def keep_and_die(run):
-        keep(run)
-        if run.done == 2:
+
+PLACES = [(training.Run, "keep"), (training.Run, "update"), (training.Run, "backward"), (grpo, "sample_answers"), (grpo, "judged")]
+
+
+@pytest.mark.parametrize("room, name", PLACES, ids=lambda value: value if isinstance(value, str) else "")
+def test_killed_anywhere_and_resumed_it_ends_with_the_same_bits(prompts, tmp_path, monkeypatch, whole, room, name):
+    """Dies behind the third time that something is done; what happened since the last state happens again."""
+    real, times = getattr(room, name), []
+
+    def last_words(*args, **how):
+        result = real(*args, **how)
+        times.append(1)
+        if len(times) == 3:
             raise KeyboardInterrupt
+        return result
 
-    monkeypatch.setattr(training.Run, "keep", keep_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        grpo.run(settings(prompts, tmp_path / "stopped"))
-    monkeypatch.setattr(training.Run, "keep", keep)
-    grpo.run(settings(prompts, tmp_path / "stopped", resume=True))
-    for name in ("whole", "stopped"):
-        assert (tmp_path / name / "model/model.safetensors").exists()
-    one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(room, name, last_words)
+        with pytest.raises(KeyboardInterrupt):
+            grpo.run(settings(prompts, out))
+    assert not (out / "model").exists()
+    grpo.run(settings(prompts, out, resume=True))
+    one, other = ((folder / "model/model.safetensors").read_bytes() for folder in (whole, out))
     assert one == other
-    rows = [[{k: v for k, v in row.items() if not k.endswith("_per_s")} for row in rows_of(tmp_path / name / "metrics.jsonl")] for name in ("whole", "stopped")]
+    rows = [[{k: v for k, v in row.items() if not k.endswith("_per_s")} for row in rows_of(folder / "metrics.jsonl")] for folder in (whole, out)]
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
