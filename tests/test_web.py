@@ -185,7 +185,7 @@ class Slow:
 
 
 def test_who_closes_the_page_frees_the_model_within_a_token(serve):
-    speaker = Slow(pause=0.2)
+    speaker = Slow(pause=0.5)
     server = serve([speaker])
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
     connection.request("POST", "/say", json.dumps(GOOD))
