@@ -124,10 +124,9 @@ def sample(s, records, out, device) -> tuple[list, list]:
         with closing(Journal(out / f"answers-{parallel.rank()}.jsonl")) as journal:
             for batch in tqdm(missing, "sampling", unit="batch", disable=None, leave=False):
                 trees = [todo[key] for key in batch]
-                answered = sample_answers(model, tokens, pixels, trees, **how)
-                for key, answers in zip(batch, answered):
-                    if key not in known:
-                        journal.append({"key": key, "id": todo[key].id, "answers": answers})
+                answers = dict(zip(batch, sample_answers(model, tokens, pixels, trees, **how)))
+                for key in [key for key in batch if key not in known]:
+                    journal.append({"key": key, "id": todo[key].id, "answers": answers[key]})
     parallel.gather(None)                                # everybody's answers are on the disk
 
     known = read_answers(out)
