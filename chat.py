@@ -99,16 +99,20 @@ class Speaker:
         seed = self.s.seed + len(turns) - 1
         draws = stream(self.model, [prompt], [self.pixels(pictures)], max_new=room, seeds=[[seed]],
                        temperature=temperature, ends=tokens.ends)
+        end = f"cut after {room} tokens"
         for token in draws:
             if token.item() in tokens.ends:
-                yield "end", ""
-                return
+                end = ""
+                break
             ids.append(token.item())
             text = tokens.decode(ids)
             whole = not text.endswith("\ufffd")         # half a character: wait for the rest
             yield "text", text[len(said):] if whole else ""
             said = text if whole else said
-        yield "end", f"cut after {room} tokens"
+        rest = tokens.decode(ids)[len(said):]            # which never came
+        if rest:
+            yield "text", rest
+        yield "end", end
 
     def pixels(self, pictures):
         """PIL images -> (n, 3, S, S), or None for none."""
@@ -194,7 +198,8 @@ def do(line, speakers, said, waiting, pictures):
         for speaker, turns in zip(speakers, said):
             print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
             answer = say(speaker, [*turns, question])
-            turns += [question, {"role": "assistant", "text": answer}]
+            if answer.strip():                          # silence could not be told apart from a gap
+                turns += [question, {"role": "assistant", "text": answer}]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ the answer as lines of JSON while it is made: {"note": ...}, {"text": ...}, last
 
 Whose page? A server on this machine can be reached by every page that the browser shows, so two
 headers are checked: the request must be for our own name (or a foreign name could be pointed here),
-and a question must come from our own page.
+and a question must come from our own page. The port may be another, for it can be forwarded.
 
     GET  /         the page
     GET  /models   [{"name", "sees", "target", "temperature"}]
@@ -18,7 +18,6 @@ and a question must come from our own page.
 """
 import base64
 import json
-import math
 import select
 import socket
 import threading
@@ -28,17 +27,18 @@ from itertools import count
 
 from common import HERE, BadInput, shown
 from data import target_scores
-from vision import decode_image
+from vision import MAX_PIXELS, decode_image
 
 LIMIT = 64 * 2**20       # bytes of a question with all its pictures
 RULES = ("default-src 'self'; img-src data:; script-src 'unsafe-inline'; "
-         "style-src 'unsafe-inline'")
+         "style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
 
 
 def serve(speakers, drawn, s):
     """Answer the page until Ctrl+C. `drawn(k)` gives the miniature's k-th picture."""
     server = listen(speakers, drawn, s)
-    print(f"open http://127.0.0.1:{server.server_port} in a browser   (Ctrl+C ends this)")
+    print(f"open http://127.0.0.1:{server.server_port} in a browser   (Ctrl+C ends this)",
+          flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -61,31 +61,38 @@ def listen(speakers, drawn, s):
 
 def question(body: bytes, speakers):
     """POST /say -> model's number, turns, temperature, scores or None. Raises BadInput."""
+    room = [MAX_PIXELS]                                  # for all pictures together
     try:
         asked = json.loads(body)
         model = asked["model"]
         temperature = asked["temperature"]
-        turns = [turn_of(turn) for turn in asked["turns"]]
+        turns = [turn_of(turn, room) for turn in asked["turns"]]
         scores = target_scores(asked["scores"]) if asked.get("scores") else None
     except BadInput:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"not a question of this page ({shown(repr(error))})") from None
-    if model not in range(len(speakers)):
+    if type(model) is not int or model not in range(len(speakers)):
         raise BadInput(f"there is no model {shown(repr(model))}")
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-        raise BadInput(f"temperature {shown(repr(temperature))}: a number from 0 on")
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature <= 100:
+        raise BadInput(f"temperature {shown(repr(temperature))}: a number from 0 to 100")
     roles = [turn["role"] for turn in turns]
     if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise BadInput("turns: user and assistant take turns, and the user has the last")
     return model, turns, temperature, scores
 
 
-def turn_of(turn):
+def turn_of(turn, room):
+    """A turn with its pictures decoded; their pixels are taken from `room`."""
     pictures = []
     for picture in turn.get("pictures", []):
         data = base64.b64decode(picture["data"], validate=True)
-        pictures.append(decode_image(data, shown(str(picture["name"]))))
+        image = decode_image(data, shown(str(picture["name"])))
+        room[0] -= image.width * image.height
+        if room[0] < 0:
+            raise BadInput(f"the pictures of this conversation have more than {MAX_PIXELS:,} pixels "
+                           "together; begin anew, or take smaller ones")
+        pictures.append(image)
     if not isinstance(turn["text"], str):
         raise BadInput("a turn's text is no text")
     return {"role": turn["role"], "text": turn["text"], "pictures": pictures}
@@ -98,6 +105,12 @@ class Page(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass                                             # the terminal stays quiet
+
+    def handle(self):
+        try:
+            super().handle()
+        except ConnectionError:                          # the page was closed, or stop pressed
+            self.close_connection = True
 
     def do_GET(self):
         server = self.server
@@ -119,20 +132,22 @@ class Page(BaseHTTPRequestHandler):
     def do_POST(self):
         if not self.from_home():
             return
-        size = self.headers.get("Content-Length", "")
-        if not size.isdecimal():
-            self.send_json(411, {"error": "how long is it? Content-Length is missing"})
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or len(length) > 15:
+            self.send_json(411, {"error": "how long is it? Content-Length is missing or wrong"})
             return
-        if self.path != "/say" or int(size) > LIMIT:
-            self.skip(int(size))
-            if self.path != "/say":
-                self.send_json(404, {"error": f"there is no {shown(self.path)} here"})
-            else:
-                self.send_json(413, {"error": f"{int(size):,} bytes with all pictures, more than "
-                                              f"{LIMIT:,}; begin anew, or take smaller pictures"})
+        size, refusal = int(length), None
+        if self.path != "/say":
+            refusal = 404, f"there is no {shown(self.path)} here"
+        elif size > LIMIT:
+            refusal = 413, (f"{size:,} bytes with all pictures, more than {LIMIT:,}; begin anew, or "
+                            "take smaller pictures")
+        if refusal:
+            self.skip(size)
+            self.send_json(refusal[0], {"error": refusal[1]})
             return
         try:
-            asked = question(self.rfile.read(int(size)), self.server.speakers)
+            asked = question(self.rfile.read(size), self.server.speakers)
         except BadInput as problem:
             self.send_json(400, {"error": str(problem)})
             return
@@ -140,13 +155,13 @@ class Page(BaseHTTPRequestHandler):
 
     def from_home(self):
         """Whether this is for our own name, and from no foreign page. If not, it is answered."""
-        port = self.server.server_port
-        names = (f"127.0.0.1:{port}", f"localhost:{port}")
-        origin = self.headers.get("Origin", "")
-        if self.headers.get("Host") in names and origin in ("", *(f"http://{n}" for n in names)):
+        host = self.headers.get("Host", "")
+        ours = host.partition(":")[0] in ("127.0.0.1", "localhost")
+        if ours and self.headers.get("Origin", "") in ("", f"http://{host}"):
             return True
         self.close_connection = True
-        self.send_json(403, {"error": f"only the page at http://{names[0]} is answered"})
+        home = f"http://127.0.0.1:{self.server.server_port}"
+        self.send_json(403, {"error": f"only the page at {home} is answered"})
         return False
 
     def say(self, model, turns, temperature, scores):
@@ -156,20 +171,19 @@ class Page(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         speaker, lock = self.server.speakers[model], self.server.locks[model]
+        if not lock.acquire(blocking=False):
+            self.tell("note", f"{speaker.name} is still answering; waiting")
+            while not lock.acquire(timeout=0.5):
+                self.tell("text", "")
         try:
-            if not lock.acquire(blocking=False):
-                self.tell("note", f"{speaker.name} is answering somebody else; waiting")
-                while not lock.acquire(timeout=0.5):
-                    self.tell("text", "")
-            try:
-                for kind, text in speaker.answer(turns, temperature, scores):
-                    self.tell(kind, text)
-            except BadInput as problem:
-                self.tell("error", str(problem))
-            finally:
-                lock.release()
-        except ConnectionError:                          # the page was closed, or stop pressed
-            self.close_connection = True
+            for kind, text in speaker.answer(turns, temperature, scores):
+                self.tell(kind, text)
+        except BadInput as problem:
+            self.tell("error", str(problem))
+        except RuntimeError as problem:                  # out of memory, for one
+            self.tell("error", f"{speaker.name}: {shown(str(problem), 200)}")
+        finally:
+            lock.release()
 
     def tell(self, kind, text):
         """One line to the page. Raises ConnectionError where nobody listens any more."""

@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import socket
+import struct
 import threading
 import time
 from io import BytesIO
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
@@ -116,7 +118,7 @@ GOOD = question(said("what is two plus two ?"))
 @pytest.mark.parametrize("body, why", [
     (b"{", "not a question of this page"), (b"[]", "not a question of this page"), (b"[" * 100_000, "not a question of this page"),
     (b"\xff", "not a question of this page"), (GOOD | {"turns": []}, "the user has the last"), (GOOD | {"turns": 3}, "not a question"),
-    (GOOD | {"model": 2}, "no model 2"), (GOOD | {"model": "0"}, "no model"), (GOOD | {"temperature": -1}, "temperature -1"),
+    (GOOD | {"model": 2}, "no model 2"), (GOOD | {"model": "0"}, "no model"), (GOOD | {"model": 0.0}, "no model"), (GOOD | {"model": True}, "no model"), (GOOD | {"temperature": 10**400}, "temperature 1"), (GOOD | {"temperature": -1}, "temperature -1"),
     (GOOD | {"temperature": float("nan")}, "temperature nan"), (GOOD | {"temperature": "hot"}, "temperature 'hot'"), (GOOD | {"scores": "9"}, "5 numbers"),
     (question(said("a"), said("b")), "take turns"), (question({"role": "system", "text": "a"}), "take turns"), (question({"role": "user", "text": 5}), "no text"),
     (question(said("a", b"no picture")), "image p.png: cannot be decoded"), (question(said("a", png(Image.new("RGB", (8, 8)))[:45])), "image p.png: cannot be decoded"),
@@ -144,7 +146,11 @@ def test_only_its_own_page_is_answered(serve, speakers, monkeypatch):
             status, reply = ask(server, method, path, GOOD, **headers)
             assert status == 403 and reply == {"error": f"only the page at http://{own} is answered"}
     assert ask(server, body=GOOD, Origin=f"http://{own}")[0] == 200
-    assert ask(server, body=GOOD, Host=f"localhost:{server.server_port}")[0] == 200
+    for forwarded in (f"localhost:{server.server_port}", "localhost:9000", "127.0.0.1"):
+        assert ask(server, body=GOOD, Host=forwarded, Origin=f"http://{forwarded}")[0] == 200
+        assert ask(server, body=GOOD, Host=forwarded, Origin="http://127.0.0.1:1")[0] == 403
+    with urlopen(f"http://{own}") as page:
+        assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"], "nor is it shown inside another page"
     assert ask(server, "GET", "/../chat.py") == (404, {"error": "there is no /../chat.py here"}) == ask(server, "POST", "/../chat.py", b"x" * 10)
     monkeypatch.setattr(web, "LIMIT", 1000)
     status, reply = ask(server, body=b"x" * 3_000_000)
@@ -152,6 +158,38 @@ def test_only_its_own_page_is_answered(serve, speakers, monkeypatch):
     with socket.create_connection(("127.0.0.1", server.server_port)) as raw:
         raw.sendall(f"POST /say HTTP/1.1\r\nHost: {own}\r\n\r\n".encode())
         assert b" 411 " in raw.recv(100)
+    assert ask(server, **{"Content-Length": "9" * 5000})[0] == 411
+
+
+def test_pictures_are_bounded_together(serve, speakers, monkeypatch):
+    monkeypatch.setattr(web, "MAX_PIXELS", 1000)
+    square = png(Image.new("RGB", (20, 20)))
+    server = serve(speakers)
+    assert ask(server, body=question(said("a", square, square)))[0] == 200
+    status, reply = ask(server, body=question(said("a", square, square), {"role": "assistant", "text": "b"}, said("c", square)))
+    assert status == 400 and "more than 1,000 pixels together" in reply["error"]
+
+
+def test_a_model_that_fails_says_so_and_is_free_again(serve):
+    class Failing(Slow):
+        def answer(self, turns, temperature, scores):
+            yield "text", "a"
+            raise RuntimeError("CUDA out of memory. Tried to allocate much")
+
+    server = serve([Failing()])
+    for _ in range(2):
+        assert ask(server, body=GOOD)[1] == [("text", "a"), ("error", "slow: CUDA out of memory. Tried to allocate much")]
+
+
+def test_who_goes_away_at_any_moment_leaves_no_traceback(serve, speakers, capfd):
+    server = serve(speakers)
+    for part in (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"POST /say HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 1000, b"PO"):
+        raw = socket.create_connection(("127.0.0.1", server.server_port))
+        raw.sendall(part)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))         # a reset, not a farewell
+        raw.close()
+    time.sleep(0.3)
+    assert ask(server, "GET", "/models")[0] == 200 and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_port_that_is_taken_is_named(serve, speakers):
@@ -206,7 +244,7 @@ def test_one_answer_at_a_time_and_the_other_is_told_that_it_waits(serve):
     threading.Timer(0.7, server.locks[0].release).start()
     began = time.monotonic()
     _, events = ask(server, body=GOOD)
-    assert events == [("note", "slow is answering somebody else; waiting"), ("text", "done"), ("end", "cut after 1 tokens")]
+    assert events == [("note", "slow is still answering; waiting"), ("text", "done"), ("end", "cut after 1 tokens")]
     assert time.monotonic() - began > 0.5
 
 
@@ -265,9 +303,9 @@ def test_a_picture_and_a_question_get_both_answers(serve, speakers, browser, tmp
     until(lambda: found(browser, "#waiting img"))
     asked = record["messages"][0]["content"].removeprefix("<image>\n")
     found(browser, "#box")[0].send_keys(asked + "\n")
-    until(lambda: not found(browser, ".waiting") and len(found(browser, ".said")) == 2)
+    until(lambda: not found(browser, ".live") and len(found(browser, ".said")) == 2)
     found(browser, "#box")[0].send_keys("which fruit is yellow ?\n")
-    until(lambda: not found(browser, ".waiting") and len(found(browser, ".said")) == 4)
+    until(lambda: not found(browser, ".live") and len(found(browser, ".said")) == 4)
     texts = [cell.text for cell in found(browser, ".said")]
     for k, speaker in enumerate(speakers):
         events = speaker.answer([{"role": "user", "text": asked, "pictures": [Image.open(tmp_path / record["images"][0]).convert("RGB")]}], 0)
@@ -298,13 +336,40 @@ def test_escape_stops_sliders_ask_and_a_script_in_an_answer_stays_text(serve, br
     assert len(sliders) == 5 and steered.asked == (0.1, {name: 0 if name == "verbosity" else 4 for name in RUBRIC.attributes})
     assert endless.asked == (0.1, None), "no scores for a model that was not trained to be asked for them"
     found(browser, "#box")[0].send_keys(Keys.ESCAPE)
-    until(lambda: not found(browser, ".waiting"))
+    until(lambda: not found(browser, ".live"))
     assert endless.closed.wait(5) and "stopped" in found(browser, ".answer")[0].text and "cut after 1 tokens" in found(browser, ".answer")[1].text
     assert found(browser, ".question")[0].text == "<b>bold</b>" and browser.title == "remedy: a conversation"
     found(browser, "#box")[0].send_keys("again\n")
     until(lambda: len(found(browser, ".said")) == 4 and "word" in found(browser, ".said")[2].text)
     found(browser, "#stop")[0].click()
-    until(lambda: not found(browser, ".waiting") and "stopped" in found(browser, ".answer")[2].text)
+    until(lambda: not found(browser, ".live") and "stopped" in found(browser, ".answer")[2].text)
     found(browser, "#anew")[0].click()
     assert not found(browser, ".question")
     assert console(browser) == []
+
+
+def test_a_new_conversation_begins_with_nothing_and_silence_does_not_end_one(serve, browser):
+    class Silent(Slow):
+        def answer(self, turns, temperature, scores):
+            self.heard = [turn["text"] for turn in turns]
+            yield "text", "" if len(turns) == 1 else "well"
+            yield "end", ""
+
+    slow, silent = Slow(), Silent()
+    real, slow.heard = slow.answer, []
+    slow.answer = lambda turns, *more: slow.heard.append([turn["text"] for turn in turns]) or real(turns, *more)
+    server = serve([slow, silent])
+    browser.get(f"http://127.0.0.1:{server.server_port}")
+    until(lambda: found(browser, ".names h2"))
+    box = found(browser, "#box")[0]
+    box.send_keys("old\n")
+    until(lambda: "word" in found(browser, ".said")[0].text)
+    found(browser, "#anew")[0].click()
+    until(lambda: not found(browser, "#ask:disabled"))
+    box.send_keys("new\n")
+    until(lambda: found(browser, ".said") and "word" in found(browser, ".said")[0].text)
+    assert slow.heard == [["old"], ["new"]] and silent.heard == ["new"], "what was met with silence is not sent again"
+    found(browser, "#stop")[0].click()
+    until(lambda: not found(browser, ".live"))
+    found(browser, "#ask")[0].click()
+    assert found(browser, "#trouble")[0].text == "Ask something first."
