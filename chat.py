@@ -89,7 +89,7 @@ class Speaker:
         room = min(self.s.max_new, tokens.room - len(prompt))
         if room < 1:
             raise BadInput(f"{self.name}: {len(prompt)} tokens so far, and it was built for "
-                           f"{tokens.room}; /reset")
+                           f"{tokens.room}; begin anew (/reset)")
         unknown = tokens.tokenizer.token_to_id("<unk>")
         strange = tokens.encode(messages[-1]["content"]).count(unknown)
         if strange:
@@ -182,24 +182,30 @@ def run(s: Settings):
 def do(line, speakers, said, waiting, pictures):
     """As a line says: a command, or a question about the pictures that are `waiting`."""
     command, _, rest = line.partition(" ")
+    if command not in ("/image", "/draw", "/reset"):
+        if command.startswith("/"):
+            raise BadInput(f"{command}: choose /image, /draw, /reset or /quit")
+        if line:
+            ask(line, speakers, said, waiting)
+        return
     if command == "/image":
         waiting.append(load_image(Path(rest).expanduser()))
-    elif command == "/draw":
+    if command == "/draw":
         waiting.append(next(pictures))
-    elif command == "/reset":
+    if command == "/reset":
         waiting.clear()
         for turns in said:
             turns.clear()
-    elif command.startswith("/"):
-        raise BadInput(f"{command}: choose /image, /draw, /reset or /quit")
-    elif line:
-        question = {"role": "user", "text": line, "pictures": waiting.copy()}
-        waiting.clear()
-        for speaker, turns in zip(speakers, said):
-            print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
-            answer = say(speaker, [*turns, question])
-            if answer.strip():                          # silence could not be told apart from a gap
-                turns += [question, {"role": "assistant", "text": answer}]
+
+
+def ask(line, speakers, said, waiting):
+    question = {"role": "user", "text": line, "pictures": waiting.copy()}
+    waiting.clear()
+    for speaker, turns in zip(speakers, said):
+        print(f"{speaker.name}: " if len(speakers) > 1 else "", end="", flush=True)
+        answer = say(speaker, [*turns, question])
+        if answer.strip():                              # a turn without text is no turn (formats.py)
+            turns += [question, {"role": "assistant", "text": answer}]
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ one pass, which has as many judged answers as the others' three; a second round 
 
 How it is kept honest. Learning rates were searched on a development seed and development items,
 three per method, no method more (LOG.md, results/search.jsonl), and chosen by the judge's opinion
-of image answers; reported seeds are others. Every method has the same three passes over what it can
-use of the same records; the steps that makes stand in the table. "SFT" has two rows, for the answer
+of image answers; reported seeds are others. Each of the paper's methods has the same three passes
+over what it can use of the same records; the steps that makes stand in the table. "SFT" has two rows, for the answer
 to "which golden answers?" decides its rank: the datasets' own short ones, or full ones. Text
 ability is shown with its length-blind part (core). Whatever comes out is printed.
 
@@ -195,15 +195,14 @@ def data_of(job, how):
     """The records that a run learns from, as they are or changed; sampled first where they are its
     own."""
     seed_folder = job.folder.parent
-    own = seed_folder / how / "records.jsonl"
     if how in ("again", "text"):
-        if how == "again" and not own.exists():          # a thousand new questions
-            story.sample(job.ckpt, own.parent, 1000, job.seed + 1000, "cpu")
-        if how == "text" and not own.exists():
-            asked = own.with_name("prompts.jsonl")
-            write_jsonl(asked, text_prompts(1000, job.seed))
-            story.answer(job.ckpt, asked, own.parent, job.seed, "cpu")
-        return own
+        own = seed_folder / how
+        if how == "again" and not (own / "records.jsonl").exists():          # a thousand new questions
+            story.sample(job.ckpt, own, 1000, job.seed + 1000, "cpu")
+        if how == "text" and not (own / "records.jsonl").exists():
+            write_jsonl(own / "prompts.jsonl", text_prompts(1000, job.seed))
+            story.answer(job.ckpt, own / "prompts.jsonl", own, job.seed, "cpu")
+        return own / "records.jsonl"
 
     data = seed_folder / "data" / "records.jsonl"
     if how:
@@ -299,8 +298,6 @@ COLUMNS = ("text", "core", "behind a picture", "words", "exist", "attribute", "d
            "judged", "image words")
 FIRST = ("Vicuna-mini", "LLaVA-mini", "SFT, short answers", "SFT, full answers", "Rejection sampling",
          "SteerLM", "SteerLM, verbosity 0", "SteerLM, not asked for scores", "DPO")
-
-
 TODAY_COLUMNS = ("text", "core", "equal length", "words", "exist", "attribute", "describe",
                  "choice", "judged", "kl", "kl a token")
 REAL_COLUMNS = ("ifeval", "short", "long", "nll", "words", "looping", "scene talk", "exist",

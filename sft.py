@@ -104,7 +104,7 @@ def fit(s: Settings, trees_of, documents=None):
     if len(files) > 2 or (len(files) == 2) != (0 < s.share < 1):
         raise BadInput("--data A B and --share go together: how much of the whole, between 0 and 1, "
                        "is B's")
-    s = replace(s, data="".join(files[:1]))
+    s = replace(s, data=files[0] if files else "")
     s, device, dtype = training.door(s, full_lr=2e-5, adapter_lr=4e-4)
     found = training.read(s, trees_of)                   # the data first: weights take longer
     for path in files[1:]:

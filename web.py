@@ -61,12 +61,15 @@ def listen(speakers, drawn, s):
 
 def question(body: bytes, speakers):
     """POST /say -> model's number, turns, temperature, scores or None. Raises BadInput."""
-    room = [MAX_PIXELS]                                  # for all pictures together
+    room = MAX_PIXELS                                    # for all pictures together
+    turns = []
     try:
         asked = json.loads(body)
         model = asked["model"]
         temperature = asked["temperature"]
-        turns = [turn_of(turn, room) for turn in asked["turns"]]
+        for turn in asked["turns"]:
+            turns.append(turn_of(turn, room))
+            room -= sum(image.width * image.height for image in turns[-1]["pictures"])
         scores = target_scores(asked["scores"]) if asked.get("scores") else None
     except BadInput:
         raise
@@ -83,13 +86,13 @@ def question(body: bytes, speakers):
 
 
 def turn_of(turn, room):
-    """A turn with its pictures decoded; their pixels are taken from `room`."""
+    """A turn with its pictures decoded, which have at most `room` pixels together."""
     pictures = []
     for picture in turn.get("pictures", []):
         data = base64.b64decode(picture["data"], validate=True)
         image = decode_image(data, shown(str(picture["name"])))
-        room[0] -= image.width * image.height
-        if room[0] < 0:
+        room -= image.width * image.height
+        if room < 0:
             raise BadInput(f"the pictures of this conversation have more than {MAX_PIXELS:,} pixels "
                            "together; begin anew, or take smaller ones")
         pictures.append(image)
@@ -136,15 +139,15 @@ class Page(BaseHTTPRequestHandler):
         if not length.isdecimal() or len(length) > 15:
             self.send_json(411, {"error": "how long is it? Content-Length is missing or wrong"})
             return
-        size, refusal = int(length), None
+        size = int(length)
         if self.path != "/say":
-            refusal = 404, f"there is no {shown(self.path)} here"
-        elif size > LIMIT:
-            refusal = 413, (f"{size:,} bytes with all pictures, more than {LIMIT:,}; begin anew, or "
-                            "take smaller pictures")
-        if refusal:
             self.skip(size)
-            self.send_json(refusal[0], {"error": refusal[1]})
+            self.send_json(404, {"error": f"there is no {shown(self.path)} here"})
+            return
+        if size > LIMIT:
+            self.skip(size)
+            self.send_json(413, {"error": f"{size:,} bytes with all pictures, more than {LIMIT:,}; "
+                                          "begin anew, or take smaller pictures"})
             return
         try:
             asked = question(self.rfile.read(size), self.server.speakers)

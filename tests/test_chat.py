@@ -99,7 +99,7 @@ def test_what_cannot_be_used_is_said_and_the_conversation_goes_on(talk, tmp_path
 
 def test_a_long_conversation_ends_with_a_remedy(talk):
     out = talk(["count from one to five . " * 6] * 14)
-    assert "built for 512; /reset" in out[-1]
+    assert "built for 512; begin anew (/reset)" in out[-1]
 
 
 def test_max_new_cuts_and_says_so(talk):
