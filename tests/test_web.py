@@ -368,7 +368,13 @@ def test_a_new_conversation_begins_with_nothing_and_silence_does_not_end_one(ser
     until(lambda: not found(browser, "#ask:disabled"))
     box.send_keys("new\n")
     until(lambda: found(browser, ".said") and "word" in found(browser, ".said")[0].text)
-    assert slow.heard == [["old"], ["new"]] and silent.heard == ["new"], "what was met with silence is not sent again"
+    assert slow.heard == [["old"], ["new"]]
+    found(browser, "#stop")[0].click()
+    until(lambda: not found(browser, ".live"))
+    box.send_keys("more\n")
+    until(lambda: len(found(browser, ".said")) == 4 and "word" in found(browser, ".said")[2].text)
+    assert silent.heard == ["more"], "what was met with silence is not sent again"
+    assert slow.heard[-1][0] == "new" and "word" in slow.heard[-1][1], "what was stopped is"
     found(browser, "#stop")[0].click()
     until(lambda: not found(browser, ".live"))
     found(browser, "#ask")[0].click()
