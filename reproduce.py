@@ -78,7 +78,7 @@ class Settings:
     workers: int = 2               # runs at once, one thread each
     smol: bool = False             # a real small language model instead of the miniature's
     data_dir: str = ""             # with --smol: official files of ifeval and likelihood
-    dtype: str = "auto"            # with --smol: of training and answering
+    dtype: str = "auto"            # with --smol: of training and sampling
     split: str = "test"            # with --smol: test; or dev, other scenes and prompts, to choose on
 
 
@@ -280,7 +280,7 @@ def outcome(job):
                     config = json.loads((folder / "config.json").read_text())
                     steps, lr = config["steps"], config["settings"]["lr"]
             if s.smol:
-                scores = {job.name: smol.measure(model, job.name, s.split, s.data_dir, s.dtype)}
+                scores = {job.name: smol.measure(model, job.name, s.split, s.data_dir)}
             else:
                 scores = measure(model, job.name, job.start)
         except Exception as problem:
@@ -360,6 +360,7 @@ def end_with_parent():
 def smol_jobs(s, folder, seed):
     """Make a LLaVA of the real language model, sample and judge -> what is to be trained and
     measured of this seed."""
+    torch.set_num_threads(s.workers)                     # the others wait for what is made here
     made = folder / "smol"
     smol.run(smol.Settings(out=str(made), seed=seed, dtype=s.dtype))
     data = folder / "data"

@@ -44,9 +44,7 @@ import sft
 from benchmarks import ifeval, likelihood
 from benchmarks.harness import Folder, Item, aligned, answer, shown
 from benchmarks.style import style
-from common import (
-    HERE, BadInput, device_and_dtype, main, read_json, write_jsonl, write_whole,
-)
+from common import HERE, BadInput, main, read_json, write_jsonl, write_whole
 from data import MARKER, Pixels, Tokens, find_template
 from model import Config, Llava, TextConfig
 from toy import items, tasks, world
@@ -331,11 +329,11 @@ EVERYDAY = [                                             # nothing to see: what 
 ]
 
 
-def measure(folder, name, split="test", data_dir="", dtype="auto") -> dict:
-    """{column: figure} of a model: the world's pictures in English, and how it talks. Where
+def measure(folder, name, split="test", data_dir="") -> dict:
+    """{column: figure} of a model in fp32: the world's pictures in English, and how it talks. Where
     `data_dir` has the official files, every fifth prompt of IFEval and every eighth given answer;
     else the everyday questions, the last answer to which is printed."""
-    model = checkpoint.load(folder, *device_and_dtype("cpu", dtype))
+    model = checkpoint.load(folder)
     tokens = Tokens(folder, model.config)
     pixels = Pixels(model.config)
     asked = [Item(k, [question], max_new=128) for k, question in enumerate(EVERYDAY)]

@@ -41,7 +41,9 @@ def test_the_pages_show_commands_that_need_nothing():
 
 def look_at_the_page(words, folder):
     """It says where it is, is there, and ends with Ctrl+C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs are started deaf to it
     server = subprocess.Popen([words[0], "-u", *words[1:]], cwd=folder, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     said = server.stdout.readline()
     with urlopen(re.search(r"http://\S+", said)[0]) as page:
         assert b"New conversation" in page.read()
