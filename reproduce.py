@@ -378,7 +378,7 @@ def smol_jobs(s, folder, seed):
     if seed != s.first:                                  # of SmolLM2 itself nothing is drawn
         runs = runs[1:]
     for name, (method, changes) in SMOL_RUNS.items():
-        changes = changes | {"lora": 8, "epochs": 1, "dtype": s.dtype}
+        changes = changes | {"lora": 8, "dtype": s.dtype}
         runs.append((name, (method, changes), made / "llava"))
     return jobs_of(runs, made / "llava", s, folder, seed)
 
@@ -454,6 +454,7 @@ def run(s: Settings):
     write_jsonl(out / "rows.jsonl", rows)
     if s.smol:
         text = table(rows, [*SMOL_FIRST, *SMOL_RUNS], REAL_COLUMNS)
+        figures.save({"smol": figures.real(rows)}, out / "figures")
     else:
         text = today(rows) if s.today else report(rows)
         figures.draw(rows, out / "figures")

@@ -115,6 +115,17 @@ def test_the_figures_are_drawn_from_the_rows(tmp_path):
     assert len(figures.forgetting(today).axes) == 2 and len(figures.forgetting(old).axes) == 1, "the older rows have no KL"
 
 
+def test_the_figure_of_a_real_model_has_a_dot_for_every_seed_and_the_start_as_a_level():
+    rows = read_jsonl(ROOT / "results" / "smol.jsonl")
+    axes = figures.real(rows).axes
+    tuned = sorted(row["scores"]["words"]["mean"] for row in rows if row["name"] == "LLaVA-Smol")
+    drawn = [dots.get_offsets().data for dots in axes[0].collections]
+    start = next(row["scores"]["words"]["mean"] for row in rows if row["name"] == "SmolLM2")
+    assert any(sorted(dots[:, 0]) == tuned and set(dots[:, 1]) == {1} for dots in drawn), "on its own line, the second"
+    assert [line.get_xdata()[0] for line in axes[0].lines] == [start] and len(axes) == len(figures.REAL)
+    assert not axes[-1].lines, "the language model sees nothing"
+
+
 def test_from_scratch_every_seed_starts_from_its_own_models_and_the_first_has_a_second_size(tmp_path, inline, monkeypatch):
     built, starts = [], {}
     monkeypatch.setattr(reproduce, "make", lambda folder, seed, width, replay=0.0: built.append((folder.name, seed, width)))
@@ -293,6 +304,7 @@ def test_a_real_model_s_seed_is_made_sampled_and_aligned_with_adapters(tmp_path,
     monkeypatch.setattr(reproduce.checkpoint, "mix", lambda a, b, alpha, out: done.append(("mixed", a.name, b.name, alpha)))
     monkeypatch.setattr(reproduce, "outcome", lambda job: done.append((job.name, job.how and job.how[1]["lora"], job.ckpt.name)) or [])
     monkeypatch.setattr(reproduce, "table", lambda *args: "")
+    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(real=lambda rows: None, save=lambda found, out: None))
     reproduce.run(reproduce.Settings(out=str(tmp_path), smol=True, data_dir="DATA"))
     made = str(tmp_path / "seed-10/smol")
     assert done[:4] == [("made", made, 10), ("asked", True), ("judged", f"{made}/llava", "oracle"), ("mixed", "llava", "lm", 0.5)]

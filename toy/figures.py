@@ -3,9 +3,11 @@
     forgetting.png    text ability against image answers: tuning goes one way, each method another;
                       and against how far each went
     curves.png        both against the share of the data, and of wrong labels
+    smol.png          a real language model: what each method makes of its text and its sight
 
 Nothing is computed here but means; every function takes rows and returns a figure. reproduce.py
-draws what its rows have; those of this repository come from results/today.jsonl and reproduce.jsonl:
+draws what its rows have; those of this repository come from results/today.jsonl, reproduce.jsonl
+and smol.jsonl:
 
     python -m toy.figures
 """
@@ -120,12 +122,46 @@ def curves(rows):
     return figure
 
 
+REAL = {                         # column -> what its panel is about
+    "words": "words an answer has",
+    "long": "IFEval, what takes more\nthan two sentences",
+    "nll": "nats a token of given answers\n(lower is better)",
+    "scene talk": "share of text answers that\nspeak of the world's things",
+    "judged": "image answers,\nthe judge's S (0 to 12)",
+}
+
+
+def real(rows):
+    """One panel per column, one line per model: a small dot for each seed, a large one for their
+    mean, and how high the language model itself stood."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure, axes = plt.subplots(1, len(REAL), figsize=(13, 0.8 + 0.36 * len(names)), sharey=True)
+    for axis, (column, title) in zip(axes, REAL.items()):
+        for line, name in enumerate(names):
+            dots = values(rows, name, column)
+            axis.scatter(dots, [line] * len(dots), s=14, color="tab:blue", alpha=0.4)
+            if len(dots):
+                axis.scatter(dots.mean(), line, s=60, color="tab:blue")
+        for level in values(rows, names[0], column):
+            axis.axvline(level, color="grey", linestyle=":")
+        axis.set_title(title, fontsize="small")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    return figure
+
+
 def draw(rows, out, rows_of_curves=None):
     """Those figures for which there are rows -> `out`."""
     found = {"forgetting": forgetting(rows)}
     rows_of_curves = rows_of_curves or rows
     if all(len(values(rows_of_curves, name, "text")) for name in [*DATA.values(), *FLIPS.values()]):
         found["curves"] = curves(rows_of_curves)
+    save(found, out)
+
+
+def save(found, out):
+    """{name: figure} -> out/name.png"""
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in found.items():
         figure.tight_layout()
@@ -139,11 +175,14 @@ class Settings:
     """Draw the experiment's figures."""
     rows: str = str(HERE / "results/today.jsonl")        # what reproduce.py --today wrote
     curves: str = str(HERE / "results/reproduce.jsonl")  # what reproduce.py wrote
+    smol: str = str(HERE / "results/smol.jsonl")         # what reproduce.py --smol wrote
     out: str = str(HERE / "results/figures")             # folder of the figures
 
 
 def run(s: Settings):
-    draw(read_jsonl(s.rows), Path(s.out), read_jsonl(s.curves))
+    out = Path(s.out)
+    draw(read_jsonl(s.rows), out, read_jsonl(s.curves))
+    save({"smol": real(read_jsonl(s.smol))}, out)
 
 
 if __name__ == "__main__":
