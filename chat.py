@@ -97,7 +97,11 @@ class Speaker:
 
         ids, said = [], ""
         seed = self.s.seed + len(turns) - 1
-        draws = stream(self.model, [prompt], [self.pixels(pictures)], max_new=room, seeds=[[seed]],
+        pixels = None
+        if pictures:
+            size = self.model.config.vision.image_size
+            pixels = torch.stack([preprocess(image, size) for image in pictures])
+        draws = stream(self.model, [prompt], [pixels], max_new=room, seeds=[[seed]],
                        temperature=temperature, ends=tokens.ends)
         end = f"cut after {room} tokens"
         for token in draws:
@@ -114,11 +118,6 @@ class Speaker:
             yield "text", rest
         yield "end", end
 
-    def pixels(self, pictures):
-        """PIL images -> (n, 3, S, S), or None for none."""
-        size = self.model.config.vision.image_size if pictures else 0
-        return torch.stack([preprocess(image, size) for image in pictures]) if pictures else None
-
 
 def drawn(k: int):
     """The miniature's k-th picture -> the picture, what is in it, and something to ask."""
@@ -131,7 +130,7 @@ def drawn(k: int):
 # ---- in a terminal -------------------------------------------------------------------------------
 
 def show_drawn(k: int):
-    """The same, kept in a file for the user to open, and told."""
+    """drawn(k) in a file that the user can open, and in words."""
     image, about, question = drawn(k)
     path = Path(tempfile.mkdtemp(), "picture.png")
     image.save(path)
@@ -182,20 +181,18 @@ def run(s: Settings):
 def do(line, speakers, said, waiting, pictures):
     """As a line says: a command, or a question about the pictures that are `waiting`."""
     command, _, rest = line.partition(" ")
-    if command not in ("/image", "/draw", "/reset"):
-        if command.startswith("/"):
-            raise BadInput(f"{command}: choose /image, /draw, /reset or /quit")
-        if line:
-            ask(line, speakers, said, waiting)
-        return
     if command == "/image":
         waiting.append(load_image(Path(rest).expanduser()))
-    if command == "/draw":
+    elif command == "/draw":
         waiting.append(next(pictures))
-    if command == "/reset":
+    elif command == "/reset":
         waiting.clear()
         for turns in said:
             turns.clear()
+    elif command.startswith("/"):
+        raise BadInput(f"{command}: choose /image, /draw, /reset or /quit")
+    elif line:
+        ask(line, speakers, said, waiting)
 
 
 def ask(line, speakers, said, waiting):

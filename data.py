@@ -133,7 +133,7 @@ class Template:
         return text
 
     def reply(self, text):
-        """What an answer adds to the prompt's text. (No `replace` looks into what it puts in.)"""
+        """What an answer adds to the prompt's text. (Not str.format: braces in the text stay.)"""
         return self.answer.replace("{content}", text)
 
     def asked(self, messages):
@@ -382,12 +382,12 @@ class Tree:
 
     @property
     def length(self):
-        """Of the prompt, in tokens."""
+        """How many tokens the prompt has, those of its pictures among them."""
         return len(self.prompt) + (self.patches - 1) * len(self.images)
 
     @property
     def tokens(self):
-        """What it costs in a pack."""
+        """How many it takes in a pack, prompt and answers."""
         return self.length + sum(len(answer) - 1 for answer in self.answers)
 
     def ids(self) -> list[int]:

@@ -255,7 +255,7 @@ def cached_reference(model, found, path, s, depends):
         for tree, numbers in zip(found.trees, logps):
             tokens = [len(answer) for answer in tree.answers]
             rows.append({"id": tree.id, "logps": numbers, "tokens": tokens})
-        write_whole(note, json.dumps(depends, indent=1) + "\n")      # first: rows need it
+        write_whole(note, json.dumps(depends, indent=1) + "\n")      # rows never stand without it
         write_jsonl(path, rows)
     print(f"reference: {len(logps)} records -> {path}")
     return logps
@@ -298,7 +298,7 @@ def make_pairs(trees, choices, reference):
 
 
 def check_flags(s: Settings):
-    if s.gap < 1 or s.beta == 0 or s.holdout >= 1 or s.smoothing >= 0.5:
+    if s.gap < 1 or s.beta <= 0 or s.holdout >= 1 or s.smoothing >= 0.5:
         raise BadInput(
             "--gap must be at least 1, --beta above 0, --holdout below 1, --smoothing below 0.5"
         )

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-import parallel
 from common import BadInput, main
 from model import Linear
 
@@ -106,16 +105,13 @@ def to_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict]:
     return tensors, config
 
 
-def save_adapter(model: nn.Module, folder: Path, source: Path, more=None) -> Path:
+def save_adapter(model: nn.Module, folder: Path, source: Path, more=None) -> None:
     """Write what was trained beside the model in `source`, whole or not at all, with that model's
     tokenizer; `more` are JSON files by name. Process 0 writes."""
-    folder = Path(folder)
-    if parallel.rank() == 0:
-        tensors, config = to_peft(model, str(source.resolve()))
-        documents = {"adapter_config.json": config}
-        documents |= checkpoint.processor_json(model.config) | (more or {})
-        checkpoint.write_folder(folder, "adapter_model.safetensors", tensors, documents, source)
-    return folder
+    tensors, config = to_peft(model, str(source.resolve()))
+    documents = {"adapter_config.json": config}
+    documents |= checkpoint.processor_json(model.config) | (more or {})
+    checkpoint.write_folder(folder, "adapter_model.safetensors", tensors, documents, source)
 
 
 # ---- the command ---------------------------------------------------------------------------------

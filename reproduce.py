@@ -17,9 +17,9 @@ one pass, which has as many judged answers as the others' three; a second round 
 How it is kept honest. Learning rates were searched on a development seed and development items,
 three per method, no method more (LOG.md, results/search.jsonl), and chosen by the judge's opinion
 of image answers; reported seeds are others. Each of the paper's methods has the same three passes
-over what it can use of the same records; the steps that makes stand in the table. "SFT" has two rows, for the answer
-to "which golden answers?" decides its rank: the datasets' own short ones, or full ones. Text
-ability is shown with its length-blind part (core). Whatever comes out is printed.
+over what it can use of the same records; how many steps that makes stands in the table. "SFT" has
+two rows, for the answer to "which golden answers?" decides its rank: the datasets' own short ones,
+or full ones. Text ability is shown with its length-blind part (core). Whatever comes out is printed.
 
 Every run is a folder that appears when it is done; the same command goes on where it was stopped.
 
@@ -48,7 +48,6 @@ import common  # first: it tells OpenMP how to wait
 import torch
 from tqdm import tqdm
 
-import annotate
 import checkpoint
 import dpo
 import grpo
@@ -64,7 +63,7 @@ from common import (
 )
 from data import Tokens, choose_pair
 from toy import build, figures, items, moved
-from toy.tasks import text_conversation, text_prompts, write_prompts
+from toy.tasks import text_conversation, text_prompts
 
 
 @dataclass
@@ -117,13 +116,13 @@ TODAY_RUNS = {
     "DPO, tail 0.5": ("dpo", {"tail": 0.5, "pairs_only": True}),
     "DPO, pictures swapped": ("dpo", {"records": "swap"}),
     "DPO, text pairs alone": ("dpo", {"records": "text"}),
-    "DPO, a second round": ("dpo", {"records": "again"}),
+    "DPO, a second round": ("dpo", {"of": "DPO", "records": "again"}),
     "Policy gradient": ("grpo", {"judge": "oracle", "epochs": 1}),
     "SFT, full answers, 5% text": ("sft", {"share": 0.05}),
     "SFT, full answers, 33% text": ("sft", {"share": 0.33}),
-    "LLaVA-mini + 0.25 Vicuna-mini": ("mix", {"of": "LLaVA-mini", "alpha": 0.25}),
-    "LLaVA-mini + 0.5 Vicuna-mini": ("mix", {"of": "LLaVA-mini", "alpha": 0.5}),
-    "LLaVA-mini + 0.75 Vicuna-mini": ("mix", {"of": "LLaVA-mini", "alpha": 0.75}),
+    "LLaVA-mini + 0.25 Vicuna-mini": ("mix", {"alpha": 0.25}),
+    "LLaVA-mini + 0.5 Vicuna-mini": ("mix", {"alpha": 0.5}),
+    "LLaVA-mini + 0.75 Vicuna-mini": ("mix", {"alpha": 0.75}),
     "DPO + 0.25 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.25}),
     "DPO + 0.5 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.5}),
     "DPO + 0.75 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.75}),
@@ -149,11 +148,6 @@ class Job:
     start: Path              # the model that visual tuning left
     seed: int
     settings: Settings
-
-    def waits(self):
-        """Whether it begins with the model that DPO made."""
-        changes = self.how[1] if self.how else {}
-        return changes.get("records") == "again" or changes.get("of") == "DPO"
 
 
 def change(records, how, seed):
@@ -219,11 +213,10 @@ def train(job):
     if result.exists():
         return result
     if method == "mix":
-        others = {"LLaVA-mini": job.start, "DPO": job.folder.with_name(slug("DPO")) / "model"}
-        text_model = job.start.with_name("vicuna")
-        return checkpoint.mix(others[changes["of"]], text_model, changes["alpha"], result)
+        return checkpoint.mix(job.ckpt, job.start.with_name("vicuna"), changes["alpha"], result)
 
     changes = {"lr": LR[method]} | changes
+    changes.pop("of", "")
     data = str(data_of(job, changes.pop("records", "")))
     if "share" in changes:                               # as much as five hundred text conversations
         replay = job.folder.parent / f"replay-{job.folder.name}.jsonl"
@@ -252,14 +245,14 @@ def measure(folder, name, start):
 
     rows = {}
     with TemporaryDirectory() as pictures:
-        for each, tokens in asked.items():
-            scores, said = items.measure(model, tokens, pictures, each)
+        for each, asking in asked.items():
+            scores, said = items.measure(model, asking, pictures, each)
             rows[each] = scores
-            scores |= moved.measure(model, tokens, said, start, pictures, each)
+            scores |= moved.measure(model, asking, said, start, pictures, each)
             if model.config.vision:
                 texts = [row["answers"][0] for row in said if not row["id"].startswith("text")]
                 scores["image words"] = mean([len(text.split()) for text in texts])
-                scores["behind a picture"] = items.behind_a_picture(model, tokens, pictures, each)
+                scores["behind a picture"] = items.behind_a_picture(model, asking, pictures, each)
     return rows
 
 
@@ -365,10 +358,7 @@ def smol_jobs(s, folder, seed):
     smol.run(smol.Settings(out=str(made), seed=seed, dtype=s.dtype))
     data = folder / "data"
     if not (data / "records.jsonl").exists():
-        asked = write_prompts(600, seed, data, english=True)
-        annotate.annotate(annotate.Settings(
-            ckpt=str(made / "llava"), data=str(asked), out=str(data), judge="oracle", seed=seed,
-            temperature=1.0, max_new=40, batch=32, device="cpu", dtype=s.dtype))
+        smol.sample(made / "llava", data, 600, seed, "cpu", s.dtype)
     half = folder / "half"
     if not half.exists():
         checkpoint.mix(made / "llava", made / "lm", 0.5, half)
@@ -397,8 +387,8 @@ def toy_jobs(s, folder, seed):
     if s.today:
         for name, how in (RUNS | TODAY_RUNS).items():
             if name in FIRST or name in TODAY_RUNS:
-                again = how[1].get("records") == "again"
-                runs.append((name, how, dpo_ckpt if again else toy / "llava"))
+                begins = dpo_ckpt if how[1].get("of") == "DPO" else toy / "llava"
+                runs.append((name, how, begins))
         if s.from_scratch:
             runs.append((REPLAYED, None, toy / "replayed"))
         return jobs_of(runs, toy / "llava", s, folder, seed)
@@ -442,7 +432,8 @@ def run(s: Settings):
     for seed in range(s.first, s.first + s.seeds):
         folder = out / f"seed-{seed}"
         jobs = smol_jobs(s, folder, seed) if s.smol else toy_jobs(s, folder, seed)
-        waves = ([job for job in jobs if not job.waits()], [job for job in jobs if job.waits()])
+        late = [job for job in jobs if job.how and job.ckpt != job.start]    # they wait for DPO's model
+        waves = ([job for job in jobs if job not in late], late)
         bar = tqdm(total=len(jobs), desc=f"seed {seed}", unit="run", disable=None)
         with ProcessPoolExecutor(s.workers, spawn, end_with_parent) as pool:
             for wave in waves:

@@ -40,7 +40,7 @@ from train import Run
 class Settings(training.Settings):
     """Supervised fine-tuning on golden answers."""
     data: tuple = ()             # a file (see formats.py), or two: what to learn, and what to replay
-    share: float = 0.0           # how many of the conversations are of the second file
+    share: float = 0.0           # share of the conversations that are of the second file
     out: str = "runs/sft"        # run folder
     lr: float = 0.0              # peak learning rate; 0: 2e-5 (LLaVA), adapters 4e-4 (the paper)
 

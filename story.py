@@ -37,11 +37,11 @@ def sample(ckpt, out, prompts: int, seed: int, device="auto", dtype="auto"):
     answer(ckpt, write_prompts(prompts, seed, out), out, seed, device, dtype)
 
 
-def answer(ckpt, asked, out, seed: int, device="auto", dtype="auto"):
+def answer(ckpt, asked, out, seed: int, device="auto", dtype="auto", max_new=48, batch=64):
     """Those of a file of questions -> `out`/records.jsonl."""
     annotate.annotate(annotate.Settings(
         ckpt=str(ckpt), data=str(asked), out=str(out), judge="oracle", seed=seed,
-        temperature=1.0, max_new=48, batch=64, device=device, dtype=dtype))
+        temperature=1.0, max_new=max_new, batch=batch, device=device, dtype=dtype))
 
 
 def run(s: Settings):

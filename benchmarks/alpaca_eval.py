@@ -161,7 +161,7 @@ def at_equal_length(wins, longer, ridge=0.01):
 
     A little ridge on both weights keeps a model that always wins at a finite place.
     """
-    if not wins:
+    if len(wins) == 0:
         return mean([])
     y, d = np.array(wins, float), np.array(longer, float)
     x = np.stack([np.ones_like(d), np.tanh(d / (d.std() or 1.0))])         # (2, n)

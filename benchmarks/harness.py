@@ -50,7 +50,7 @@ from common import BadInput, sha, write_jsonl, write_whole
 from data import make_tree
 from generate import check_room, sample_answers
 from judge.client import continuation
-from vision import load_image, read_image
+from vision import decode_image, read_image
 
 
 @dataclass
@@ -91,12 +91,12 @@ def ratios(parts: list[tuple]) -> dict:
     """
     if not parts or not all(np.sum(b) for _, b, _ in parts):
         return {"mean": None, "ci": None, "n": 0}
-    mean, n = 0.0, 0
+    total, n = 0.0, 0
     moved = defaultdict(float)                         # group -> by how much it moves the mean
     for a, b, groups in parts:
         a, b = np.asarray(a, float), np.asarray(b, float)
         ratio = a.sum() / b.sum()
-        mean += ratio / len(parts)
+        total += ratio / len(parts)
         n += len(a)
         for group, x in zip(groups, (a - ratio * b) / b.sum() / len(parts)):
             moved[group] += x
@@ -104,7 +104,7 @@ def ratios(parts: list[tuple]) -> dict:
     if G > 1:
         variance = G / (G - 1) * sum(x * x for x in moved.values())
         ci = float(1.96 * variance ** 0.5)
-    return {"mean": float(mean), "ci": ci, "n": n}
+    return {"mean": float(total), "ci": ci, "n": n}
 
 
 def mean(values: list[float], groups: list | None = None) -> dict:
@@ -155,8 +155,9 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
 
     @cache
     def hash_of(path):
-        load_image(path, small=pixels.size)            # a broken one is found before it is shown
-        return sha(Path(path).read_bytes())
+        data = read_image(Path(path))
+        decode_image(data, path, pixels.size)          # a broken one is found before it is shown
+        return sha(data)
 
     def ready(item):
         """(key, item, tree) of what is asked next; the key names all that the answer depends on."""

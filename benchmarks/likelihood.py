@@ -49,34 +49,35 @@ def items(folder):
 def measure(model, tokens, pixels, items):
     """The items with their golden answers as texts, and in their rows the log-prob and the number
     of tokens; or with the reason why there is none."""
-    trees = {}
-    measured = []
-    for item in items:
+    measured = [replace(item) for item in items]
+    asked, trees = [], []
+    for item in measured:
         try:
             tree = make_tree(tokens, item.row, [item.row["golden"]])
             length = tree.length + len(tree.answers[0])
             if length > tokens.room:
                 raise BadInput(f"is {length} tokens long, the model has room for {tokens.room}")
-            trees[item.id] = replace(tree, id=item.id)
         except BadInput as problem:
-            item = replace(item, failed=str(problem))
-        measured.append(item)
+            item.failed = str(problem)
+        else:
+            asked.append(item)
+            trees.append(tree)
 
-    logps = {}
-    bar = tqdm(total=len(trees), desc="likelihood", disable=None, leave=False)
-    for part in split(trees.values(), pack_size(0, model.device)):
+    for item, (logp, length) in zip(asked, given_logps(model, pixels, trees, "likelihood")):
+        item.row = item.row | {"logp": logp, "tokens": length}
+        item.texts = [item.row["golden"]]
+    return measured
+
+
+def given_logps(model, pixels, trees, desc):
+    """(log p of its one answer, that answer's tokens) of each tree, in order."""
+    bar = tqdm(total=len(trees), desc=desc, disable=None, leave=False)
+    for part in split(trees, pack_size(0, model.device)):
         pack = pixels.pack(part).to(model.device)
         for tree, logp in zip(part, answer_logps(model, pack).tolist()):
-            logps[tree.id] = {"logp": logp, "tokens": len(tree.answers[0])}
-        bar.update(len(part))
+            yield logp, len(tree.answers[0])
+            bar.update()
     bar.close()
-    return [with_logp(item, logps.get(item.id)) for item in measured]
-
-
-def with_logp(item, found):
-    if not found:
-        return item
-    return replace(item, row=item.row | found, texts=[item.row["golden"]])
 
 
 def answer_rows(items, model):

@@ -76,22 +76,23 @@ def absent(cell):
 def answer_rows(items, model):
     rows = llava_rows(items, model)
     for row, item in zip(rows, items):
-        options = item.row["options"]
-        row |= {"round_id": 0, "options": [*options.values()], "option_char": [*options]}
+        texts = item.row["options"]
+        row |= {"round_id": 0, "options": [*texts.values()], "option_char": [*texts]}
     return rows
 
 
-def letter(text, options):
-    """The option that an answer names, by VLMEvalKit's rules; None where it is none, or several."""
+def letter(text, texts):
+    """The option {letter: text} that an answer names, by VLMEvalKit's rules; None where it is none,
+    or several."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
-    named = [letter for letter in options if letter in words]
+    named = [name for name in texts if name in words]
     if len(named) == 1 and words.index(named[0]) > len(words) - 5:
         return named[0]
     if found := re.search(r"answer is \*\*([A-D])\*\*", text):
-        return found[1] if found[1] in options else None
-    if len(text) > 2 * sum(map(len, options.values())):
+        return found[1] if found[1] in texts else None
+    if len(text) > 2 * sum(map(len, texts.values())):
         return None
-    told = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    told = [name for name, option in texts.items() if option.lower() in text.lower()]
     return told[0] if len(told) == 1 else None
 
 

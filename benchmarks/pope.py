@@ -104,8 +104,8 @@ def key(row):
 
 def official(text):
     """LLaVA's eval_pope.py."""
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "not", "no"} & set(words) else "yes"
+    said = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(said) else "yes"
 
 
 def words(text):

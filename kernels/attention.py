@@ -95,6 +95,11 @@ class Mask:
         return moved
 
     @cached_property
+    def bounds(self) -> Tensor:
+        """lo, hi and own of every token, int32 (3, T)."""
+        return torch.stack([self.lo, self.hi, self.own]).int()
+
+    @cached_property
     def trees(self) -> tuple[list, list]:
         """Trees [start, prompt's end, answer's end, ...] and images (start, end), in tokens."""
         return segments(self)

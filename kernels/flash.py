@@ -79,7 +79,7 @@ def tiles(mask: Mask, BM: int, BN: int) -> tuple[Tensor, Tensor]:
     """Work for programs that own BM queries, and for those that own BN keys: int32 (programs, 11).
 
     A row:  first, end   what the program owns
-            limit        where the blocks before the gap end
+            limit        where the blocks before the gap end; for keys, where all end
             2 walks      without a mask | ragged:  start, blocks before the gap, gap, blocks in all
     """
     key = "tiles", BM, BN
@@ -165,13 +165,6 @@ def key_tiles(tree: list[int], BM: int, BN: int) -> list[tuple]:
         found.append((first, end, last, *walk(first + before * BM, behind - before, last, 0, BM),
                       *walk(first, before, first + behind * BM, count - behind, BM)))
     return found
-
-
-def bounds(mask: Mask) -> Tensor:
-    """lo, hi and own of every token, int32 (3, T)."""
-    if "bounds" not in mask.kept:
-        mask.kept["bounds"] = torch.stack([mask.lo, mask.hi, mask.own]).int()
-    return mask.kept["bounds"]
 
 
 # ---- pieces of the kernels -----------------------------------------------------------------------
@@ -359,7 +352,7 @@ class FlashAttention(torch.autograd.Function):
 
         BM, BN, warps, stages = BLOCKS[chip(q), D][0]
         queries, _ = tiles(mask, BM, BN)
-        forward[H, len(queries)](q, k, v, o, lse, queries, bounds(mask), T, scale,
+        forward[H, len(queries)](q, k, v, o, lse, queries, mask.bounds, T, scale,
                                  H, G, D, BM, BN, num_warps=warps, num_stages=stages)
 
         ctx.save_for_backward(q, k, v, o, lse)
@@ -377,12 +370,12 @@ class FlashAttention(torch.autograd.Function):
         _, for_keys, for_queries = BLOCKS[chip(q), D]
         BM, BN, warps, stages = for_queries
         queries, _ = tiles(mask, BM, BN)
-        queries_backward[H, len(queries)](q, k, v, do, lse, delta, dq, queries, bounds(mask), T, scale,
+        queries_backward[H, len(queries)](q, k, v, do, lse, delta, dq, queries, mask.bounds, T, scale,
                                           H, G, D, BM, BN, num_warps=warps, num_stages=stages)
 
         BM, BN, warps, stages = for_keys
         _, keys = tiles(mask, BM, BN)
-        keys_backward[G, len(keys)](q, k, v, do, lse, delta, dk, dv, keys, bounds(mask), T, scale,
+        keys_backward[G, len(keys)](q, k, v, do, lse, delta, dk, dv, keys, mask.bounds, T, scale,
                                     H, G, D, BM, BN, num_warps=warps, num_stages=stages)
         return dq, dk, dv, None, None
 

@@ -716,7 +716,8 @@ def test_what_transformers_wrote_in_shards_and_an_adapter_are_mixed_and_transfor
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.normal_(generator=torch.Generator().manual_seed(1))
-    b = lora.save_adapter(model, tmp_path / "b", a)
+    b = tmp_path / "b"
+    lora.save_adapter(model, b, a)
     ids = torch.tensor([1, *[model.config.image_token] * 4, 9, 30, 7, 300])
     for alpha, end in ((0.0, a), (1.0, b)):
         mixed = load(checkpoint.mix(str(a), str(b), alpha, tmp_path / f"{alpha}"))

@@ -183,7 +183,8 @@ def test_today_s_runs_begin_where_they_should_and_those_of_dpo_s_model_wait_for_
     assert set(names[-4:]) == {"DPO, a second round", *(f"DPO + {share} Vicuna-mini" for share in (0.25, 0.5, 0.75))}
     found = dict(started)
     assert found["DPO, a second round"] == "seed-30/DPO/model" and found[reproduce.REPLAYED] == "seed-30/toy/replayed"
-    assert found["DPO, pictures swapped"] == found["LLaVA-mini"] == "seed-30/toy/llava"
+    assert found["DPO, pictures swapped"] == found["LLaVA-mini"] == found["LLaVA-mini + 0.5 Vicuna-mini"] == "seed-30/toy/llava"
+    assert found["DPO + 0.5 Vicuna-mini"] == "seed-30/DPO/model"
 
 
 def test_a_run_finds_its_own_data(tmp_path, monkeypatch):
@@ -202,7 +203,7 @@ def test_a_run_finds_its_own_data(tmp_path, monkeypatch):
     text = reproduce.data_of(job("DPO, text pairs alone"), "text")
     assert again == tmp_path / "again/records.jsonl" and text == tmp_path / "text/records.jsonl"
     reproduce.train(job("SFT, full answers, 33% text"))
-    reproduce.train(job("DPO + 0.25 Vicuna-mini"))
+    reproduce.train(job("DPO + 0.25 Vicuna-mini", tmp_path / "DPO/model"))
     assert asked == [("DPO", "again", 1030), ("llava", "prompts.jsonl", 1000), ["records.jsonl", "replay-SFT-full-answers-33-text.jsonl", 0.33], ("DPO/model", "vicuna", 0.25)]
     assert len(read_jsonl(tmp_path / "replay-SFT-full-answers-33-text.jsonl")) == 500
 
@@ -299,8 +300,8 @@ def test_a_real_model_has_the_columns_of_its_own_table(tmp_path, monkeypatch):
 def test_a_real_model_s_seed_is_made_sampled_and_aligned_with_adapters(tmp_path, monkeypatch, inline):
     done = []
     monkeypatch.setattr(reproduce.smol, "run", lambda s: done.append(("made", s.out, s.seed)))
-    monkeypatch.setattr(reproduce, "write_prompts", lambda n, seed, folder, english: done.append(("asked", english)) or folder)
-    monkeypatch.setattr(reproduce.annotate, "annotate", lambda s: done.append(("judged", s.ckpt, s.judge)))
+    monkeypatch.setattr(smol.tasks, "write_prompts", lambda n, seed, folder, english: done.append(("asked", english)) or folder)
+    monkeypatch.setattr(story.annotate, "annotate", lambda s: done.append(("judged", s.ckpt, s.judge)))
     monkeypatch.setattr(reproduce.checkpoint, "mix", lambda a, b, alpha, out: done.append(("mixed", a.name, b.name, alpha)))
     monkeypatch.setattr(reproduce, "outcome", lambda job: done.append((job.name, job.how and job.how[1]["lora"], job.ckpt.name)) or [])
     monkeypatch.setattr(reproduce, "table", lambda *args: "")

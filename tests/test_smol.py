@@ -265,7 +265,7 @@ def test_the_story_measures_samples_judges_aligns_and_measures_again(tmp_path, m
     monkeypatch.setattr(smol.lora, "run", lambda s: done.append(("whole", Path(s.ckpt).relative_to(tmp_path), Path(s.out).name)))
     figure = {"mean": 0.5, "ci": None, "n": 2}
     monkeypatch.setattr(smol, "measure", lambda folder, name: done.append(("measured", name)) or dict.fromkeys(smol.TOLD[:6], figure))
-    monkeypatch.setattr(smol.annotate, "annotate", lambda s: done.append(("judged", Path(s.ckpt).name, s.judge)))
+    monkeypatch.setattr(smol.story.annotate, "annotate", lambda s: done.append(("judged", Path(s.ckpt).name, s.judge)))
     monkeypatch.setattr(smol.dpo, "align", lambda s: done.append(("aligned", Path(s.data).name, s.lora)))
     monkeypatch.setattr(smol, "PROMPTS", 2)
     smol.run(smol.Settings(out=str(tmp_path / "out"), story=True))
@@ -276,6 +276,10 @@ def test_the_story_measures_samples_judges_aligns_and_measures_again(tmp_path, m
     said = capsys.readouterr().out
     assert "llava + DPO" in said and "0.50" in said and "scene talk" in said and said.splitlines()[-1].startswith("next: python chat.py")
     assert [path.name for path in (tmp_path / "out/tuning/adapter").iterdir()] == ["adapter_config.json"]
+    (tmp_path / "out/dpo").mkdir()
+    with pytest.raises(BadInput, match="out/dpo is there already; choose another --out"):
+        smol.run(smol.Settings(out=str(tmp_path / "out"), story=True))
+    assert len(done) == 7, "before anything is measured"
 
 
 def test_the_shipped_adapter_is_small_says_how_it_was_made_and_fits_what_smol_makes():

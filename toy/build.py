@@ -269,7 +269,7 @@ def visual_trees(tokens, seed, draw_kinds):
         look = rng.randrange(2**31)
         kinds, brief = draw_kinds(rng)
         turns = [world.ask(rng, scene, kind) for kind in kinds]
-        tree = as_tree(tokens, tasks.conversation("", turns, brief, scene, "picture"))
+        tree = as_tree(tokens, tasks.conversation("", turns, brief, scene, look))
         tree.images = [(scene, look)]                                        # drawn in memory, no file
         yield tree
 

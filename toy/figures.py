@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 from common import HERE, main, read_jsonl
 
-METHODS = {                      # name -> color, marker: a dot for the thousand image questions alone
+LOOKS = {                      # name -> color, marker: a dot for the thousand image questions alone
     "LLaVA-mini": ("black", "o"),
     "SFT, short answers": ("tab:orange", "o"),
     "SFT, full answers": ("tab:blue", "o"),
@@ -36,7 +36,7 @@ METHODS = {                      # name -> color, marker: a dot for the thousand
     "SFT, full answers, 5% text": ("tab:blue", "+"),
     "LLaVA-mini, 33% text in tuning": ("black", "+"),
 }
-MIXED = ("LLaVA-mini", *(f"LLaVA-mini + {share} Vicuna-mini" for share in (0.25, 0.5, 0.75)))
+AVERAGED = ("LLaVA-mini", *(f"LLaVA-mini + {share} Vicuna-mini" for share in (0.25, 0.5, 0.75)))
 DATA = {
     0: "LLaVA-mini",
     25: "DPO, 25% of the data",
@@ -88,7 +88,7 @@ def draw_methods(axis, rows, column):
     """A small mark for each seed, a large one for their mean, an arrow from where all began; the
     mixtures of both models are one path."""
     start = [values(rows, "LLaVA-mini", name).mean() for name in (column, "text")]
-    for name, (color, marker) in METHODS.items():
+    for name, (color, marker) in LOOKS.items():
         x = values(rows, name, column)
         y = values(rows, name, "text")
         sibling = name == "LLaVA-mini, 33% text in tuning"                   # it began elsewhere
@@ -100,7 +100,7 @@ def draw_methods(axis, rows, column):
         if name != "LLaVA-mini" and not sibling:
             axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "alpha": 0.6})
 
-    path = [[values(rows, name, c).mean() for c in (column, "text")] for name in MIXED
+    path = [[values(rows, name, c).mean() for c in (column, "text")] for name in AVERAGED
             if len(values(rows, name, column))]
     if len(path) > 1:
         axis.plot(*zip(*path), color="grey", marker=".", linestyle="--",
@@ -172,17 +172,15 @@ def save(found, out):
 
 @dataclass
 class Settings:
-    """Draw the experiment's figures."""
-    rows: str = str(HERE / "results/today.jsonl")        # what reproduce.py --today wrote
-    curves: str = str(HERE / "results/reproduce.jsonl")  # what reproduce.py wrote
-    smol: str = str(HERE / "results/smol.jsonl")         # what reproduce.py --smol wrote
+    """Draw the experiment's figures from the rows of this repository."""
     out: str = str(HERE / "results/figures")             # folder of the figures
 
 
 def run(s: Settings):
-    out = Path(s.out)
-    draw(read_jsonl(s.rows), out, read_jsonl(s.curves))
-    save({"smol": real(read_jsonl(s.smol))}, out)
+    today, old, smol = (read_jsonl(HERE / f"results/{name}.jsonl")
+                        for name in ("today", "reproduce", "smol"))
+    draw(today, Path(s.out), old)
+    save({"smol": real(smol)}, Path(s.out))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ between them:
     judged      the judge's S = helpfulness + correctness + coherence on image questions, 0 to 12
 
 They run with no judge and no download, which is what `python evaluate.py` does unless told
-otherwise. """
+otherwise.
+"""
 from benchmarks.harness import Item, aligned, answer, mean, shown
 from common import BadInput
 from data import Pixels
@@ -107,11 +108,11 @@ def ask(model, tokens, records, desc):
     return [item.texts for item in answered]
 
 
-def table(rows):
+def table(rows, columns=COLUMNS):
     """{model: scores} -> one row per model, "mean ±95 % interval" per column, "-" where a text
     model has none."""
     cells = {name: [] for name in rows}
     for name, scores in rows.items():
-        for column, form in COLUMNS.items():
+        for column, form in columns.items():
             cells[name].append(shown(scores[column], form) if column in scores else "-")
-    return aligned(cells, list(COLUMNS))
+    return aligned(cells, list(columns))

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 import checkpoint
+from benchmarks.alpaca_eval import at_equal_length
 from benchmarks.harness import mean, ratios
-from data import Pixels, Tokens, make_tree, pack_size, split, usable
+from benchmarks.likelihood import given_logps
+from data import Pixels, Tokens, make_tree, usable
 from generate import sample_answers
-from model import answer_logps
 from toy import items, oracle, tasks
 
 ASKED = 50           # held-out questions about pictures, of each kind
@@ -61,17 +62,12 @@ def divergence(model, start, tokens, records, seed=0):
 def logps_of(model, tokens, pixels, answered):
     """[(log p of its answer, how many tokens that has)] of each (record, text)."""
     trees = [make_tree(tokens, record, [text]) for record, text in answered]
-    found = []
-    for part in split(trees, pack_size(0, model.device)):
-        logps = answer_logps(model, pixels.pack(part).to(model.device)).tolist()
-        found += [(logp, len(tree.answers[0])) for tree, logp in zip(part, logps)]
-    return found
+    return list(given_logps(model, pixels, trees, "divergence"))
 
 
 # ---- better, or longer ---------------------------------------------------------------------------
 
-ROUNDS = 25          # of Newton's method; it has converged after ten
-RIDGE = 1e-4         # on phi, an answer's share: where longer always wins, the data leave it open
+RIDGE = 1e-4         # on phi, for each answer: finite also where the longer one always wins
 SAME = 0.05          # least share of answers within a word of the start's length
 RESAMPLES = 200
 
@@ -79,15 +75,8 @@ RESAMPLES = 200
 def win_rate(wins, longer):
     """wins (N,): 1, 0.5 or 0 against the start; longer (N,) in words -> the win rate at equal
     length."""
-    spread = longer.std()
-    x = np.stack([np.ones_like(longer), np.tanh(longer / spread) if spread else longer], 1)
-    theta = np.zeros(2)
-    penalty = RIDGE * np.diag([1e-3, 1.0]) * len(wins)   # on theta only against winning everything
-    for _ in range(ROUNDS):
-        p = 1 / (1 + np.exp(-x @ theta))                                     # (N,)
-        gradient = x.T @ (wins - p) - penalty @ theta
-        theta += np.linalg.solve((x.T * (p * (1 - p))) @ x + penalty, gradient)
-    return 1 / (1 + np.exp(-theta[0]))
+    ridge = RIDGE * np.array([1e-3, 1.0]) * len(wins)    # on theta only against winning everything
+    return at_equal_length(wins, longer, ridge)["mean"] / 100
 
 
 def controlled(records, said, start_said):

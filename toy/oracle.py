@@ -11,7 +11,8 @@ A record of tasks.py carries its questions with a full answer ("the circle is re
 
 Five attributes, 0 to 4 as HelpSteer (arXiv:2311.09528) has them, follow from truth and form.
 Nothing depends on who answers, and wrong but wordy never beats right but terse (only a description
-is marked by degrees). The scorers of the miniature's benchmarks use the same two quantities. """
+is marked by degrees). The scorers of the miniature's benchmarks use the same two quantities.
+"""
 import json
 import re
 from collections import Counter
@@ -55,9 +56,9 @@ def f1(got, want):
 
 def facts(text) -> Counter:
     """What a description says: one fact per attribute, tied to the shape that carries it."""
-    plain = re.sub(r"i see |\ba |, |and |\.", "", text)
+    bare = re.sub(r"i see |\ba |, |and |\.", "", text)
     found = Counter()
-    for size, color, shape, place in re.findall(r"(\S+) (\S+) (\S+)(?: at (\S+))?", plain):
+    for size, color, shape, place in re.findall(r"(\S+) (\S+) (\S+)(?: at (\S+))?", bare):
         found.update((shape, value) for value in (size, color, shape, place) if value)
     return found
 

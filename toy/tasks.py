@@ -156,28 +156,26 @@ TASK_MAKERS = {
 
 # ---- records: as in formats.py, plus "truth", the scene and the turns that the judge will need ---
 
-def conversation(name, turns, brief=False, scene=None, image="", seed=0):
-    """One record: questions and answers in turn, the last answer as `golden`. `seed` is the
-    picture's."""
+def conversation(name, turns, brief=False, scene=None, look=None):
+    """One record: questions and answers in turn, the last answer as `golden`. `look` is the seed of
+    its picture; without one it has none."""
     messages = []
     for t in turns:
         messages.append({"role": "user", "content": t["question"]})
         messages.append({"role": "assistant", "content": t["bare" if brief else "full"]})
     golden = messages.pop()["content"]
-    if image:
+    images = []
+    if look is not None:
+        images = [f"images/{name}.png"]
         messages[0]["content"] = "<image>\n" + messages[0]["content"]
 
     return {
         "id": name,
-        "images": [image] if image else [],
+        "images": images,
         "messages": messages,
         "golden": golden,
-        "truth": {"scene": scene, "seed": seed, "turns": turns},
+        "truth": {"scene": scene, "seed": look or 0, "turns": turns},
     }
-
-
-def about_picture(name, turns, scene, seed):
-    return conversation(name, turns, scene=scene, image=f"images/{name}.png", seed=seed)
 
 
 def text_conversation(rng, most=4):
@@ -213,7 +211,7 @@ def preference_prompts(n: int, seed: int, kinds=MIXED) -> list[dict]:
         look = rng.randrange(2**31)
         kind = rng.choice(rng.choice(kinds))
         turns = [ask(rng, scene, kind)]
-        records.append(about_picture(name, turns, scene, look))
+        records.append(conversation(name, turns, scene=scene, look=look))
     return records
 
 
@@ -250,7 +248,7 @@ def items(bench: str, n: int, split="dev", seed=0) -> list[dict]:
                 asked = ask(rng, scene, ("color", "size", "where", "shape")[i % 4])
             else:
                 asked = ask(rng, scene, bench)
-            record = about_picture(name, [asked], scene, 10**6 + i)
+            record = conversation(name, [asked], scene=scene, look=10**6 + i)
         records.setdefault(str((record["messages"], scene)), record)
     return list(records.values())
 

@@ -13,7 +13,8 @@ big-red-circle") and takes the very questions that a picture takes, so a text mo
 look things up before it sees.
 
 Everybody draws from `random.Random` in a fixed order: the same seed, the same world. The split into
-train, dev and test is a checksum of the scene or of the question. """
+train, dev and test is a checksum of the scene or of the question.
+"""
 import math
 import random
 import re
