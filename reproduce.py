@@ -129,10 +129,10 @@ TODAY_RUNS = {
 }
 REPLAYED = "LLaVA-mini, 33% text in tuning"
 SMOL_RUNS = {
-    "SFT, full answers": ("sft", {"lr": 4e-4}),
-    "Rejection sampling": ("rejection", {"lr": 4e-4}),
+    "SFT, full answers": ("sft", {"lr": 1e-4}),
+    "Rejection sampling": ("rejection", {"lr": 1e-4}),
     "SteerLM": ("steerlm", {"lr": 4e-4}),
-    "DPO": ("dpo", {"lr": 1e-4, "pairs_only": True}),
+    "DPO": ("dpo", {"lr": 2e-5, "pairs_only": True}),
 }
 SMOL_FIRST = ("SmolLM2", "LLaVA-Smol", "half and half")
 NARROWER = {"DPO of a narrower model": ("dpo", {}), "LLaVA-mini, narrower": None}
