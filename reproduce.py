@@ -37,6 +37,7 @@ import os
 import random
 import statistics
 import threading
+import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -264,6 +265,7 @@ def outcome(job):
         return read_jsonl(folder / "row.jsonl")
 
     torch.set_num_threads(1)
+    began = time.perf_counter()
     model, steps, lr = job.ckpt, 0, 0.0
     with (open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log)):
         try:
@@ -279,7 +281,8 @@ def outcome(job):
         except Exception as problem:
             raise BadInput(f"{job.name}: {problem}; see {folder}.log") from problem
 
-    about = describe_run(None, seed=job.seed, steps=steps, lr=lr)
+    seconds = round(time.perf_counter() - began)         # training and measuring
+    about = describe_run(None, seed=job.seed, steps=steps, lr=lr, seconds=seconds)
     rows = [about | {"name": each, "scores": found} for each, found in scores.items()]
     write_jsonl(folder / "row.jsonl", rows)
     return rows

@@ -270,6 +270,11 @@ def test_the_pages_tables_are_drawn_from_results():
     for line in drawn.splitlines():
         assert line.strip() in page, f"not in docs/experiment.md: {line}"
 
+    rows = read_jsonl(ROOT / "results" / "smol.jsonl")
+    page = [line.strip() for line in (ROOT / "docs" / "smol.md").read_text().splitlines()]
+    for line in reproduce.table(rows, [*reproduce.SMOL_FIRST, *reproduce.SMOL_RUNS], reproduce.REAL_COLUMNS).splitlines():
+        assert line.strip() in page, f"not in docs/smol.md: {line}"
+
 
 # ---- a real language model ---------------------------------------------------------------------------------------
 

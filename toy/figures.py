@@ -128,6 +128,7 @@ REAL = {                         # column -> what its panel is about
     "nll": "nats a token of given answers\n(lower is better)",
     "scene talk": "share of text answers that\nspeak of the world's things",
     "judged": "image answers,\nthe judge's S (0 to 12)",
+    "exist": "is it in the picture?\nshare answered rightly",
 }
 
 
@@ -135,7 +136,7 @@ def real(rows):
     """One panel per column, one line per model: a small dot for each seed, a large one for their
     mean, and how high the language model itself stood."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure, axes = plt.subplots(1, len(REAL), figsize=(13, 0.8 + 0.36 * len(names)), sharey=True)
+    figure, axes = plt.subplots(1, len(REAL), figsize=(15, 0.8 + 0.36 * len(names)), sharey=True)
     for axis, (column, title) in zip(axes, REAL.items()):
         for line, name in enumerate(names):
             dots = values(rows, name, column)
