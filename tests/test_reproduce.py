@@ -20,7 +20,7 @@ import train
 from common import BadInput, read_jsonl
 from conftest import ROOT, tiny_checkpoint
 from judge.rubric import RUBRIC
-from toy import figures, items, tasks
+from toy import figures, items, moved, tasks
 
 ALL = reproduce.RUNS                     # the experiment below makes do with few
 FEW = ("SteerLM", "DPO", "DPO, 50% of the data", "DPO, 75% of labels flipped")
@@ -54,6 +54,7 @@ def experiment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(items, "ITEMS", {"text": 4, "exist": 4, "attribute": 3, "describe": 2, "choice": 2})
         patch.setattr(items, "MAX_NEW", 10)
+        patch.setattr(moved, "ASKED", 2)
         patch.setattr(story, "write_prompts", lambda n, seed, folder: tasks.write_prompts(32, seed, folder))
         patch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
         patch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda rows, out: out.mkdir()))
