@@ -85,9 +85,9 @@ class Settings(JudgeSettings):
 
 # ---- sampling -----------------------------------------------------------------------------------
 
-def sample(s, records, out, device) -> tuple[list, list]:
-    """Give every record without answers its n -> (records, rejects). Of N processes each does
-    every N-th batch."""
+def sample(s, records, out, device) -> tuple[dict, list]:
+    """n answers to each of these records -> ({id: answers}, rejects). Of N processes each does every
+    N-th batch."""
     folder = checkpoint.resolve(s.ckpt)
     config, _ = checkpoint.read_config(folder)
     tokens = Tokens(folder, config, s.template)
@@ -98,8 +98,6 @@ def sample(s, records, out, device) -> tuple[list, list]:
     todo = {}                        # what the answers depend on -> the tree to be answered
     rejects = []
     for record in records:
-        if record["answers"]:
-            continue
         try:
             tree = make_tree(tokens, record, [])
             check_room(tree.length + s.max_new, tokens.room)
@@ -130,21 +128,14 @@ def sample(s, records, out, device) -> tuple[list, list]:
     parallel.gather(None)                                # everybody's answers are on the disk
 
     known = read_answers(out)
-    sampled = {tree.id: known[key] for key, tree in todo.items()}
-    filled = []
-    for record in records:
-        answers = record["answers"] or sampled.get(record["id"])
-        if answers:
-            filled.append(record | {"answers": answers})
-    return filled, rejects
+    return {tree.id: known[key] for key, tree in todo.items()}, rejects
 
 
-def sample_from_server(s, records, out) -> tuple[list, list]:
+def sample_from_server(s, records, out) -> tuple[dict, list]:
     """The same from a server that has the model: a call for each answer, all journalled."""
     asked = {}                                           # record -> its questions
     for record in records:
-        if not record["answers"]:
-            asked[record["id"]] = [sampled_question(record, s, k) for k in range(s.n)]
+        asked[record["id"]] = [sampled_question(record, s, k) for k in range(s.n)]
     with closing(Replies(out / "samples.jsonl")) as replies:
         server = replace(s, judge=s.sampler, judge_url=s.sampler_url, thinking="", flex=False)
         client = Judge(server, replies)
@@ -152,17 +143,15 @@ def sample_from_server(s, records, out) -> tuple[list, list]:
               f"temperature {s.temperature}; the server spells the prompt, by its own template")
         client.ask([q for questions in asked.values() for q in questions])
 
-        filled, rejects = [], []
-        for record in records:
-            questions = asked.get(record["id"], [])
+        sampled, rejects = {}, []
+        for name, questions in asked.items():
             bad = [trouble for trouble in map(replies.trouble, questions) if trouble]
             if bad:
                 reason = f"{len(bad)} of {s.n} answers {bad[0]}; --retry_failed 1 asks again"
-                rejects.append({"id": record["id"], "reason": reason})
+                rejects.append({"id": name, "reason": reason})
             else:
-                answers = record["answers"] or list(map(replies.answer, questions))
-                filled.append(record | {"answers": answers})
-    return filled, rejects
+                sampled[name] = list(map(replies.answer, questions))
+    return sampled, rejects
 
 
 def sampled_question(record, s, k) -> Question:
@@ -390,6 +379,8 @@ def check_settings(s) -> None:
         raise BadInput("--temperature must not be negative, --top_p above 0 and at most 1")
     if s.export not in ("", "trl"):
         raise BadInput(f"--export {s.export}: the one format known is trl")
+    if s.judge == "oracle" and s.dry_run:
+        raise BadInput("--judge oracle costs nothing; leave --dry_run out")
     if s.judge not in ("", "oracle") or s.dry_run:
         door(s, dry=s.dry_run)
     if s.sampler:
@@ -418,7 +409,7 @@ def annotate(s: Settings):
     )
     unused = Counter(name for record in records for name in formats.unused(record))
     looks = s.dry_run or not s.judge and all(record["answers"] for record in records)
-    lost = set()                                         # of an earlier file of that name
+    lost = set()                                         # ids that writing the file would lose
     if not looks and file.exists():
         lost = {name for name, _ in formats.checked(file)} - {record["id"] for record in records}
     writes = first and not looks and not lost
@@ -434,16 +425,20 @@ def annotate(s: Settings):
 
     if first and not looks:
         records = [bring_pictures(record, out) for record in records]
-    if not all(record["answers"] for record in records):
+    unanswered = [record for record in records if not record["answers"]]
+    if unanswered:
         if bool(s.ckpt) == bool(s.sampler):
             raise BadInput(f"{s.data} has records without answers; say with --ckpt or with "
                            "--sampler who gives them")
         if s.sampler:
-            records, missing = sample_from_server(s, records, out)
+            sampled, refused = sample_from_server(s, unanswered, out)
         else:
-            records, missing = sample(s, records, out, device)
-        if missing:
-            formats.report(s.data, len(records), rejects + missing, out if first else None)
+            sampled, refused = sample(s, unanswered, out, device)
+        for record in unanswered:
+            record["answers"] = sampled.get(record["id"], [])
+        records = [record for record in records if record["answers"]]
+        if refused:
+            formats.report(s.data, len(records), rejects + refused, out if first else None)
     if not first:
         return None
     if not records:

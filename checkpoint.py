@@ -521,7 +521,8 @@ def write_folder(folder, file, tensors, documents, source):
             save_file(tensors, aside / file, metadata={"format": "pt"})
         except SafetensorError as error:                 # a full disk, to this library
             raise OSError(f"{aside / file}: {error}") from None
-        shutil.copymode(aside / name, aside / file)      # from the library: for its owner alone
+        plain = aside / next(iter(documents))            # the library writes for its owner alone
+        shutil.copymode(plain, aside / file)
         with open(aside / file, "rb+") as f:
             os.fsync(f.fileno())
 

@@ -132,19 +132,12 @@ def answer_all(s, ckpt, items, out):
                 print(f"{ckpt} sees no pictures; left out: {name}", file=sys.stderr)
                 continue
             if BENCHES[name] is likelihood:
-                found = likelihood.measure(model(), tokens, Pixels(config), asked)
+                answered[name] = likelihood.measure(model(), tokens, Pixels(config), asked)
             else:
-                found = answer(asked, model, tokens, Pixels(config), batch=s.batch, seed=s.seed,
-                               journal=journal, about=about, desc=f"{ckpt}: {name}")
-            keep_answers(name, ckpt, found, out)
-            answered[name] = found
+                answered[name] = answer(
+                    asked, model, tokens, Pixels(config), batch=s.batch, seed=s.seed,
+                    journal=journal, about=about, desc=f"{ckpt}: {name}")
     return answered
-
-
-def keep_answers(name, ckpt, items, out):
-    bench = BENCHES[name]
-    rows = bench.answer_rows([item for item in items if item.texts], slug(ckpt))
-    dump(out / name / bench.ANSWERS.format(model=slug(ckpt)), rows)
 
 
 def server_of(s, ckpt):
@@ -155,13 +148,9 @@ def server_of(s, ckpt):
 
 def answers_of_server(s, ckpt, items, out):
     """The same from a server that has the model; it spells the prompts."""
-    answered = {}
     with closing(Replies(out / "answers-server.jsonl")) as replies:
         client = Judge(server_of(s, ckpt), replies)
-        for name, asked in items.items():
-            answered[name] = answer_from_server(asked, client)
-            keep_answers(name, ckpt, answered[name], out)
-    return answered
+        return {name: answer_from_server(asked, client) for name, asked in items.items()}
 
 
 # ---- judgments ----------------------------------------------------------------------------------
@@ -248,11 +237,14 @@ def evaluate(s, names, model, out):
     model = slug(model)
     results = []
     for name, answered in items.items():
+        bench = BENCHES[name]
+        if not s.answers:
+            rows = bench.answer_rows([item for item in answered if item.texts], model)
+            dump(out / name / bench.ANSWERS.format(model=model), rows)
         rows, about = None, {}
-        file = BENCHES[name].JUDGMENTS
-        if file and s.judge:
+        if bench.JUDGMENTS and s.judge:
             rows, about = ask_judge(s, name, answered, model)
-            dump(out / name / file.format(model=model, judge=slug(s.judge)), rows)
+            dump(out / name / bench.JUDGMENTS.format(model=model, judge=slug(s.judge)), rows)
         results.append(summary(name, answered, rows, **about))
     run = describe_run(s, model=model, results=results)
     write_whole(out / "results.json", json.dumps(run, indent=1) + "\n")
@@ -289,9 +281,10 @@ def remarks(r):
         reason, *others = r["unanswered"].values()
         said.append(f"{1 + len(others)} not answered ({reason})")
     if r.get("style"):
-        words, *shares = r["style"].values()
-        looping, scene = (f"{share['mean']:.1%}" for share in shares)
-        said.append(f"{words['mean']:.0f} words an answer, {looping} loop, {scene} speak of a scene")
+        words, looping, scene = (r["style"][name]["mean"]
+                                 for name in ("words", "looping", "scene talk"))
+        said.append(f"{words:.0f} words an answer, {looping:.1%} loop, "
+                    f"{scene:.1%} speak of a scene")
     if r.get("unknown"):
         said.append(f"{r['unknown']} answers fit no option")
     if r.get("prompt"):

@@ -26,7 +26,6 @@ line in SHAPES. Nothing is dropped silently: what cannot be used comes back as (
 counted and printed. And nothing piles up: `stream` gives one record after another.
 """
 import ast
-import atexit
 import gzip
 import hashlib
 import json
@@ -41,6 +40,7 @@ from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,7 @@ from data import MARKER
 from judge.rubric import RUBRIC
 from vision import decode_image, image_path, read_image
 
+UNREADABLE = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 AT_ONCE = 1024                                 # records in memory while their images are looked at
 PEEK = 1 << 16                                 # bytes that tell what a file is
 DEEPEST = 50                                   # objects within objects
@@ -79,30 +80,23 @@ def take(row, *names):
             return value
 
 
-def check_depth(value) -> None:
-    level = [value]
-    for _ in range(DEEPEST):
-        below = []
-        for found in level:
-            if isinstance(found, dict | list | tuple):
-                below += found.values() if isinstance(found, dict) else found
-        level = below
-    if level:
+def check_depth(value, room=DEEPEST) -> None:
+    if not room:
         raise BadInput(f"is nested more than {DEEPEST} deep")
+    if isinstance(value, dict):
+        value = [*value.values()]
+    for below in value if isinstance(value, list | tuple) else []:
+        check_depth(below, room - 1)
 
 
 def spelled(text):
     """The value that a text spells in JSON or Python; None where it spells none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        with warnings.catch_warnings():
+    for read in (json.loads, ast.literal_eval):
+        with warnings.catch_warnings(), suppress(*UNREADABLE):
             warnings.simplefilter("ignore")              # of "\\d" and its like
-            return ast.literal_eval(text.strip())
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
+            found = read(text.strip())
+            check_depth(found)
+            return found
 
 
 def unspelled(value):
@@ -115,7 +109,6 @@ def unspelled(value):
     found = spelled(value)
     if found is None:
         raise BadInput("a text that begins like a list of turns is neither JSON nor Python")
-    check_depth(found)
     turns = found if isinstance(found, list) else [found]
     alike = all(isinstance(turn, dict) and {"content", "value"} & turn.keys() for turn in turns)
     return found if alike else value
@@ -278,8 +271,10 @@ def from_rejected(row):
     """ms-swift: a whole conversation ends with the chosen answer; the rejected one, or the whole
     conversation that ends with it, has a field of its own."""
     chosen = unspelled(take(row, "messages", "conversations"))
-    if not isinstance(chosen, list):
+    if chosen is None:
         chosen = [{"role": "assistant", "content": row.pop("response", None)}]
+    if not isinstance(chosen, list):
+        raise BadInput("its messages are no list of turns")
     rejected = take(row, "rejected_response", "rejected_messages", "rejected_conversations")
     rejected = unspelled(rejected)
     if not isinstance(rejected, list):
@@ -357,19 +352,15 @@ def convert(raw, name: str, keep_marker: bool = False) -> dict:
 
 def unfolded(raw):
     """A copy of the row; RLHF-V of the hub has question, chosen, rejected as JSON in "text"."""
-    inner = raw.get("text")
-    if "question" in raw or not isinstance(inner, str) or "chosen" not in inner:
-        return dict(raw)
-    if inner.lstrip()[0] not in "{[":                    # somebody asks what was chosen
-        return dict(raw)
-    found = spelled(inner)
+    row = dict(raw)
+    inner = row.get("text")
+    begins = isinstance(inner, str) and re.match(r"\s*[{\[].*chosen", inner, re.DOTALL)
+    if "question" in row or not begins:                  # somebody may ask what was chosen
+        return row
+    found = spelled(row.pop("text"))
     if not isinstance(found, dict):
         raise BadInput("its 'text' field is not JSON")
-    check_depth(found)
-    row = raw | found
-    if "text" not in found:
-        del row["text"]
-    return row
+    return row | found
 
 
 def images_of(row) -> list:
@@ -486,21 +477,27 @@ def with_files(record, root: Path, follow_links: bool, out: Path | None) -> dict
     {bytes, path} of the hub is the file at its image_path or path, where one is there and holds
     these bytes. Else the bytes are written to `out`/pictures.
     """
-    images = record["images"]
-    names = [file_of(image, root, follow_links) for image in images]
-    if None in names:
-        root = Path(out or temporary())
-        names = [stored(image, root) for image in images]
-    return record | {"images": names, "root": str(root)}
+    images = [file_of(image, root, follow_links) for image in record["images"]]
+    kinds = set(map(type, images))
+    if bytes in kinds:
+        if len(kinds) > 1:
+            raise BadInput("has pictures as files and others as bytes; write all of them to files")
+        root = Path(out or temporary().name)
+        images = [stored(data, root) for data in images]
+    return record | {"images": images, "root": str(root)}
 
 
 def file_of(image, root, follow_links):
-    """The name of a picture's file; None where there is none, but its bytes."""
+    """The name of a picture's file, or where there is none its bytes, which are base64 in JSON."""
     if not isinstance(image, dict):
         return image
-    data = bytes_of(image)
-    named = [image.get(key) for key in ("image_path", "path", "url", "src")]
-    named = [name for name in named if isinstance(name, str)]
+    data = image.get("bytes")
+    try:
+        data = None if nothing(data) else b64decode(data, validate=True)
+    except (ValueError, TypeError):
+        raise BadInput("an image's bytes are not base64") from None
+    keys = ("image_path", "path", "url", "src")
+    named = [image[key] for key in keys if isinstance(image.get(key), str)]
     for name in named:
         try:
             path = image_path(root, name, follow_links)
@@ -510,26 +507,12 @@ def file_of(image, root, follow_links):
             continue
     if data is None and not named:
         raise BadInput("an image has neither a path nor bytes")
-    return named[0] if data is None else None
+    return named[0] if data is None else data
 
 
-def bytes_of(image):
-    """The bytes of {bytes, path}, which are base64 in JSON; None where it has none."""
-    data = image.get("bytes") if isinstance(image, dict) else None
-    if nothing(data):
-        return None
-    try:
-        return b64decode(data, validate=True)
-    except (ValueError, TypeError):
-        raise BadInput("an image's bytes are not base64") from None
-
-
-def stored(image, out):
+def stored(data, out):
     """Write a picture's bytes to a file that their content names, whole or not at all -> its name
     below `out`."""
-    data = bytes_of(image)
-    if data is None:
-        raise BadInput("has pictures as files and others as bytes; write all of them to files")
     path = out / "pictures" / sha(data)
     if not path.exists() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -542,9 +525,7 @@ def stored(image, out):
 @cache
 def temporary():
     """A folder that ends with the process."""
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    return folder.name
+    return tempfile.TemporaryDirectory()
 
 
 # ---- why a record cannot be used -----------------------------------------------------------------

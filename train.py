@@ -87,7 +87,7 @@ class Settings:
     epochs: int = 3              # passes over the data (the paper's 3)
     batch: int = 128             # records per optimizer step (the paper's 128)
     lr: float = 0.0              # peak learning rate; 0: the method's own
-    projector_lr: float = 0.0    # the projector's peak rate; 0: --lr, with --lora the paper's 2e-5
+    projector_lr: float = 0.0    # the projector's; 0: --lr, with --lora's own rate the paper's 2e-5
     warmup: float = 0.03         # share of the steps with rising learning rate (LLaVA, the paper)
     clip: float = 1.0            # largest gradient norm (LLaVA's default); 0: none
     lora: int = 0                # rank of adapters (the paper's 128); 0: train all weights
@@ -226,6 +226,7 @@ class Run:
         self.out = out
         self.depends = depends
         self.done = 0                                    # steps
+        self.first = 0                                   # the step at which this process began
         self.stop = threading.Event()                    # SIGTERM came
         self.metrics = open(os.devnull, "w")
 

@@ -135,9 +135,24 @@ def aligned(rows: dict[str, list[str]], head: list[str], width: int = 13, names:
 # ---- answering ----------------------------------------------------------------------------------
 
 class Memory(dict):
-    """A journal that is forgotten."""
+    """A journal in memory alone, for what nobody resumes."""
     def append(self, row):
         self[row["key"]] = row
+
+
+def in_turns(items, ask):
+    """The items with an answer to every turn, or with the reason why there is none: ask(items) gives
+    (item, {"text", "finish"} or the reason) for each that is asked its next turn."""
+    items = [replace(item, texts=[], finishes=[]) for item in items]
+    for turn in range(max((len(item.questions) for item in items), default=0)):
+        todo = [item for item in items if not item.failed and turn < len(item.questions)]
+        for item, found in ask(todo):
+            if isinstance(found, str):
+                item.texts, item.finishes, item.failed = [], [], found
+            else:
+                item.texts.append(found["text"])
+                item.finishes.append(found["finish"])
+    return items
 
 
 def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, about="",
@@ -150,7 +165,6 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
     journal   a journal.Journal that knows earlier answers and keeps new ones
     about     names what answers depend on beside their prompt and settings: weights, precision
     """
-    items = [replace(item, texts=[], finishes=[]) for item in items]
     journal = Memory() if journal is None else journal
 
     @cache
@@ -167,7 +181,7 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
         pictures = [hash_of(path) for path in tree.images]
         return sha(about, tree.id, str(tree.prompt), settings, *pictures), item, tree
 
-    def ask(part):
+    def sample(part):
         """Journal the answers to a batch. It is asked whole, so that rounding does not depend on
         where a run was stopped."""
         _, alike, _ = part[0]
@@ -178,49 +192,36 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
             if key not in journal:
                 journal.append({"key": key, "id": tree.id, "answer": found})
 
-    for turn in range(max((len(item.questions) for item in items), default=0)):
+    def ask(asked):
         todo = []
-        for item in items:
-            if item.failed or turn >= len(item.questions):
-                continue
+        for item in asked:
             try:
                 todo.append(ready(item))
             except BadInput as problem:
-                item.texts, item.finishes, item.failed = [], [], str(problem)
-
+                yield item, str(problem)
         for part in tqdm(batches(todo, batch), desc=desc, unit="batch", disable=None, leave=False):
             if any(key not in journal for key, _, _ in part):
-                ask(part)
+                sample(part)
             for key, item, _ in part:
-                found = journal[key]["answer"]
-                item.texts.append(found["text"])
-                item.finishes.append(found["finish"])
-    return items
+                yield item, journal[key]["answer"]
+
+    return in_turns(items, ask)
 
 
 def answer_from_server(items, client):
     """The same from a server's model (judge/client.py), every call journalled there."""
-    items = [replace(item, texts=[], finishes=[]) for item in items]
-    for turn in range(max((len(item.questions) for item in items), default=0)):
-        asked = {}
-        for item in items:
-            if not item.failed and turn < len(item.questions):
-                try:
-                    asked[item.id] = server_question(item, client.s.judge)
-                except BadInput as problem:              # a missing picture
-                    item.texts, item.finishes, item.failed = [], [], str(problem)
-        client.ask(asked.values())
-        for item in items:
-            if item.id not in asked:
-                continue
-            item.failed = client.replies.trouble(asked[item.id])
-            if item.failed:
-                item.texts, item.finishes = [], []
-                continue
-            found = client.replies.answer(asked[item.id])
-            item.texts.append(found["text"])
-            item.finishes.append(found["finish"])
-    return items
+    def ask(asked):
+        todo = []
+        for item in asked:
+            try:
+                todo.append((item, server_question(item, client.s.judge)))
+            except BadInput as problem:                # a missing picture
+                yield item, str(problem)
+        client.ask(question for _, question in todo)
+        for item, question in todo:
+            yield item, client.replies.trouble(question) or client.replies.answer(question)
+
+    return in_turns(items, ask)
 
 
 def server_question(item, judge):

@@ -129,10 +129,6 @@ class Replies(Journal):
         row = self[q.key]
         return "" if row["state"] == "ok" else f"{row['state']}: {row['reason']}"
 
-    def keep(self, q, reply, final) -> None:
-        about = {"key": q.key, "id": q.id, "final": final, "time": time.time()}
-        self.append(about | asdict(reply))
-
 
 def continuation(model: str, record: dict, pictures: str, how: dict) -> Question:
     """The call in which a server's model goes on with a record's conversation. `how` it samples:
@@ -166,7 +162,7 @@ class Judge:
         self.failures = 0                # questions failed in a row
         self.calls = 0
         self.next_call = 0.0             # when one may be made, on time.monotonic's clock
-        self.turn = threading.Lock()     # held to change the last two
+        self.turn = threading.Lock()     # held to change calls and next_call
         self.stop = threading.Event()
         self.session = requests.Session()
         self.session.auth = lambda request: request      # or .netrc would replace our header
@@ -212,7 +208,8 @@ class Judge:
             elif reply.state == "truncated" and reply.text:
                 reply = replace(reply, state="ok", reason="length")      # as long as it may be
             final = is_final(reply, earlier)
-            self.replies.keep(q, reply, final)
+            about = {"key": q.key, "id": q.id, "final": final, "time": time.time()}
+            self.replies.append(about | asdict(reply))
             self.look_at(reply.version)
 
             self.failures = self.failures + 1 if reply.state == "failed" else 0
@@ -313,7 +310,7 @@ class Judge:
                     if time.monotonic() > until:
                         raise requests.Timeout(f"the reply took longer than {self.s.timeout:g} s")
                     if len(content) > LONGEST:
-                        return 200, {}, {"error": None}  # unparseable
+                        return 200, {}, {"error": None}  # no text: unparseable
         except (requests.RequestException, urllib3.exceptions.HTTPError) as problem:
             return 0, {}, self.scrub(f"no reply: {type(problem).__name__}: {problem}")
 
@@ -389,7 +386,7 @@ def door(s: JudgeSettings, dry: bool = False) -> tuple:
         raise BadInput("--workers, --timeout and --budget must be positive, --rpm not negative")
     name, _, model = s.judge.partition(":")
     if name not in PROTOCOLS or not model:
-        raise BadInput(f"--judge {s.judge}: say gemini:MODEL, openai:MODEL or (miniature) oracle")
+        raise BadInput(f"--judge {s.judge}: say gemini:MODEL or openai:MODEL")
     if s.flex and name != "gemini":
         raise BadInput("--flex is a service of Gemini's; leave it out")
     wire = PROTOCOLS[name]

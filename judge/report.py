@@ -11,7 +11,6 @@ best answer equally often.
 import json
 import math
 import random
-import re
 import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from common import shown
 from data import GAP, choose_pair
 from judge.rubric import RUBRIC, conversation, letter
-from judge.wire import jpeg
+from judge.wire import jpeg, parts
 
 SHOWN = 300     # records on a board; a page with thousands of pictures opens nowhere
 SMALL = 320     # pixels on the longest side of a picture there
@@ -157,17 +156,6 @@ def to_trl(record: dict, pair: tuple[int, int]) -> dict:
         "rejected": [{"role": "assistant", "content": parts(rejected)}],
         "images": record["images"],
     }
-
-
-def parts(content) -> list[dict]:
-    """"<image>\\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]."""
-    found = []
-    for piece in re.split(r"(<image>)\n?", content):
-        if piece == "<image>":
-            found.append({"type": "image"})
-        elif piece:
-            found.append({"type": "text", "text": piece})
-    return found
 
 
 def board(records: list[dict], root: Path, gap: int = GAP, seed: int = 0) -> str:

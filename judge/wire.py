@@ -187,13 +187,21 @@ def spoken(messages, pictures) -> list[dict]:
     for message in messages:
         content = message["content"]
         if "<image>" in content:
-            first, *rest = content.split("<image>")
-            parts = [{"type": "text", "text": first}]
-            for text in rest:
-                parts += [next(pictures), {"type": "text", "text": text.removeprefix("\n")}]
-            content = [part for part in parts if part.get("text") != ""]
+            found = parts(content)
+            content = [next(pictures) if part["type"] == "image" else part for part in found]
         said.append({"role": message["role"], "content": content})
     return said
+
+
+def parts(content) -> list[dict]:
+    """"<image>\\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]."""
+    found = []
+    for piece in re.split(r"(<image>)\n?", content):
+        if piece == "<image>":
+            found.append({"type": "image"})
+        elif piece:
+            found.append({"type": "text", "text": piece})
+    return found
 
 
 PROTOCOLS = {"gemini": Gemini(), "openai": OpenAI()}

@@ -172,6 +172,7 @@ def test_what_does_not_fit_the_model_is_rejected_before_anything_is_sampled(ckpt
 
 @pytest.mark.parametrize("flags, why", [
     ({"prompts": ""}, "--data is needed"), ({"ckpt": ""}, "say with --ckpt or with --sampler who"), ({"ckpt": "nowhere"}, "no such folder"), ({"export": "csv"}, "the one format known is trl"),
+    ({"judge": "oracle", "dry_run": True}, "costs nothing; leave --dry_run out"),
     ({"n": 0}, "--n must lie from 1 to 26"), ({"n": 27}, "from 1 to 26"), ({"max_new": 0}, "at least 1"), ({"batch": 0}, "at least 1"),
     ({"gap": 0}, "at least 1"), ({"temperature": -1.0}, "not be negative"), ({"top_p": 0.0}, "--top_p above 0"), ({"top_p": 1.5}, "at most 1")], ids=str)
 def test_the_door(ckpt, prompts, tmp_path, flags, why):

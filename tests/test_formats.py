@@ -261,6 +261,8 @@ UNUSABLE = {
     "RLHF-V with a list as text": ({"id": "r", "text": '["chosen"]'}, "'text' field is not JSON"),
     "image a number": (but(images=[3]), "image 3 is not a file name"),
     "image with a zero byte": (but(images=["a\0.png"]), "is not a file name"),
+    "images that spell a deep list": (but(images="[" * 900 + "]" * 900), "a picture as text, not a file name"),
+    "a text beside a rejected answer": ({"messages": "Hi?", "query": "Hi?", "response": GOOD, "rejected_response": BAD}, "no list of turns"),
 }
 
 
