@@ -108,6 +108,7 @@ RUNS = {
     "DPO, beta 0.3, lr 0.0002": ("dpo", {"beta": 0.3, "lr": 2e-4}),
     "DPO, mean log-probs": ("dpo", {"average": True, "beta": 0.5}),
 }
+# "of" DPO: begins with the model that DPO made, and waits for it.
 TODAY_RUNS = {
     "DPO, ipo": ("dpo", {"loss": "ipo"}),
     "DPO, hinge": ("dpo", {"loss": "hinge"}),

@@ -321,6 +321,17 @@ def test_a_missing_picture_is_not_an_answer(settings, data, tmp_path, capsys):
     evaluate.run(replace(settings, bench="pope", data_dir=str(copy), coverage=0.5, judge=""))
 
 
+def test_who_failed_is_not_asked_its_next_turn():
+    turns = []
+
+    def ask(items):
+        turns.append([item.id for item in items])
+        return [(item, "no reply" if item.id == 1 else {"text": "a", "finish": "stop"}) for item in items]
+
+    failed, whole = harness.in_turns([harness.Item(1, ["x", "y"]), harness.Item(2, ["x", "y"])], ask)
+    assert turns == [[1, 2], [2]] and failed.failed == "no reply" and failed.texts == [] and whole.texts == ["a", "a"]
+
+
 def test_a_prompt_that_is_too_long_and_an_answer_that_would_be_a_control_token(llava, monkeypatch):
     config, _ = checkpoint.read_config(Path(llava))
     monkeypatch.setattr(harness, "sample_answers", lambda m, t, p, trees, **how: [[{"text": "see <image>", "finish": "stop"}] for _ in trees])

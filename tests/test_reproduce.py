@@ -71,7 +71,7 @@ def test_every_run_leaves_a_row_and_the_table_shows_it(experiment):
     rows = read_jsonl(experiment / "rows.jsonl")
     names = {"Vicuna-mini", "LLaVA-mini", *FEW, "SteerLM, verbosity 0", "SteerLM, not asked for scores"}
     assert {row["name"] for row in rows} == names
-    assert all(row["seed"] == 10 for row in rows)
+    assert all(row["seed"] == 10 and row["seconds"] >= 0 for row in rows) and any(row["seconds"] for row in rows if row["steps"])
     assert {row["name"]: row["lr"] for row in rows}["SteerLM"] == reproduce.LR["steerlm"]
     scores = {row["name"]: row["scores"] for row in rows}
     assert scores["SteerLM, not asked for scores"] != scores["SteerLM"], "a prompt that asks and one that does not"
