@@ -88,8 +88,7 @@ def dpo(gate: Callable, folder: Path, job: dict):
 
 
 def sample(gate: Callable, folder: Path, job: dict):
-    """n sampled answers to every prompt of prompts.pt, of at most `words` tokens; where no token of
-    the model's `ends` one, of so many."""
+    """n sampled answers to every prompt of prompts.pt, of at most `words` tokens."""
     import transformers
 
     llava = transformers.LlavaForConditionalGeneration
@@ -99,7 +98,6 @@ def sample(gate: Callable, folder: Path, job: dict):
     asked = torch.load(folder / "prompts.pt")
     ids = asked["ids"].to(model.device)
     ends = torch.tensor(job["ends"])
-    endless = ends.min() >= model.config.text_config.vocab_size
     while True:
         torch.manual_seed(0)
         said = model.generate(
@@ -109,9 +107,8 @@ def sample(gate: Callable, folder: Path, job: dict):
             do_sample=True,
             num_return_sequences=job["n"],
             max_new_tokens=job["words"],
-            min_new_tokens=job["words"] if endless else 1,
             eos_token_id=job["ends"],
-            pad_token_id=3 if endless else job["ends"][0],
+            pad_token_id=job["ends"][0],
         )
         ended = torch.isin(said[:, ids.shape[1]:].cpu(), ends).cumsum(1) > 0
         gate(tokens=int((~ended).sum()))

@@ -95,19 +95,15 @@ RUNS = {
     "Rejection sampling": ("rejection", {}),
     "SteerLM": ("steerlm", {"form": FORM, "grades": "no one two three four"}),
     "DPO": ("dpo", {}),
-    "DPO, 25% of the data": ("dpo", {"records": "share 0.25"}),
-    "DPO, 50% of the data": ("dpo", {"records": "share 0.5"}),
-    "DPO, 75% of the data": ("dpo", {"records": "share 0.75"}),
-    "DPO, 25% of labels flipped": ("dpo", {"records": "flip 0.25"}),
-    "DPO, 50% of labels flipped": ("dpo", {"records": "flip 0.5"}),
-    "DPO, 75% of labels flipped": ("dpo", {"records": "flip 0.75"}),
-    "DPO, beta 0.03, lr 5e-05": ("dpo", {"beta": 0.03}),
-    "DPO, beta 0.3, lr 5e-05": ("dpo", {"beta": 0.3}),
-    "DPO, beta 0.03, lr 0.0002": ("dpo", {"beta": 0.03, "lr": 2e-4}),
-    "DPO, beta 0.1, lr 0.0002": ("dpo", {"lr": 2e-4}),
-    "DPO, beta 0.3, lr 0.0002": ("dpo", {"beta": 0.3, "lr": 2e-4}),
-    "DPO, mean log-probs": ("dpo", {"average": True, "beta": 0.5}),
 }
+for percent in (25, 50, 75):
+    RUNS[f"DPO, {percent}% of the data"] = ("dpo", {"records": f"share {percent / 100}"})
+for percent in (25, 50, 75):
+    RUNS[f"DPO, {percent}% of labels flipped"] = ("dpo", {"records": f"flip {percent / 100}"})
+for beta, lr in ((0.03, 5e-5), (0.3, 5e-5), (0.03, 2e-4), (0.1, 2e-4), (0.3, 2e-4)):
+    RUNS[f"DPO, beta {beta}, lr {lr}"] = ("dpo", {"beta": beta, "lr": lr})
+RUNS["DPO, mean log-probs"] = ("dpo", {"average": True, "beta": 0.5})
+
 # "of" DPO: begins with the model that DPO made, and waits for it.
 TODAY_RUNS = {
     "DPO, ipo": ("dpo", {"loss": "ipo"}),
@@ -122,18 +118,16 @@ TODAY_RUNS = {
     "Policy gradient": ("grpo", {"judge": "oracle", "epochs": 1}),
     "SFT, full answers, 5% text": ("sft", {"share": 0.05}),
     "SFT, full answers, 33% text": ("sft", {"share": 0.33}),
-    "LLaVA-mini + 0.25 Vicuna-mini": ("mix", {"alpha": 0.25}),
-    "LLaVA-mini + 0.5 Vicuna-mini": ("mix", {"alpha": 0.5}),
-    "LLaVA-mini + 0.75 Vicuna-mini": ("mix", {"alpha": 0.75}),
-    "DPO + 0.25 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.25}),
-    "DPO + 0.5 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.5}),
-    "DPO + 0.75 Vicuna-mini": ("mix", {"of": "DPO", "alpha": 0.75}),
 }
+for share in (0.25, 0.5, 0.75):
+    TODAY_RUNS[f"LLaVA-mini + {share} Vicuna-mini"] = ("mix", {"alpha": share})
+for share in (0.25, 0.5, 0.75):
+    TODAY_RUNS[f"DPO + {share} Vicuna-mini"] = ("mix", {"of": "DPO", "alpha": share})
 REPLAYED = "LLaVA-mini, 33% text in tuning"
 SMOL_RUNS = {
     "SFT, full answers": ("sft", {"lr": 1e-4}),
     "Rejection sampling": ("rejection", {"lr": 1e-4}),
-    "SteerLM": ("steerlm", {"lr": 4e-4}),
+    "SteerLM": ("steerlm", {"lr": 1e-4}),
     "DPO": ("dpo", {"lr": 2e-5, "pairs_only": True}),
 }
 SMOL_FIRST = ("SmolLM2", "LLaVA-Smol", "half and half")
@@ -449,10 +443,11 @@ def run(s: Settings):
     write_jsonl(out / "rows.jsonl", rows)
     if s.smol:
         text = table(rows, [*SMOL_FIRST, *SMOL_RUNS], REAL_COLUMNS)
-        figures.save({"smol": figures.real(rows)}, out / "figures")
+        drawn = {"smol": figures.real(rows)}
     else:
         text = today(rows) if s.today else report(rows)
-        figures.draw(rows, out / "figures")
+        drawn = figures.of_miniature(rows)
+    figures.save(drawn, out / "figures")
     write_whole(out / "tables.txt", text + "\n")
     print(text)
 

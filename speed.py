@@ -127,27 +127,17 @@ def write_pairs(folder: Path, count: int):
     (folder / "trl.json").write_text(json.dumps(theirs))
 
 
-def write_prompts(folder: Path, count: int, real: bool) -> list[int]:
-    """Questions about pictures, as tensors: prompts.pt -> the tokens that end an answer. Of a random
-    model they are 64 words, and nothing ends an answer; a `real` one describes scenes."""
+def write_prompts(folder: Path, count: int) -> tuple[int, ...]:
+    """A question about so many pictures, as tensors: prompts.pt -> the tokens that end an answer."""
     config, _ = checkpoint.read_config(folder / "model")
-    size = config.vision.image_size
-    if real:
-        tokens = Tokens(folder / "model", config)
-        record = {"id": "", "images": [], "messages": [{"role": "user", "content": QUESTION}]}
-        ids = [make_tree(tokens, record, []).ids()] * count
-        ends = list(tokens.ends)
-        rng = random.Random(0)
-        scenes = [(world.random_scene(rng, "test"), k) for k in range(count)]
-        pixels = pixels_of(scenes, size)
-    else:
-        picture = [IMAGE] * config.vision.patches
-        words = torch.randint(len(SPECIAL), 8000, (count, 64)).tolist()
-        ids = [picture + row for row in words]
-        ends = [config.text.vocab_size]
-        pixels = torch.randn(count, 3, size, size)
-    torch.save({"ids": torch.tensor(ids), "pixels": pixels}, folder / "prompts.pt")
-    return ends
+    tokens = Tokens(folder / "model", config)
+    record = {"id": "", "images": [], "messages": [{"role": "user", "content": QUESTION}]}
+    ids = make_tree(tokens, record, []).ids()
+    rng = random.Random(0)
+    scenes = [(world.random_scene(rng, "test"), k) for k in range(count)]
+    pixels = pixels_of(scenes, config.vision.image_size)
+    torch.save({"ids": torch.tensor([ids] * count), "pixels": pixels}, folder / "prompts.pt")
+    return tokens.ends
 
 
 # ---- contestants in processes of their own -------------------------------------------------------
@@ -262,7 +252,7 @@ def bench_sample(s: Settings, folder: Path) -> list[dict]:
         (folder / "model").symlink_to(checkpoint.resolve(s.ckpt).resolve())
     else:
         write_model(folder, s.size)
-    ends = write_prompts(folder, s.questions, real=bool(s.ckpt))
+    ends = write_prompts(folder, s.questions)
     job = {"what": "sample", "folder": str(folder), "n": 4, "words": 64, "ends": ends}
     rows = in_turn({"remedy": job, "transformers.generate": job}, s.rounds)
     return [row | {"tokens_per_s": 1000 * row["tokens"] / row["ms"]} for row in rows]

@@ -17,6 +17,9 @@ splitter: they differ behind abbreviations, at ellipses and in contractions.
 import inspect
 import json
 import re
+from collections import defaultdict
+
+import numpy as np
 
 from benchmarks.harness import Item, ratios, stored
 from common import BadInput, shown
@@ -334,35 +337,35 @@ def followed(instruction, texts):
     return any(text.strip() and CHECKS[kind](text, **arguments) for text in texts)
 
 
+SCORES = ("prompt", "instruction", "prompt loose", "instruction loose", "short", "long")
+
+
 def score(items, rows=None):
     answered = [item for item in items if item.texts]
-    parts = {name: ([], []) for name in ("prompt", "instruction", "prompt loose",
-                                         "instruction loose", "short", "long")}
-    kinds = {}
-
-    def count(part, item, value):
-        values, groups = part
-        values.append(value)
-        groups.append(item.id)
-
+    parts = defaultdict(list)                            # name -> (followed?, of which prompt)
     for item in answered:
-        for suffix, texts in (("", item.texts[:1]), (" loose", variants(item.texts[0]))):
-            done = [followed(instruction, texts) for instruction in item.row["instructions"]]
-            count(parts[f"prompt{suffix}"], item, all(done))
-            for (kind, arguments), value in zip(item.row["instructions"], done):
-                count(parts[f"instruction{suffix}"], item, value)
-                if not suffix:
-                    count(parts["long" if is_long(kind, arguments) else "short"], item, value)
-                    count(kinds.setdefault(kind, ([], [])), item, value)
+        instructions = item.row["instructions"]
+        texts = variants(item.texts[0])
+        strict = [followed(instruction, texts[:1]) for instruction in instructions]
+        loose = [followed(instruction, texts) for instruction in instructions]
+        parts["prompt"].append((all(strict), item.id))
+        parts["prompt loose"].append((all(loose), item.id))
+        for (kind, arguments), value, easier in zip(instructions, strict, loose):
+            parts["instruction loose"].append((easier, item.id))
+            length = "long" if is_long(kind, arguments) else "short"
+            for name in ("instruction", length, kind):
+                parts[name].append((value, item.id))
 
-    def share(*several):
-        return ratios([(values, [1] * len(values), groups) for values, groups in several])
+    def share(*names):
+        found = []
+        for name in names:
+            values, prompts = zip(*parts[name]) if parts[name] else ((), ())
+            found.append((values, np.ones(len(values)), prompts))
+        return ratios(found)
 
-    scores = {"strict": share(parts["prompt"], parts["instruction"])}
-    scores |= {name: share(part) for name, part in parts.items()}
     return {
-        "scores": scores,
-        "categories": {kind: share(part) for kind, part in sorted(kinds.items())},
+        "scores": {"strict": share("prompt", "instruction")} | {name: share(name) for name in SCORES},
+        "categories": {kind: share(kind) for kind in sorted(CHECKS) if kind in parts},
         "ok": len(answered),
         "total": len(items),
     }

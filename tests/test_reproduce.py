@@ -57,7 +57,7 @@ def experiment(tmp_path_factory):
         patch.setattr(moved, "ASKED", 2)
         patch.setattr(story, "write_prompts", lambda n, seed, folder: tasks.write_prompts(32, seed, folder))
         patch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
-        patch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda rows, out: out.mkdir()))
+        patch.setattr(reproduce, "figures", SimpleNamespace(of_miniature=lambda rows: {}, save=lambda rows, out: out.mkdir()))
         patch.setattr(reproduce, "ProcessPoolExecutor", Inline)
         patch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
         patch.setattr(train, "draw_metrics", lambda run: (run / "metrics.png").touch())     # a second each
@@ -92,7 +92,7 @@ def test_what_is_done_is_not_done_again(experiment, inline, monkeypatch):
     monkeypatch.setattr(reproduce, "RUNS", {name: reproduce.RUNS[name] for name in FEW})
     for room, name in ((reproduce, "train"), (reproduce, "measure"), (story, "sample")):
         monkeypatch.setattr(room, name, lambda *args: pytest.fail("this was done before"))
-    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
+    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(of_miniature=lambda rows: {}, save=lambda *args: None))
     reproduce.run(reproduce.Settings(out=str(experiment)))
     assert (experiment / "rows.jsonl").read_bytes() == before
 
@@ -109,10 +109,9 @@ def test_half_the_data_and_flipped_labels_reach_the_training(experiment):
 
 def test_the_figures_are_drawn_from_the_rows(tmp_path):
     old, today = (read_jsonl(ROOT / "results" / f"{name}.jsonl") for name in ("reproduce", "today"))
-    figures.draw(today, tmp_path / "both", old)
-    assert {path.name for path in (tmp_path / "both").iterdir()} == {"forgetting.png", "curves.png"}
-    figures.draw(today, tmp_path / "today")
-    assert {path.name for path in (tmp_path / "today").iterdir()} == {"forgetting.png"}, "its rows have no shares of the data"
+    assert list(figures.of_miniature(today)) == ["forgetting"], "its rows have no shares of the data"
+    figures.save(figures.of_miniature(old), tmp_path / "old")
+    assert {path.name for path in (tmp_path / "old").iterdir()} == {"forgetting.png", "curves.png"}
     assert len(figures.forgetting(today).axes) == 2 and len(figures.forgetting(old).axes) == 1, "the older rows have no KL"
 
 
@@ -132,7 +131,7 @@ def test_from_scratch_every_seed_starts_from_its_own_models_and_the_first_has_a_
     monkeypatch.setattr(reproduce, "make", lambda folder, seed, width, replay=0.0: built.append((folder.name, seed, width)))
     monkeypatch.setattr(story, "sample", lambda *args: None)
     monkeypatch.setattr(reproduce, "report", lambda rows: "")
-    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
+    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(of_miniature=lambda rows: {}, save=lambda *args: None))
 
     def outcome(job):
         starts[job.seed, job.name] = str(job.ckpt.relative_to(tmp_path))
@@ -177,7 +176,7 @@ def test_today_s_runs_begin_where_they_should_and_those_of_dpo_s_model_wait_for_
     monkeypatch.setattr(story, "sample", lambda *args: None)
     monkeypatch.setattr(reproduce, "outcome", lambda job: started.append((job.name, str(job.ckpt.relative_to(tmp_path)))) or [])
     monkeypatch.setattr(reproduce, "today", lambda rows: "")
-    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(draw=lambda *args: None))
+    monkeypatch.setattr(reproduce, "figures", SimpleNamespace(of_miniature=lambda rows: {}, save=lambda *args: None))
     reproduce.run(reproduce.Settings(out=str(tmp_path), today=True, from_scratch=True, first=30))
     names = [name for name, _ in started]
     assert built == [0.33] and len(set(names)) == len(names) == 2 + 5 + 18 + 1

@@ -37,19 +37,9 @@ LOOKS = {                      # name -> color, marker: a dot for the thousand i
     "LLaVA-mini, 33% text in tuning": ("black", "+"),
 }
 AVERAGED = ("LLaVA-mini", *(f"LLaVA-mini + {share} Vicuna-mini" for share in (0.25, 0.5, 0.75)))
-DATA = {
-    0: "LLaVA-mini",
-    25: "DPO, 25% of the data",
-    50: "DPO, 50% of the data",
-    75: "DPO, 75% of the data",
-    100: "DPO",
-}
-FLIPS = {
-    0: "DPO",
-    25: "DPO, 25% of labels flipped",
-    50: "DPO, 50% of labels flipped",
-    75: "DPO, 75% of labels flipped",
-}
+SHARES = (25, 50, 75)            # %
+DATA = {0: "LLaVA-mini"} | {k: f"DPO, {k}% of the data" for k in SHARES} | {100: "DPO"}
+FLIPS = {0: "DPO"} | {k: f"DPO, {k}% of labels flipped" for k in SHARES}
 
 
 def values(rows, name, column):
@@ -152,13 +142,12 @@ def real(rows):
     return figure
 
 
-def draw(rows, out, rows_of_curves=None):
-    """Those figures for which there are rows -> `out`."""
+def of_miniature(rows):
+    """Those figures of the miniature for which there are rows, by name."""
     found = {"forgetting": forgetting(rows)}
-    rows_of_curves = rows_of_curves or rows
-    if all(len(values(rows_of_curves, name, "text")) for name in [*DATA.values(), *FLIPS.values()]):
-        found["curves"] = curves(rows_of_curves)
-    save(found, out)
+    if all(len(values(rows, name, "text")) for name in [*DATA.values(), *FLIPS.values()]):
+        found["curves"] = curves(rows)
+    return found
 
 
 def save(found, out):
@@ -180,8 +169,7 @@ class Settings:
 def run(s: Settings):
     today, old, smol = (read_jsonl(HERE / f"results/{name}.jsonl")
                         for name in ("today", "reproduce", "smol"))
-    draw(today, Path(s.out), old)
-    save({"smol": real(smol)}, Path(s.out))
+    save({"forgetting": forgetting(today), "curves": curves(old), "smol": real(smol)}, Path(s.out))
 
 
 if __name__ == "__main__":
