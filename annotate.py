@@ -36,7 +36,7 @@ import checkpoint
 import formats
 import parallel
 from common import (
-    BadInput, describe_run, device_and_dtype, lock, main, sha, write_jsonl, write_whole,
+    BadInput, describe_run, device_and_dtype, lock, main, sha, write_json, write_jsonl, write_whole,
 )
 from data import GAP, Pixels, Tokens, choose_pair, make_tree
 from generate import check_room, sample_answers
@@ -451,7 +451,7 @@ def annotate(s: Settings):
     if looks:
         return records, s.data, root
     write_jsonl(file, records)
-    write_whole(out / "config.json", json.dumps(describe_run(s), indent=1) + "\n")
+    write_json(out / "config.json", describe_run(s))
     answers = sum(len(record["answers"]) for record in records)
     print(f"records: {file}, {len(records)} of them, {answers} answers")
     return records, file, root
@@ -462,7 +462,7 @@ def look(s, records, data, root) -> None:
     out = Path(s.out)
     if s.pairs:
         numbers = report.statistics(records, s.gap, s.seed)
-        write_whole(out / "pairs.json", json.dumps(describe_run(s, pairs=numbers)) + "\n")
+        write_json(out / "pairs.json", describe_run(s, pairs=numbers))
         print(report.show(numbers))
     if s.board:
         write_whole(Path(s.board), report.board(records, root, s.gap, s.seed))

@@ -23,7 +23,6 @@ text-only model goes out as LlamaForCausalLM), whole or not at all. `mix` averag
     python checkpoint.py --mix runs/dpo/model vicuna-7b-v1.5 --alpha 0.5 --out runs/mix
 """
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -37,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import parallel
-from common import HERE, BadInput, field, main, read_json, sha, shown, write_whole
+from common import HERE, BadInput, field, main, read_json, sha, shown, write_json
 from model import Config, Llava, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, VisionConfig
 
@@ -516,7 +515,7 @@ def write_folder(folder, file, tensors, documents, source):
             if (source / name).is_file():
                 shutil.copyfile(source / name, aside / name)
         for name, document in documents.items():
-            write_whole(aside / name, json.dumps(document, indent=1) + "\n")
+            write_json(aside / name, document)
         try:
             save_file(tensors, aside / file, metadata={"format": "pt"})
         except SafetensorError as error:                 # a full disk, to this library

@@ -264,6 +264,10 @@ def write_whole(path: Path, text: str | Iterable[str]):
     os.replace(aside, path)
 
 
+def write_json(path: Path, document):
+    write_whole(path, json.dumps(document, indent=1) + "\n")
+
+
 def write_jsonl(path: Path, rows):
     write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

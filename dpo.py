@@ -42,7 +42,7 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import train as training
-from common import BadInput, main, read_jsonl, write_jsonl, write_whole
+from common import BadInput, main, read_jsonl, write_json, write_jsonl
 from data import GAP, choose_pair, make_tree
 from model import Llava, summed, token_logps
 
@@ -255,7 +255,7 @@ def cached_reference(model, found, path, s, depends):
         for tree, numbers in zip(found.trees, logps):
             tokens = [len(answer) for answer in tree.answers]
             rows.append({"id": tree.id, "logps": numbers, "tokens": tokens})
-        write_whole(note, json.dumps(depends, indent=1) + "\n")      # rows never stand without it
+        write_json(note, depends)                        # rows never stand without it
         write_jsonl(path, rows)
     print(f"reference: {len(logps)} records -> {path}")
     return logps
@@ -379,8 +379,7 @@ def align(s: Settings) -> Llava:
 
 def report_held_out(before, after, out):
     if parallel.rank() == 0:
-        text = json.dumps({"before": before, "after": after}, indent=1) + "\n"
-        write_whole(out / "heldout.json", text)
+        write_json(out / "heldout.json", {"before": before, "after": after})
     print(
         f"held-out pairs: margin {before['margin']:+.3f} -> {after['margin']:+.3f}, "
         f"accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} ({after['pairs']} pairs)"

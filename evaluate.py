@@ -42,7 +42,7 @@ from benchmarks.harness import (
 )
 from benchmarks.style import style
 from common import (
-    BadInput, describe_run, device_and_dtype, lock, main, sha, write_jsonl, write_whole,
+    BadInput, describe_run, device_and_dtype, lock, main, sha, write_json, write_jsonl,
 )
 from data import Pixels, Tokens, target_scores
 from journal import Journal
@@ -247,7 +247,7 @@ def evaluate(s, names, model, out):
             dump(out / name / bench.JUDGMENTS.format(model=model, judge=slug(s.judge)), rows)
         results.append(summary(name, answered, rows, **about))
     run = describe_run(s, model=model, results=results)
-    write_whole(out / "results.json", json.dumps(run, indent=1) + "\n")
+    write_json(out / "results.json", run)
     return results
 
 
@@ -307,7 +307,7 @@ def run_miniature(s):
         rows[ckpt], answers = miniature.measure(model, tokens, out, ckpt, s.split, english)
         write_jsonl(folder / "answers.jsonl", answers)
         run = describe_run(s, scores={ckpt: rows[ckpt]})
-        write_whole(folder / "scores.json", json.dumps(run, indent=1) + "\n")
+        write_json(folder / "scores.json", run)
     said = f"{miniature.table(rows)}\nanswers and scores: {out}, a folder for each checkpoint"
     print(json.dumps(rows) if s.json else said)
 

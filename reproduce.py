@@ -31,7 +31,6 @@ Every run is a folder that appears when it is done; the same command goes on whe
 --smol asks the same of a language model that somebody else trained (smol.py), whose text has
 benchmarks of its own, and adds what costs nothing: averaging its weights with the base model's.
 """
-import json
 import multiprocessing
 import os
 import random
@@ -60,7 +59,8 @@ import story
 from benchmarks.compare import paper
 from benchmarks.harness import aligned, mean, slug
 from common import (
-    HERE, BadInput, describe_run, lock, main, read_json, read_jsonl, write_jsonl, write_whole,
+    HERE, BadInput, describe_run, lock, main, read_json, read_jsonl, write_json, write_jsonl,
+    write_whole,
 )
 from data import Tokens, choose_pair
 from toy import build, figures, items, moved
@@ -267,7 +267,7 @@ def outcome(job):
             if job.how:
                 model = train(job)
                 if (folder / "config.json").exists():    # a mixture took no steps
-                    config = json.loads((folder / "config.json").read_text())
+                    config = read_json(folder / "config.json")
                     steps, lr = config["steps"], config["settings"]["lr"]
             if s.smol:
                 scores = {job.name: smol.measure(model, job.name, s.split, s.data_dir)}
@@ -412,7 +412,7 @@ def same_experiment(s, out):
     mine = {name: getattr(s, name) for name in ("from_scratch", "smol", "split", "dtype")}
     if path.exists() and read_json(path) != mine:
         raise BadInput(f"{out} holds runs of another experiment ({path}); choose another --out")
-    write_whole(path, json.dumps(mine) + "\n")
+    write_json(path, mine)
 
 
 def run(s: Settings):

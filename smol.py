@@ -23,7 +23,6 @@ seed is part of the repository (toy/smol); the story goes from there to an align
     python smol.py                            all three, about an hour
     python smol.py --lm DIR --out runs/mine   another chat model of the Llama family
 """
-import json
 import random
 import shutil
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ import story
 from benchmarks import ifeval, likelihood
 from benchmarks.harness import Folder, Item, answer
 from benchmarks.style import style
-from common import HERE, BadInput, main, read_json, write_jsonl, write_whole
+from common import HERE, BadInput, main, read_json, write_json, write_jsonl
 from data import MARKER, Pixels, Tokens, find_template
 from model import Config, Llava, TextConfig
 from toy import items, tasks, world
@@ -134,9 +133,8 @@ def write_tokenizer(about, folder: Path):
         "chat_template": about["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
     }
-    template = {"name": "chatml", "system": SYSTEM}
-    write_whole(folder / "tokenizer_config.json", json.dumps(for_transformers, indent=1) + "\n")
-    write_whole(folder / "template.json", json.dumps(template, indent=1) + "\n")
+    write_json(folder / "tokenizer_config.json", for_transformers)
+    write_json(folder / "template.json", {"name": "chatml", "system": SYSTEM})
 
 
 def unpack(path: Path, out: Path):
@@ -199,7 +197,7 @@ def name_the_image(source: Path, folder: Path):
     vocab.pop(free[-1]["content"], None)
     vocab[MARKER] = free[-1]["id"]
     free[-1]["content"] = MARKER
-    write_whole(path, json.dumps(document, ensure_ascii=False))
+    write_json(path, document)
 
 
 def words_of(scene, table):

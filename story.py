@@ -7,7 +7,6 @@
 
     python story.py
 """
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import common  # first: it tells OpenMP how to wait
 import annotate
 import checkpoint
 import dpo
-from common import BadInput, describe_run, device_and_dtype, main, write_whole
+from common import BadInput, describe_run, device_and_dtype, main, write_json
 from data import Tokens
 from toy import items
 from toy.tasks import write_prompts
@@ -71,7 +70,7 @@ def run(s: Settings):
 
     rows["LLaVA-mini + DPO"], _ = items.measure(aligned, tokens, out, "aligned")
     seconds = round(time.perf_counter() - began, 1)
-    write_whole(out / "scores.json", json.dumps(describe_run(s, seconds=seconds, scores=rows)) + "\n")
+    write_json(out / "scores.json", describe_run(s, seconds=seconds, scores=rows))
     print(f"\n4. after, on held-out items (seed {s.seed}; the columns are explained in toy/items.py)")
     print(items.table(rows))
     print(f"\nscores: {out}/scores.json   next: step three again, at another rate: "

@@ -63,7 +63,7 @@ import formats
 import lora
 import memory
 import parallel
-from common import BadInput, describe_run, device_and_dtype, lock, sha, write_whole
+from common import BadInput, describe_run, device_and_dtype, lock, sha, write_json, write_whole
 from data import Pack, Pixels, Tokens, Tree, pack_size, split
 
 PROJECTOR_LR = 2e-5      # the paper's and LLaVA's, where adapters train beside the projector
@@ -547,7 +547,7 @@ def announce(s, model, items, **more):
     out = Path(s.out)
     if parallel.rank() == 0 and not (s.resume and latest_state(out)):
         about = describe_run(s, steps=steps, **more)
-        write_whole(out / "config.json", json.dumps(about, indent=1) + "\n")
+        write_json(out / "config.json", about)
     projector = f", projector {s.projector_lr}" if s.projector_lr and model.config.vision else ""
     print(f"{steps} steps of {batch}, lr {s.lr}{projector}, {model.device} {model.dtype}")
     return steps

@@ -535,7 +535,7 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(tmp_path, monkeypatch
     model = load(folder)
     with torch.no_grad():
         model.head.add_(1)
-    real = checkpoint.write_whole
+    real = checkpoint.write_json
 
     def disk_full(path, content):
         if path.name == "preprocessor_config.json":
@@ -543,7 +543,7 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(tmp_path, monkeypatch
         real(path, content)
 
     with monkeypatch.context() as m, pytest.raises(OSError):
-        m.setattr(checkpoint, "write_whole", disk_full)
+        m.setattr(checkpoint, "write_json", disk_full)
         save(model, folder, folder)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
     save(model, folder, folder)                                    # over the very folder it was read from

@@ -27,7 +27,6 @@ same bytes.
 """
 import common  # first: it tells OpenMP how to wait
 import copy
-import json
 import math
 import multiprocessing
 import random
@@ -44,7 +43,7 @@ from tqdm import tqdm
 
 import checkpoint
 import sft
-from common import BadInput, main, write_whole
+from common import BadInput, main, write_json
 from data import VICUNA, Tokens, Tree, make_pack, make_tree
 from model import Config, Llava, TextConfig
 from toy import tasks, world
@@ -127,7 +126,7 @@ def write_tokenizer(folder: Path, words: list[str], fixed=()):
         "image_token": "<image>",
         "clean_up_tokenization_spaces": False,
     }
-    write_whole(folder / "tokenizer_config.json", json.dumps(for_transformers, indent=1) + "\n")
+    write_json(folder / "tokenizer_config.json", for_transformers)
 
 
 # ---- stage 1: the vision tower -------------------------------------------------------------------
