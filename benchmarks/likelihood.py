@@ -53,15 +53,10 @@ def measure(model, tokens, pixels, items):
     asked, trees = [], []
     for item in measured:
         try:
-            tree = make_tree(tokens, item.row, [item.row["golden"]])
-            length = tree.length + len(tree.answers[0])
-            if length > tokens.room:
-                raise BadInput(f"is {length} tokens long, the model has room for {tokens.room}")
+            trees.append(make_tree(tokens, item.row, [item.row["golden"]], max_length=tokens.room))
+            asked.append(item)
         except BadInput as problem:
             item.failed = str(problem)
-        else:
-            asked.append(item)
-            trees.append(tree)
 
     for item, (logp, length) in zip(asked, given_logps(model, pixels, trees, "likelihood")):
         item.row = item.row | {"logp": logp, "tokens": length}

@@ -89,7 +89,7 @@ def test_right_answers_win_equal_ones_tie_and_lengths_that_never_meet_say_nothin
     full = [[turn["full"] for turn in record["truth"]["turns"]] for record in records]
     bare = [[turn["bare"] for turn in record["truth"]["turns"]] for record in records]
     wrong = [["no"] * 2] * 20
-    assert moved.controlled(records, full, full) == {"mean": 0.5, "ci": 0.0, "n": 40}
+    assert moved.controlled(records, full, full) == {"mean": 0.5, "ci": None, "n": 40}
     assert moved.controlled(records, bare, wrong)["mean"] > 0.6 > 0.4 > moved.controlled(records, wrong, bare)["mean"]
     assert moved.controlled(records, full, bare)["mean"] is None, "no answer is as long as the start's: nothing is known"
 

@@ -69,7 +69,6 @@ def logps_of(model, tokens, pixels, answered):
 
 RIDGE = 1e-4         # on phi, for each answer: finite also where the longer one always wins
 SAME = 0.05          # least share of answers within a word of the start's length
-RESAMPLES = 200
 
 
 def win_rate(wins, longer):
@@ -80,26 +79,17 @@ def win_rate(wins, longer):
 
 
 def controlled(records, said, start_said):
-    """The win rate over the start's answers at equal length, both turns of every text record, its
-    mean None where too few are of equal length; the interval is a bootstrap over records."""
-    wins, longer = [], []                                # a row of two turns per record
+    """The win rate over the start's answers at equal length, both turns of every text record; its
+    mean is None where too few are of equal length. Its spread over seeds is the interval."""
+    wins, longer = [], []
     for record, mine, theirs in zip(records, said, start_said):
-        turns = record["truth"]["turns"]
-        ahead = [oracle.mark(turn, a) - oracle.mark(turn, b)
-                 for turn, a, b in zip(turns, mine, theirs)]
-        wins.append([0.5 + 0.5 * np.sign(lead) for lead in ahead])
-        longer.append([len(a.split()) - len(b.split()) for a, b in zip(mine, theirs)])
-    wins, longer = np.array(wins), np.array(longer, float)
-    if np.mean(np.abs(longer) <= 1) < SAME:
-        return {"mean": None, "ci": None, "n": wins.size}
-
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(RESAMPLES):
-        rows = rng.integers(len(wins), size=len(wins))
-        draws.append(win_rate(wins[rows].ravel(), longer[rows].ravel()))
-    rate = win_rate(wins.ravel(), longer.ravel())
-    return {"mean": float(rate), "ci": float(1.96 * np.std(draws)), "n": wins.size}
+        for turn, a, b in zip(record["truth"]["turns"], mine, theirs):
+            lead = oracle.mark(turn, a) - oracle.mark(turn, b)
+            wins.append(0.5 + 0.5 * np.sign(lead))
+            longer.append(len(a.split()) - len(b.split()))
+    near = np.mean(np.abs(longer) <= 1)
+    rate = win_rate(wins, longer) if near >= SAME else None
+    return {"mean": rate, "ci": None, "n": len(wins)}
 
 
 # ---- both, for one model -------------------------------------------------------------------------
