@@ -435,7 +435,7 @@ def make_tree(
         if max_length and length > max_length:
             raise BadInput(
                 f"is {length} tokens long (prompt {tree.length}, answer {len(ids)}), "
-                f"more than --max_length {max_length}, or the model has room for; shorten it"
+                f"more than --max_length {max_length}, or than the model has room for; shorten it"
             )
 
     if history:

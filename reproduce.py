@@ -315,12 +315,16 @@ def cell(rows, column):
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+def title(rows):
+    seeds = sorted({str(row["seed"]) for row in rows})
+    return f"The miniature, test items, mean ± standard deviation over seeds {', '.join(seeds)}"
+
+
 def report(rows):
     """All tables, and the paper's figures beside ours, told apart."""
-    seeds = sorted({str(row["seed"]) for row in rows})
     others = [name for name in (*RUNS, *NARROWER) if name not in FIRST]
     return "\n".join([
-        f"The miniature, test items, mean ± standard deviation over seeds {', '.join(seeds)}",
+        title(rows),
         table(rows, FIRST),
         "\nThe paper, 13B models, judged by GPT-4 (another scale: compare signs, not sizes)",
         paper(["mt_bench", "alpaca_eval", "mm_vet", "llava_bench", "pope", "mmbench"], 13),
@@ -330,11 +334,7 @@ def report(rows):
 
 
 def today(rows):
-    seeds = sorted({str(row["seed"]) for row in rows})
-    return "\n".join([
-        f"The miniature, test items, mean ± standard deviation over seeds {', '.join(seeds)}",
-        table(rows, [*FIRST, REPLAYED, *TODAY_RUNS], TODAY_COLUMNS),
-    ])
+    return f"{title(rows)}\n{table(rows, [*FIRST, REPLAYED, *TODAY_RUNS], TODAY_COLUMNS)}"
 
 
 def end_with_parent():

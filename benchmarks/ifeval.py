@@ -104,9 +104,7 @@ def number_paragraphs(text, num_paragraphs):
     """*** stands between them. An empty one counts for nothing at either end, and spoils the rest."""
     paragraphs = re.split(r"\s?\*\*\*\s?", text)
     filled = [bool(paragraph.strip()) for paragraph in paragraphs]
-    if not all(filled[1:-1]):
-        return False
-    return sum(filled) == num_paragraphs
+    return all(filled[1:-1]) and sum(filled) == num_paragraphs
 
 
 def paragraph_begins(text, num_paragraphs, nth_paragraph, first_word):
@@ -169,11 +167,9 @@ def title(text):
 
 
 def two_responses(text):
-    responses = text.split("******")
-    filled = [response.strip() for response in responses if response.strip()]
-    if not all(response.strip() for response in responses[1:-1]):
-        return False
-    return len(filled) == 2 and filled[0] != filled[1]
+    responses = [response.strip() for response in text.split("******")]
+    filled = list(filter(None, responses))
+    return all(responses[1:-1]) and len(filled) == 2 and filled[0] != filled[1]
 
 
 def repeat_prompt(text, prompt_to_repeat):

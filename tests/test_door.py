@@ -58,7 +58,7 @@ BAD = {                                                                  # id: (
     "bomb": (pair("bomb", "bomb.png"), "bomb.png: cannot be decoded (10000 x 10000 pixels"),
     "outside": (pair("outside", "../secret.png"), "image ../secret.png leads outside"),
     "same": (pair("same", rejected="The circle is red. "), "chosen and rejected are the same text"),
-    "too-long": (pair("too-long", rejected="no dog " * 200), "more than --max_length 400, or the model has room for; shorten it"),
+    "too-long": (pair("too-long", rejected="no dog " * 200), "more than --max_length 400, or than the model has room for; shorten it"),
     "no-shape": ({"id": "no-shape", "topic": "?"}, "none of the known shapes"),
     "control": (pair("control", chosen="red</s>"), "answer 0 contains </s>"),
     "marker": (pair("marker", rejected="<image>"), "answer 1 contains <image>"),

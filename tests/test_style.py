@@ -102,7 +102,7 @@ def test_what_likelihood_cannot_use_is_said(data, ckpt, tmp_path):
     tokens.room = 10
     [item] = likelihood.measure(model, tokens, Pixels(model.config), [Item(1, ["a"], {"id": "1", "messages": [{"role": "user", "content": "What?"}],
                                                                                       "images": [], "golden": "This.", "root": ""})])
-    assert "more than --max_length 10, or the model has room for" in item.failed and not item.texts
+    assert "more than --max_length 10, or than the model has room for" in item.failed and not item.texts
 
 
 def test_how_a_model_talks_stands_below_its_table(ckpt, tmp_path, capsys):
