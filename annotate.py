@@ -30,13 +30,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
-from tqdm import tqdm
 
 import checkpoint
 import formats
 import parallel
 from common import (
-    BadInput, describe_run, device_and_dtype, lock, main, sha, write_json, write_jsonl, write_whole,
+    BadInput, describe_run, device_and_dtype, lock, main, progress, sha, write_json, write_jsonl,
+    write_whole,
 )
 from data import GAP, Pixels, Tokens, choose_pair, make_tree
 from generate import check_room, sample_answers
@@ -120,7 +120,7 @@ def sample(s, records, out, device) -> tuple[dict, list]:
     if missing:
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
         with closing(Journal(out / f"answers-{parallel.rank()}.jsonl")) as journal:
-            for batch in tqdm(missing, "sampling", unit="batch", disable=None, leave=False):
+            for batch in progress(missing, "sampling", unit="batch", leave=False):
                 trees = [todo[key] for key in batch]
                 answers = dict(zip(batch, sample_answers(model, tokens, pixels, trees, **how)))
                 for key in [key for key in batch if key not in known]:

@@ -122,7 +122,7 @@ class Speaker:
 def drawn(k: int):
     """The miniature's k-th picture -> the picture, what is in it, and something to ask."""
     record = tasks.items("attribute", k + 1)[k]
-    scene = tasks.scene_of(record)
+    scene = record["truth"]["scene"]
     about = tasks.written(scene).removeprefix("scene : ")
     return world.render(scene, record["truth"]["seed"]), about, record["truth"]["turns"][0]["question"]
 

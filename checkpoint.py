@@ -218,7 +218,7 @@ def read_config(folder: Path) -> tuple[Config, Path | None]:
     if "mm_vision_tower" in raw:
         return original_llava(raw, where)
     if raw.get("model_type") == "llama":
-        return Config(text_config(raw, where), None, image_token=-1), None
+        return Config(text_config(raw, where)), None
     raise BadInput(f"{where}: model_type {raw.get('model_type')!r:.60} is neither LLaVA nor Llama")
 
 

@@ -18,21 +18,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 # Threads that spin while they wait for each other take the core from whatever else runs on the
 # machine; threads that sleep at once wake too late, thousands of times a step. So let them spin for
 # a part of a millisecond, in which most waits are over, and then sleep (LOG.md). OpenMP's runtime
-# and tqdm read these variables once, when they are loaded; so every script imports this file first.
+# reads these variables once, when it is loaded; so every script imports this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-if os.environ.get("RANK", "0") != "0":    # of several processes the first alone draws progress bars
-    os.environ["TQDM_DISABLE"] = "1"
 
 import torch
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# A bar: on a terminal alone, which is tqdm's None, and of several processes by the first.
+progress = partial(tqdm, disable=os.environ.get("RANK", "0") != "0" or None)
 
 
 class BadInput(ValueError):

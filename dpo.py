@@ -37,12 +37,11 @@ from pathlib import Path
 import common  # first: it tells OpenMP how to wait
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import checkpoint
 import parallel
 import train as training
-from common import BadInput, main, read_jsonl, write_json, write_jsonl
+from common import BadInput, main, progress, read_jsonl, write_json, write_jsonl
 from data import GAP, choose_pair, make_tree
 from model import Llava, summed, token_logps
 
@@ -220,7 +219,7 @@ def preference(model, pairs, pixels, s) -> dict:
 def reference_logps(model, trees, pixels, s):
     """log p of every answer under the model as it stands, a list for each tree."""
     world = parallel.world()
-    bar = tqdm(total=len(trees), desc="reference", disable=None, leave=False)
+    bar = progress(total=len(trees), desc="reference", leave=False)
     mine = []
     for part in training.packs(trees, s.pack, pixels.pack, model.device):
         tokens = token_logps(model, part.pack)

@@ -45,10 +45,8 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 import parallel
-from common import BadInput, sha, shown, write_jsonl
+from common import BadInput, progress, sha, shown, write_jsonl
 from data import MARKER
 from judge.rubric import RUBRIC
 from vision import decode_image, image_path, read_image
@@ -649,7 +647,7 @@ def objects_of(file, path):
             if begin[:1] == b"[":
                 raise
             file.seek(0)
-    lines = tqdm(file, desc="reading", unit=" lines", disable=None, leave=False)
+    lines = progress(file, desc="reading", unit=" lines", leave=False)
     for number, line in enumerate(lines, 1):
         line = line.strip()
         if line:
@@ -696,7 +694,7 @@ def parquet_rows(path):
 
     try:
         file = parquet.ParquetFile(path)
-        rows = tqdm(total=file.metadata.num_rows, desc="reading", disable=None, leave=False)
+        rows = progress(total=file.metadata.num_rows, desc="reading", leave=False)
         for batch in file.iter_batches(batch_size=16, use_threads=False):
             for row in batch.to_pylist():
                 rows.update()

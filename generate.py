@@ -85,6 +85,7 @@ def stream(
 
     cache, hidden = prefill(model, prompts, pixels, n)
     hidden = hidden.repeat_interleave(n, 0)                                  # (A, D), A = R * n now
+    lengths = cache.prompt_len.repeat_interleave(n)                          # (A,) of their prompts
     who = torch.arange(R * n, device=model.device)                           # (A,) whose rows these are
     said = torch.full((R * n,), ends[0], device=model.device)
     for step in range(max_new):
@@ -98,10 +99,9 @@ def stream(
         if step == max_new - 1 or not going.any():
             return
         said[who[~going]] = ends[0]
-        who, token = who[going], token[going]
+        who, token, lengths = who[going], token[going], lengths[going]
         cache.keep(going)
-        positions = cache.lengths() + step
-        hidden = model.language_model(model.embed_text(token), positions, cache.decode)
+        hidden = model.language_model(model.embed_text(token), lengths + step, cache.decode)
 
 
 @dataclass
@@ -131,24 +131,28 @@ class Cache:
 
     A of the answers are still at work: `place` (A,) says which of the R x n they are."""
 
-    def __init__(self, layers, prompt_len, n, device):
+    def __init__(self, prompt_len, n, device):
         self.R = len(prompt_len)
         self.n = n
         self.prompt_len = torch.tensor(prompt_len, device=device)            # (R,)
         self.place = torch.arange(self.R * n, device=device)                 # (A,)
-        self.prompt = [None] * layers                                        # keys, values
-        self.own = [None] * layers
-        self.filled = [0] * layers
+        self.prompt = []                                                     # per layer: k, v
+        self.own = []                                                        # the answers' own
+        self.filled = []                                                     # their tokens
 
         # Which rows of the pack are whose; a shorter prompt's last row is repeated.
         at = torch.arange(max(prompt_len), device=device)
         starts = self.prompt_len.cumsum(0) - self.prompt_len
         self.rows = starts[:, None] + at.clamp(max=self.prompt_len[:, None] - 1)     # (R, P)
 
-    def keep_prompt(self, layer, k, v):
+    def keep_prompt(self, k, v):
+        """The next layer's k and v, (T, G, K); and room for 32 tokens of each answer."""
         keys = k[self.rows].transpose(1, 2).contiguous()                     # (R, G, P, K)
         values = v[self.rows].transpose(1, 2).contiguous()
-        self.prompt[layer] = keys, values
+        room = k.new_zeros(self.R, k.shape[1], self.n, 32, k.shape[2])       # (R, G, n, 32, K)
+        self.prompt.append([keys, values])
+        self.own.append([room, room.clone()])
+        self.filled.append(0)
 
     def keep(self, going):
         """Go on with the answers where `going` (A,) is true. The store is copied, without records
@@ -156,7 +160,7 @@ class Cache:
         self.place = self.place[going]
         left = torch.zeros(self.R, dtype=torch.bool, device=going.device)
         left[self.place // self.n] = True
-        if self.own[0] is None or left.sum() > LEAVE * self.R:
+        if left.sum() > LEAVE * self.R:
             return
         number = left.cumsum(0) - 1                                          # of those that are left
         self.place = number[self.place // self.n] * self.n + self.place % self.n
@@ -164,10 +168,6 @@ class Cache:
         self.R = len(self.prompt_len)
         self.prompt = [[x[left] for x in pair] for pair in self.prompt]
         self.own = [[x[left] for x in pair] for pair in self.own]
-
-    def lengths(self):
-        """How long each answer's prompt is, (A,)."""
-        return self.prompt_len[self.place // self.n]
 
     def on_grid(self, x):
         """(A, ...) -> (R, n, ...), zeros for answers that have ended."""
@@ -178,16 +178,10 @@ class Cache:
     def decode(self, layer, q, k, v):
         """The `attend` of one new token per answer: file its k and v away, look at what it sees."""
         used = self.filled[layer]
-        new = []
-        for x in (k, v):
-            x = self.on_grid(x)[:, :, None]                                  # (R, n, 1, G, K)
-            new.append(x.permute(0, 3, 1, 2, 4))                             # (R, G, n, 1, K)
-        if self.own[layer] is None:
-            self.own[layer] = [x.new_zeros(*x.shape[:3], 32, x.shape[-1]) for x in new]
-        elif used == self.own[layer][0].shape[3]:                            # full: double the room
+        if used == self.own[layer][0].shape[3]:                              # full: double the room
             self.own[layer] = [torch.cat([x, torch.zeros_like(x)], 3) for x in self.own[layer]]
-        for store, x in zip(self.own[layer], new):
-            store[:, :, :, used:used + 1] = x
+        for store, x in zip(self.own[layer], (k, v)):
+            store[:, :, :, used] = self.on_grid(x).transpose(1, 2)           # (R, G, n, K)
         self.filled[layer] = used + 1
 
         q = self.on_grid(q)                                                  # (R, n, H, K)
@@ -202,10 +196,10 @@ def prefill(model, prompts, pixels, n):
     shown = [images for images in pixels if images is not None]
     x = model.embed(pack.ids, torch.cat(shown).to(device) if shown else None)
     lengths = [len(prompt) for prompt in prompts]
-    cache = Cache(len(model.language_model.layers), lengths, n, device)
+    cache = Cache(lengths, n, device)
 
     def attend(layer, q, k, v):
-        cache.keep_prompt(layer, k, v)
+        cache.keep_prompt(k, v)
         return kernels.attention(q, k, v, pack.mask)
 
     last = cache.prompt_len.cumsum(0) - 1                                    # (R,)

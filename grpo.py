@@ -21,7 +21,7 @@ nothing twice, and ends with the bits of one that was never stopped.
         --lr 1e-4 --epochs 1 --out runs/grpo
 """
 from array import array
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common  # first: it tells OpenMP how to wait
@@ -33,7 +33,7 @@ import parallel
 import train as training
 from common import BadInput, main
 from data import make_tree, usable
-from generate import sample_answers
+from generate import check_room, sample_answers
 from judge.client import JudgeSettings, door
 from judge.rubric import RUBRIC
 from model import answer_logps
@@ -48,6 +48,7 @@ class Settings(training.Settings, JudgeSettings):
     temperature: float = 1.0     # of the sampling; 1 is what the gradient means
     max_new: int = 48            # longest answer in tokens
     spread: bool = False         # divide advantages by the spread of the n scores, as GRPO does
+    golden = False               # no flag: the judge gives no answer of its own
 
 
 def advantages(scores, spread=False):
@@ -88,10 +89,8 @@ def train(run, prompts, records, tokens, pixels, s):
 
 def judged(s, records):
     """(R, n) S of every answer; NaN for one that was cut off, or that the judge did not score."""
-    about = {field.name: getattr(s, field.name) for field in fields(JudgeSettings)}
-    asks = annotate.Settings(**about, seed=s.seed)
     scores = torch.full((len(records), s.n), torch.nan)
-    for k, record in enumerate(annotate.scored(asks, records, Path(s.out))):
+    for k, record in enumerate(annotate.scored(s, records, Path(s.out))):
         for place, answer in enumerate(record["answers"]):
             if answer.get("scores") and usable(answer):
                 scores[k, place] = RUBRIC.quality(answer)
@@ -108,8 +107,10 @@ def run(s: Settings):
     records = {}
 
     def prompt_tree(tokens, record, longest):
+        tree = make_tree(tokens, record, [])
+        check_room(tree.length + s.max_new, longest)
         records[record["id"]] = record
-        return [make_tree(tokens, record, [], max_length=longest)]
+        return [tree]
 
     s, device, dtype = training.door(s, full_lr=5e-7, adapter_lr=5e-5)
     if parallel.world() > 1:

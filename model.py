@@ -62,7 +62,7 @@ class TextConfig:
 class Config:
     text: TextConfig
     vision: VisionConfig | None = None     # None: a text-only Llama
-    image_token: int = 32000               # the placeholder's id; it may lie outside the vocabulary
+    image_token: int = -1                  # the placeholder's id, also beyond the vocabulary; -1: none
 
 
 # ---- rotary positions ----------------------------------------------------------------------------

@@ -40,6 +40,12 @@ def open_gate() -> Callable:
     return gate
 
 
+def compete(ways: dict):
+    """Do the job on the command line, by the one of these functions that its "what" names."""
+    job = json.loads(sys.argv[1])
+    ways[job["what"]](open_gate(), Path(job["folder"]), job)
+
+
 def dpo(gate: Callable, folder: Path, job: dict):
     """TRL's trainer on what trl.json says; the vision tower is frozen, as ours is."""
     import datasets
@@ -115,5 +121,4 @@ def sample(gate: Callable, folder: Path, job: dict):
 
 
 if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    {"dpo": dpo, "sample": sample}[job["what"]](open_gate(), Path(job["folder"]), job)
+    compete({"dpo": dpo, "sample": sample})

@@ -46,7 +46,6 @@ from tempfile import TemporaryDirectory
 
 import common  # first: it tells OpenMP how to wait
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import dpo
@@ -59,8 +58,8 @@ import story
 from benchmarks.compare import paper
 from benchmarks.harness import aligned, mean, slug
 from common import (
-    HERE, BadInput, describe_run, lock, main, read_json, read_jsonl, write_json, write_jsonl,
-    write_whole,
+    HERE, BadInput, describe_run, lock, main, progress, read_json, read_jsonl, write_json,
+    write_jsonl, write_whole,
 )
 from data import Tokens, choose_pair
 from toy import build, figures, items, moved
@@ -185,13 +184,13 @@ def data_of(job, how):
     """The records that a run learns from, as they are or changed; sampled first where they are its
     own."""
     seed_folder = job.folder.parent
-    if how in ("again", "text"):
-        own = seed_folder / how
-        if how == "again" and not (own / "records.jsonl").exists():          # a thousand new questions
-            story.sample(job.ckpt, own, 1000, job.seed + 1000, "cpu")
-        if how == "text" and not (own / "records.jsonl").exists():
-            write_jsonl(own / "prompts.jsonl", text_prompts(1000, job.seed))
-            story.answer(job.ckpt, own / "prompts.jsonl", own, job.seed, "cpu")
+    own = seed_folder / how
+    if how == "again":                                   # a thousand new questions
+        story.sample(job.ckpt, own, 1000, job.seed + 1000, "cpu")
+        return own / "records.jsonl"
+    if how == "text":
+        write_jsonl(own / "prompts.jsonl", text_prompts(1000, job.seed))
+        story.answer(job.ckpt, own / "prompts.jsonl", own, job.seed, "cpu")
         return own / "records.jsonl"
 
     data = seed_folder / "data" / "records.jsonl"
@@ -382,18 +381,16 @@ def toy_jobs(s, folder, seed):
 
     dpo_ckpt = folder / slug("DPO") / "model"
     runs = [("Vicuna-mini", None, toy / "vicuna"), ("LLaVA-mini", None, toy / "llava")]
+    if s.today and s.from_scratch:
+        runs.append((REPLAYED, None, toy / "replayed"))
+    methods = RUNS
     if s.today:
-        for name, how in (RUNS | TODAY_RUNS).items():
-            if name in FIRST or name in TODAY_RUNS:
-                begins = dpo_ckpt if how[1].get("of") == "DPO" else toy / "llava"
-                runs.append((name, how, begins))
-        if s.from_scratch:
-            runs.append((REPLAYED, None, toy / "replayed"))
-        return jobs_of(runs, toy / "llava", s, folder, seed)
-
-    runs += [(name, how, toy / "llava") for name, how in RUNS.items()]
+        methods = {name: RUNS[name] for name in FIRST if name in RUNS} | TODAY_RUNS
+    for name, how in methods.items():
+        begins = dpo_ckpt if "of" in how[1] else toy / "llava"
+        runs.append((name, how, begins))
     jobs = jobs_of(runs, toy / "llava", s, folder, seed)
-    if s.from_scratch and seed == s.first:              # one seed has a second size
+    if s.from_scratch and not s.today and seed == s.first:                   # it has a second size
         narrow = folder / "narrow"
         make(narrow, seed, 96)
         runs = [(name, how, narrow / "llava") for name, how in NARROWER.items()]
@@ -432,7 +429,7 @@ def run(s: Settings):
         jobs = smol_jobs(s, folder, seed) if s.smol else toy_jobs(s, folder, seed)
         late = [job for job in jobs if job.how and job.ckpt != job.start]    # they wait for DPO's model
         waves = ([job for job in jobs if job not in late], late)
-        bar = tqdm(total=len(jobs), desc=f"seed {seed}", unit="run", disable=None)
+        bar = progress(total=len(jobs), desc=f"seed {seed}", unit="run")
         with ProcessPoolExecutor(s.workers, spawn, end_with_parent) as pool:
             for wave in waves:
                 for found in pool.map(outcome, wave):

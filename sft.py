@@ -26,12 +26,11 @@ from itertools import islice
 from operator import itemgetter
 
 import common  # first: it tells OpenMP how to wait
-from tqdm import tqdm
 
 import checkpoint
 import train as training
-from common import BadInput, main, sha
-from data import Tree, make_tree, scored_answers, usable
+from common import BadInput, main, progress, sha
+from data import make_tree, scored_answers, usable
 from model import token_logps
 from train import Run
 
@@ -50,7 +49,7 @@ class Settings(training.Settings):
 def train(run: Run, order, name="sft"):
     """Train whatever of run.model requires a gradient, in place. `order` gives trees for ever, or
     at least for all steps."""
-    bar = tqdm(run.steps(order), desc=name, disable=None, initial=run.done, total=run.total)
+    bar = progress(run.steps(order), desc=name, initial=run.done, total=run.total)
     for _, batch in bar:
         scored = sum(scored_tokens(tree) for tree in batch)
         for part in run.packs(batch):

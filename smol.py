@@ -33,7 +33,6 @@ import common  # first: it tells OpenMP how to wait
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
 
 import checkpoint
 import dpo
@@ -43,7 +42,9 @@ import story
 from benchmarks import ifeval, likelihood
 from benchmarks.harness import Folder, Item, answer
 from benchmarks.style import style
-from common import HERE, BadInput, main, read_json, write_json, write_jsonl
+from common import (
+    HERE, BadInput, main, progress, read_json, write_json, write_jsonl,
+)
 from data import MARKER, Pixels, Tokens, find_template
 from model import Config, Llava, TextConfig
 from toy import items, tasks, world
@@ -82,11 +83,11 @@ def package_file() -> Path:
     return path
 
 
-def halves_apart(weight, heads):
+def halves_apart(weight, head_dim):
     """Rows of W_q or W_k. RoPE turns pairs of them: GGUF keeps a pair side by side, we (as
     transformers) keep it half a head apart."""
     out, width = weight.shape
-    return weight.view(heads, -1, 2, width).transpose(1, 2).reshape(out, width)
+    return weight.view(-1, head_dim // 2, 2, width).transpose(1, 2).reshape(out, width)
 
 
 def text_config(about) -> TextConfig:
@@ -146,22 +147,15 @@ def unpack(path: Path, out: Path):
     stored = {tensor.name: tensor for tensor in reader.tensors}
     text = text_config(about)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, text.num_hidden_layers)
-    with torch.device("meta"):                           # no memory until the weights come
-        model = Llava(Config(text, vision=None, image_token=-1))
+    model = Llava(Config(text))
 
-    weights = {}
     ours = dict(model.named_parameters())                # of tied weights the first
-    for name in tqdm(ours, "1 language model", unit="tensor", disable=None):
+    for name, p in progress(ours.items(), "1 language model", unit="tensor"):
         tensor = stored[names.get_name(checkpoint.hub_name(name, text_only=True), (".weight",))]
-        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if name.endswith("q_proj.weight"):
-            value = halves_apart(value, text.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            value = halves_apart(value, text.num_key_value_heads)
-        weights[name] = value
-    weights[checkpoint.HEAD] = weights[checkpoint.EMBEDDING]
-    model.load_state_dict(weights, assign=True)
-    model.lm_head.weight = model.language_model.embed_tokens.weight
+        value = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            value = halves_apart(value, text.head_dim)
+        p.data.copy_(value)
     with TemporaryDirectory() as folder:
         write_tokenizer(about, Path(folder))
         checkpoint.save(model, out, folder)
@@ -226,7 +220,7 @@ def teach_projector(model, tokens, seed):
     initialise(projector, seed)
     optimizer = torch.optim.AdamW(projector.parameters())
     rng = random.Random(f"projector/{seed}")
-    for step in tqdm(range(WARM_STEPS), "2 projector", unit="step", disable=None):
+    for step in progress(range(WARM_STEPS), "2 projector", unit="step"):
         pictures = [(world.random_scene(rng), rng.randrange(2**31)) for _ in range(64)]
         with torch.no_grad():
             patches = model.vision_tower(pixels_of(pictures))                # (64, P, width)
@@ -374,15 +368,15 @@ def run(s: Settings):
     if s.only == "lm":
         return
 
-    start, tuning, llava = out / "start", out / "tuning", out / "llava"
+    start, adapter, llava = out / "start", out / "tuning/adapter", out / "llava"
     if not start.exists():
         give_eyes(lm, start, s.seed)
-    if s.story and not (tuning / "adapter").exists():
-        shutil.copytree(SHIPPED, tuning / "adapter")
-    if not (tuning / "adapter").exists():
-        tune(s, start, tuning)
+    if s.story and not adapter.exists():
+        shutil.copytree(SHIPPED, adapter)
+    if not adapter.exists():
+        tune(s, start, adapter.parent)
     if not llava.exists():
-        lora.run(lora.Settings(ckpt=str(tuning / "adapter"), out=str(llava)))
+        lora.run(lora.Settings(ckpt=str(adapter), out=str(llava)))
     if s.story:
         tell(out, s.seed)
     print(f"next: python chat.py --ckpt {llava} --vs {lm}")

@@ -41,19 +41,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import dpo
 import kernels
-from common import HERE, BadInput, describe_run, device_and_dtype, main, write_jsonl
+from common import HERE, BadInput, describe_run, device_and_dtype, main, progress, write_jsonl
 from data import VICUNA, Tokens, Tree, make_pack, make_tree
 from generate import generate
 from kernels import Mask
 from kernels.attention import dense_mask, sees
 from kernels.logprob import logps_spec
 from model import Config, Llava, TextConfig
-from opponents import open_gate
+from opponents import compete
 from toy import world
 from toy.build import SPECIAL, pixels_of, write_tokenizer
 from train import Run
@@ -142,11 +141,9 @@ def write_prompts(folder: Path, count: int) -> tuple[int, ...]:
 
 # ---- contestants in processes of their own -------------------------------------------------------
 
-def contestant(text: str):
+def contestant():
     """Ours, as those of opponents.py: it goes through the gate after every step."""
-    job = json.loads(text)
-    ours = {"dpo": our_steps, "sample": our_answers}
-    ours[job["what"]](open_gate(), Path(job["folder"]), job)
+    compete({"dpo": our_steps, "sample": our_answers})
 
 
 def our_steps(gate: Callable, folder: Path, job: dict):
@@ -182,7 +179,7 @@ def our_answers(gate: Callable, folder: Path, job: dict):
         gate(tokens=sum(len(answer.ids) for found in answers for answer in found))
 
 
-OURS = ["-c", "import speed, sys; speed.contestant(sys.argv[1])"]
+OURS = ["-c", "import speed; speed.contestant()"]
 THEIRS = ["opponents.py"]
 
 
@@ -217,7 +214,7 @@ def in_turn(jobs: dict[str, dict], rounds: int) -> list[dict]:
             running[name] = stack.enter_context(start(name, job))
             stack.callback(running[name].kill)
             hear(name, running[name])                    # the first step, with all the loading
-        for _ in tqdm(range(rounds), desc="rounds", disable=None):
+        for _ in progress(range(rounds), desc="rounds"):
             for name, process in running.items():
                 steps[name].append(next_step(name, process))
 

@@ -43,10 +43,9 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import common
-from common import BadInput, sha, write_jsonl, write_whole
+from common import BadInput, progress, sha, write_jsonl, write_whole
 from data import make_tree
 from generate import check_room, sample_answers
 from judge.client import continuation
@@ -199,7 +198,7 @@ def answer(items, model, tokens, pixels, *, batch=16, seed=0, journal=None, abou
                 todo.append(ready(item))
             except BadInput as problem:
                 yield item, str(problem)
-        for part in tqdm(batches(todo, batch), desc=desc, unit="batch", disable=None, leave=False):
+        for part in progress(batches(todo, batch), desc=desc, unit="batch", leave=False):
             if any(key not in journal for key, _, _ in part):
                 sample(part)
             for key, item, _ in part:

@@ -18,10 +18,8 @@ import json
 import re
 from collections import defaultdict
 
-import numpy as np
-
 from benchmarks.harness import Item, ratios, stored
-from common import BadInput, every, shown
+from common import KINDS, BadInput, shown
 
 FORM = "5.1f"
 SCALE = 100
@@ -97,7 +95,7 @@ def number_sentences(text, num_sentences, relation):
 
 
 def number_words(text, num_words, relation):
-    return holds(len(re.findall(r"\w+", text)), relation, num_words)
+    return holds(times(r"\w+", text), relation, num_words)
 
 
 def number_paragraphs(text, num_paragraphs):
@@ -121,7 +119,7 @@ def paragraph_begins(text, num_paragraphs, nth_paragraph, first_word):
 
 
 def number_placeholders(text, num_placeholders):
-    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+    return times(r"\[.*?\]", text) >= num_placeholders
 
 
 def postscript(text, postscript_marker):
@@ -285,12 +283,12 @@ def instructions(row, where):
 def fits(name, value):
     """Whether an argument of this name can have such a value."""
     if name.startswith(("num_", "nth_")) or name.endswith("frequency"):
-        return type(value) is int and value > 0
+        return KINDS["a positive whole number"](value)
     if name.endswith("relation"):
         return value in ("less than", "at least")
     if name in ("keywords", "forbidden_words"):
-        return isinstance(value, list) and every("a text", value)
-    return isinstance(value, str)
+        return KINDS["a list of texts"](value)
+    return KINDS["a text"](value)
 
 
 def answer_rows(items, model):
@@ -323,26 +321,22 @@ SCORES = ("prompt", "instruction", "prompt loose", "instruction loose", "short",
 
 def score(items, rows=None):
     answered = [item for item in items if item.texts]
-    parts = defaultdict(list)                            # name -> (followed?, of which prompt)
+    parts = defaultdict(list)                            # name -> (followed?, 1, which prompt)
     for item in answered:
         instructions = item.row["instructions"]
         texts = variants(item.texts[0])
         strict = [followed(instruction, texts[:1]) for instruction in instructions]
         loose = [followed(instruction, texts) for instruction in instructions]
-        parts["prompt"].append((all(strict), item.id))
-        parts["prompt loose"].append((all(loose), item.id))
+        parts["prompt"].append((all(strict), 1, item.id))
+        parts["prompt loose"].append((all(loose), 1, item.id))
         for (kind, arguments), value, easier in zip(instructions, strict, loose):
-            parts["instruction loose"].append((easier, item.id))
+            parts["instruction loose"].append((easier, 1, item.id))
             length = "long" if is_long(kind, arguments) else "short"
             for name in ("instruction", length, kind):
-                parts[name].append((value, item.id))
+                parts[name].append((value, 1, item.id))
 
     def share(*names):
-        found = []
-        for name in names:
-            values, prompts = zip(*parts[name]) if parts[name] else ((), ())
-            found.append((values, np.ones(len(values)), prompts))
-        return ratios(found)
+        return ratios([tuple(zip(*parts[name])) for name in names if parts[name]])
 
     return {
         "scores": {"strict": share("prompt", "instruction")} | {name: share(name) for name in SCORES},

@@ -11,14 +11,11 @@ tokenizers cannot be compared.
 Any .json or .jsonl file that formats.py reads will do, if its records have golden answers:
 AlpacaEval's `alpaca_eval.json`, for one.
 """
-from dataclasses import replace
-
 import torch
-from tqdm import tqdm
 
 import formats
 from benchmarks.harness import Item, ratios
-from common import BadInput
+from common import BadInput, progress
 from data import make_tree, pack_size, split
 from model import answer_logps
 
@@ -49,9 +46,8 @@ def items(folder):
 def measure(model, tokens, pixels, items):
     """The items with their golden answers as texts, and in their rows the log-prob and the number
     of tokens; or with the reason why there is none."""
-    measured = [replace(item) for item in items]
     asked, trees = [], []
-    for item in measured:
+    for item in items:
         try:
             trees.append(make_tree(tokens, item.row, [item.row["golden"]], max_length=tokens.room))
             asked.append(item)
@@ -61,12 +57,12 @@ def measure(model, tokens, pixels, items):
     for item, (logp, length) in zip(asked, given_logps(model, pixels, trees, "likelihood")):
         item.row = item.row | {"logp": logp, "tokens": length}
         item.texts = [item.row["golden"]]
-    return measured
+    return items
 
 
 def given_logps(model, pixels, trees, desc):
     """(log p of its one answer, that answer's tokens) of each tree, in order."""
-    bar = tqdm(total=len(trees), desc=desc, disable=None, leave=False)
+    bar = progress(total=len(trees), desc=desc, leave=False)
     for part in split(trees, pack_size(0, model.device)):
         pack = pixels.pack(part).to(model.device)
         for tree, logp in zip(part, answer_logps(model, pack).tolist()):

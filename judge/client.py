@@ -45,7 +45,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from common import BadInput, sha
+from common import BadInput, progress, sha
 from journal import Journal
 from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, names, reply_of
 
@@ -174,7 +174,7 @@ class Judge:
     def ask(self, questions: Iterable[Question]) -> None:
         """Settle every question. Raises BadInput where going on is pointless."""
         states = Counter()
-        bar = tqdm(desc="asking", unit="call", disable=None, leave=False)
+        bar = progress(desc="asking", unit="call", leave=False)
         with bar, ThreadPoolExecutor(self.s.workers) as pool:
             try:
                 jobs = [pool.submit(self.settle, q) for q in questions]

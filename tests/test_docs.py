@@ -36,7 +36,7 @@ def test_the_walkthrough_shows_its_records_picture():
     from toy import tasks
     from toy.world import render
     record = tasks.preference_prompts(44, seed=0)[43]
-    picture = render(tasks.scene_of(record), record["truth"]["seed"]).resize((288, 288), Image.Resampling.NEAREST)
+    picture = render(record["truth"]["scene"], record["truth"]["seed"]).resize((288, 288), Image.Resampling.NEAREST)
     for k in (96, 192):
         picture.paste((120, 120, 120), (k, 0, k + 1, 288))
         picture.paste((120, 120, 120), (0, k, 288, k + 1))

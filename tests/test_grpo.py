@@ -3,6 +3,7 @@
     python -m pytest tests/test_grpo.py -q
 """
 import copy
+import json
 import math
 
 import pytest
@@ -149,6 +150,19 @@ def test_a_judge_over_http_is_asked_through_annotate_with_these_settings(prompts
     [(asks, count, out)] = asked
     assert (asks.judge, asks.judge_url, asks.workers, asks.golden, count, out) == ("openai:m", "http://127.0.0.1:9/v1", 3, False, 4, tmp_path)
     assert "judge: openai:m, 4 calls, 3 answers in each" in capsys.readouterr().out
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_a_reject(prompts, tmp_path, capsys):
+    records = rows_of(prompts)
+    words = records[0]["messages"][0]["content"]
+    records[0]["messages"][0]["content"] = words + " what color is the star ?" * 20
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(BadInput, match="no usable record"):
+        grpo.run(settings(rows, tmp_path / "none", image_root=str(prompts.parent), max_length=20))
+    grpo.run(settings(rows, tmp_path / "out", image_root=str(prompts.parent), max_length=120, steps=1))
+    [reject] = rows_of(tmp_path / "out" / "rejects.jsonl")
+    assert reject["id"] == records[0]["id"] and "more than the model was built for (120)" in reject["reason"]
 
 
 @pytest.mark.parametrize("wrong, why", [({"judge": ""}, "--judge says who"), ({"n": 1}, "at least 2"), ({"judge": "nobody:x"}, "--judge nobody:x: say gemini")])

@@ -39,7 +39,7 @@ def test_the_divergence_is_that_of_one_answer_at_a_time(shipped, half, tmp_path,
     said = []
     real = moved.sample_answers
     monkeypatch.setattr(moved, "sample_answers", lambda *args, **how: said.append(real(*args, **how)) or said[0])
-    found = moved.divergence(model, start, tokens, records, seed=4)
+    found = moved.divergence(model, tokens, start, tokens, records)
 
     pixels = Pixels(model.config)
     differences, lengths = [], 0
@@ -57,9 +57,9 @@ def test_the_divergence_is_that_of_one_answer_at_a_time(shipped, half, tmp_path,
 def test_who_did_not_move_has_no_divergence_and_cut_answers_do_not_count(shipped, tmp_path, monkeypatch):
     model, tokens = shipped
     records = asked(6, tmp_path)
-    assert moved.divergence(model, model, tokens, records)["kl"] == {"mean": 0, "ci": 0, "n": 24}
+    assert moved.divergence(model, tokens, model, tokens, records)["kl"] == {"mean": 0, "ci": 0, "n": 24}
     monkeypatch.setattr(items, "MAX_NEW", 1)
-    assert moved.divergence(model, model, tokens, records)["kl"]["n"] == 0
+    assert moved.divergence(model, tokens, model, tokens, records)["kl"]["n"] == 0
 
 
 def drawn(theta, phi, n=200_000):

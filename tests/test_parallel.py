@@ -206,12 +206,15 @@ def test_a_message_comes_once_and_torchrun_fails(place):
 
 
 @slow
-def test_the_first_process_alone_draws_bars():
-    def bars(rank):
-        code = "import common, tqdm; [x for x in tqdm.tqdm([1, 2])]"
-        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": rank},
-                              capture_output=True, text=True).stderr
-    assert "2/2" in bars("0") and bars("1") == ""
+@pytest.mark.parametrize("rank, drawn", [("0", True), ("1", False)])
+def test_the_first_process_alone_draws_bars_and_on_a_terminal_alone(rank, drawn):
+    code = "import common; print([x for x in common.progress([1, 2], ncols=60, nrows=9)])"
+    command = [sys.executable, "-c", code]
+    mine, theirs = os.openpty()
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"RANK": rank}, stdout=theirs, stderr=theirs, check=True)
+    assert ("2/2" in os.read(mine, 9999).decode()) == drawn
+    piped = subprocess.run(command, cwd=ROOT, env=os.environ | {"RANK": rank}, capture_output=True, text=True)
+    assert piped.stderr == ""
 
 
 @pytest.mark.parametrize("there, asked, got", [

@@ -102,11 +102,11 @@ def test_what_a_question_says_of_its_scene_is_so():
     """exist: the word is there or it is not; attribute: exactly one thing fits, and the bare answer is its property."""
     for record in tasks.items("exist", 100, "test"):
         word = record["truth"]["turns"][0]["question"].split()[3]
-        there = any(word in thing for thing in tasks.scene_of(record))
+        there = any(word in thing for thing in record["truth"]["scene"])
         assert record["truth"]["turns"][0]["bare"] == ("yes" if there else "no")
     for record in tasks.items("attribute", 100, "test"):
         turn, (thing,) = record["truth"]["turns"][0], [
-            t for t in tasks.scene_of(record) if {t.shape, t.color} & set(record["messages"][0]["content"].split())]
+            t for t in record["truth"]["scene"] if {t.shape, t.color} & set(record["messages"][0]["content"].split())]
         assert turn["bare"] == getattr(thing, {"where": "place"}.get(turn["kind"], turn["kind"]))
 
 
@@ -125,7 +125,7 @@ def test_nothing_asked_in_a_benchmark_is_ever_trained_on():
     assert not trained & asked
     assert all(not held_out(world.random_scene(rng)) for _ in range(200))
     for bench in ("exist", "attribute"):
-        assert all(held_out(tasks.scene_of(r)) for r in tasks.items(bench, 50, "test"))
+        assert all(held_out(r["truth"]["scene"]) for r in tasks.items(bench, 50, "test"))
 
 
 def test_a_style_leak_and_forgetting_are_told_apart():

@@ -39,11 +39,10 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 import sft
-from common import BadInput, main, write_json
+from common import BadInput, main, progress, write_json
 from data import VICUNA, Tokens, Tree, make_pack, make_tree
 from model import Config, Llava, TextConfig
 from toy import tasks, world
@@ -87,7 +86,7 @@ def language(width, layers=4, words=0) -> Config:
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
-    return Config(text, vision=None, image_token=-1)
+    return Config(text)
 
 
 def initialise(module: nn.Module, seed: int, std=0.06):
@@ -170,7 +169,7 @@ def train_tower(parts, s):
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     rng = random.Random(f"tower/{s.seed}")
     right = torch.arange(batch)
-    for step in tqdm(range(steps), "1 vision tower", unit="step", position=1, disable=None):
+    for step in progress(range(steps), "1 vision tower", unit="step", position=1):
         scenes = []
         for _ in range(batch // 2):
             scenes += pair_of_scenes(rng)

@@ -40,19 +40,18 @@ ANSWERS = 4          # sampled to each of them
 # ---- how far -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def divergence(model, start, tokens, records, seed=0):
+def divergence(model, tokens, start, start_tokens, records):
     """{"kl": nats an answer, "kl a token"}, from sampled answers to each record. Those that were cut
     off do not count: what they would have said is not known."""
     pixels = Pixels(model.config)
     prompts = [make_tree(tokens, record, []) for record in records]
-    said = sample_answers(model, tokens, pixels, prompts, n=ANSWERS, max_new=items.MAX_NEW, seed=seed)
+    said = sample_answers(model, tokens, pixels, prompts, n=ANSWERS, max_new=items.MAX_NEW)
     whole = []
     for record, answers in zip(records, said):
         whole += [(record, answer["text"]) for answer in answers if usable(answer)]
 
     now = logps_of(model, tokens, pixels, whole)
-    plain = tokens.asking(None) if tokens.steer else tokens                  # as the start was asked
-    before = logps_of(start, plain, pixels, whole)
+    before = logps_of(start, start_tokens, pixels, whole)                    # as the start is asked
     moved = [a - b for (a, _), (b, _) in zip(now, before)]
     lengths = [length for _, length in now]
     questions = [record["id"] for record, _ in whole]
@@ -106,5 +105,5 @@ def measure(model, tokens, said, start, folder, name):
     if model.config.vision:
         benches = [bench for bench in items.ITEMS if bench != "text"]
         records = [record for bench in benches for record in tasks.items(bench, ASKED, "test")]
-        scores |= divergence(model, before, tokens, tasks.draw(records, folder))
+        scores |= divergence(model, tokens, before, start_tokens, tasks.draw(records, folder))
     return scores

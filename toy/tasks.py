@@ -21,7 +21,7 @@ from pathlib import Path
 from common import main, write_jsonl
 from toy.english import in_english
 from toy.world import (ANIMALS, CATEGORY, COLORS, CONTENT, FRUIT_OF, HOMES, KNOWLEDGE,
-                       LOOKUPS, OPPOSITE, SHAPES, Scene, Thing, ask, ask_exist, counted, either,
+                       LOOKUPS, OPPOSITE, SHAPES, ask, ask_exist, counted, either,
                        fruit, larger, listed, number, opposite, plus, random_scene, render,
                        repeated, sentence, split_of, turn, two_colors)
 
@@ -255,17 +255,13 @@ def items(bench: str, n: int, split="dev", seed=0) -> list[dict]:
 
 # ---- pictures and files --------------------------------------------------------------------------
 
-def scene_of(record: dict) -> Scene:
-    return tuple(Thing(*t) for t in record["truth"]["scene"])
-
-
 def draw(records: list[dict], folder) -> list[dict]:
     """Write the records' pictures into `folder` -> the records, with that root and no answers."""
     for record in records:
         for name in record["images"]:
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            render(scene_of(record), record["truth"]["seed"]).save(path)
+            render(record["truth"]["scene"], record["truth"]["seed"]).save(path)
     return [record | {"root": str(folder), "answers": []} for record in records]
 
 
