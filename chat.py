@@ -15,6 +15,7 @@ is what they saw.
     /quit
 """
 import math
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def do(line, speakers, said, waiting, pictures):
     """As a line says: a command, or a question about the pictures that are `waiting`."""
     command, _, rest = line.partition(" ")
     if command == "/image":
-        waiting.append(load_image(Path(rest).expanduser()))
+        waiting.append(load_image(Path(os.path.expanduser(rest))))
     elif command == "/draw":
         waiting.append(next(pictures))
     elif command == "/reset":

@@ -49,7 +49,7 @@ from common import BadInput, progress, sha, write_jsonl, write_whole
 from data import make_tree
 from generate import check_room, sample_answers
 from judge.client import continuation
-from vision import decode_image, read_image
+from vision import decode_image, image_path, read_image
 
 
 @dataclass
@@ -225,7 +225,7 @@ def answer_from_server(items, client):
 
 def server_question(item, judge):
     how = {"temperature": item.temperature, "max_tokens": item.max_new}
-    pictures = [read_image(Path(item.root, name)) for name in item.images]
+    pictures = [read_image(image_path(item.root, name)) for name in item.images]
     return continuation(judge, conversation(item), sha(*pictures), how)
 
 

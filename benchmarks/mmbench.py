@@ -55,7 +55,9 @@ def unpack(cell, path):
     """Write the picture that stands in a cell, once."""
     if cell and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(cell))
+        aside = path.with_name(f"{path.name}.part")    # a kill leaves no half of it
+        aside.write_bytes(base64.b64decode(cell))
+        aside.replace(path)
 
 
 def options(row):

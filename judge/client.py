@@ -37,7 +37,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
@@ -48,6 +47,7 @@ from tqdm import tqdm
 from common import BadInput, progress, sha
 from journal import Journal
 from judge.wire import PROTOCOLS, Question, Reply, delay_of, error_of, jpeg, names, reply_of
+from vision import image_path
 
 STATES = ("ok", "blocked", "truncated", "unparseable", "failed")
 ASKS = 3            # replies to one question before it counts as unparseable
@@ -133,12 +133,13 @@ class Replies(Journal):
 def continuation(model: str, record: dict, pictures: str, how: dict) -> Question:
     """The call in which a server's model goes on with a record's conversation. `how` it samples:
     temperature, max_tokens, seed. `pictures` names the record's by their content."""
+    links = record.get("follow_links", False)
     return Question(
         key=sha(model, record["id"], json.dumps([record["messages"], how]), pictures),
         id=record["id"],
         system="",
         text="",
-        images=[Path(record["root"], name) for name in record["images"]],
+        images=[image_path(record["root"], name, links) for name in record["images"]],
         messages=record["messages"],
         sampling=how,
     )

@@ -90,11 +90,11 @@ def test_reset_forgets_both_sides_and_the_pictures(talk, picture):
 def test_what_cannot_be_used_is_said_and_the_conversation_goes_on(talk, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    out = talk(["/image nowhere.png", f"/image {broken}", "/dance", "<image> what color ?", "a </s> b", "what is two plus two ?"])
-    for said, expected in zip(out, ("nowhere.png: No such file", "broken.png", "/dance: choose",
+    out = talk(["/image nowhere.png", "/image ~nosuchuser/x.png", f"/image {broken}", "/dance", "<image> what color ?", "a </s> b", "what is two plus two ?"])
+    for said, expected in zip(out, ("nowhere.png: No such file", "~nosuchuser/x.png: No such file", "broken.png", "/dance: choose",
                                     "1 <image> markers but 0 images", "</s>")):
         assert expected in said
-    assert len(out) == 6 and "four" in out[-1]
+    assert len(out) == 7 and "four" in out[-1]
 
 
 def test_a_long_conversation_ends_with_a_remedy(talk):

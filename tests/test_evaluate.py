@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -592,3 +592,19 @@ def test_a_model_behind_a_server_answers_benchmarks_and_is_not_asked_twice(data,
     evaluate.run(s)
     assert sum(server.calls.values()) == calls
     assert not any(b"sk-a-key" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", ["../private.png", "/private.png"])
+def test_a_picture_outside_its_folder_is_sent_to_no_server(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a-key-of-twenty-letters")
+    root = tmp_path / "images"
+    root.mkdir()
+    for k in (root / "fine.png", tmp_path / "private.png"):
+        picture(8, 8).save(k)
+    name = name if name[0] == "." else str(tmp_path) + name
+    items = [Item("out", ["<image>\nWhat?"], images=[name], root=str(root)), Item("in", ["<image>\nWhat?"], images=["fine.png"], root=str(root))]
+    server = Sampler()
+    with closing(judge.Replies(tmp_path / "journal.jsonl")) as replies:
+        client = judge.Judge(judge.JudgeSettings(judge="openai:llava", judge_url=server.url), replies)
+        outside, inside = harness.answer_from_server(items, client)
+    assert "leads outside" in outside.failed and not outside.texts and inside.texts and len(server.bodies) == 1
