@@ -47,7 +47,7 @@ def times(pattern, text):
     return len(re.findall(pattern, text, re.IGNORECASE))
 
 
-def has_keywords(text, keywords):
+def has_keywords(text, keywords):                        # lists: each is tried, also at the door
     return all([times(word, text) for word in keywords])
 
 

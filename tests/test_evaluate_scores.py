@@ -451,6 +451,22 @@ def test_mmbench_prompts_options_and_pictures(tmp_path):
     assert "<image>" not in row["prompt"] and row["prompt"].endswith(mmbench.SUFFIX) and row["round_id"] == 0
 
 
+def test_a_picture_of_mmbench_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
+    cell, path = base64.b64encode(b"a whole picture").decode(), tmp_path / "1.jpg"
+
+    def killed(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:7])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Path, "write_bytes", killed)
+        mmbench.unpack(cell, path)
+    assert not path.exists()
+    mmbench.unpack(cell, path)
+    assert path.read_bytes() == b"a whole picture"
+
+
 def test_mmbench_finds_letters():
     for answer, letter in (
             ("B", "B"), ("B.", "B"), ("(C)", "C"), ("The answer is B", "B"), ("A or B", None), ("dog", "B"), ("It is the owl.", "C"), ("cat and dog", None),

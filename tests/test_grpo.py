@@ -152,7 +152,7 @@ def test_a_judge_over_http_is_asked_through_annotate_with_these_settings(prompts
     assert "judge: openai:m, 4 calls, 3 answers in each" in capsys.readouterr().out
 
 
-def test_a_question_that_leaves_no_room_for_an_answer_is_a_reject(prompts, tmp_path, capsys):
+def test_a_question_that_leaves_no_room_for_an_answer_is_a_reject(prompts, tmp_path):
     records = rows_of(prompts)
     words = records[0]["messages"][0]["content"]
     records[0]["messages"][0]["content"] = words + " what color is the star ?" * 20
