@@ -98,7 +98,8 @@ def run(copy, *line: str) -> str:
 def train(copy, line: str, data, *more: str) -> str:
     """A command of the page, shortened: two steps on eight records."""
     flags = re.sub(r"--(data|out|batch|epochs) \S+", "", line).split()
-    return run(copy, *flags, "--data", str(data), "--out", "out", "--batch", "4", "--steps", "2", *more)
+    return run(copy, *flags, "--data", str(data), "--out", "out", "--batch", "4", "--steps", "2",
+               "--dtype", "float32", *more)
 
 
 def command(words: str) -> str:
