@@ -126,7 +126,7 @@ def answer_all(s, ckpt, items, out):
     model = cache(lambda: checkpoint.load(folder, device, dtype))    # when an answer is missing
     about = sha(checkpoint.stamp(folder), str(dtype))
     answered = {}
-    with closing(Journal(out / "answers-journal.jsonl")) as journal:
+    with closing(Journal(out / "answers-journal.jsonl", answer="an object")) as journal:
         for name, asked in items.items():
             if not config.vision and any(item.images for item in asked):
                 print(f"{ckpt} sees no pictures; left out: {name}", file=sys.stderr)

@@ -40,12 +40,11 @@ class Journal:
     off when the file is opened again. One process writes at a time; any thread of it may append.
 
     Rows have a "key"; `journal[key]` is the last row of that key. It is read back from the disk:
-    memory holds only where each row begins.
+    memory holds only where each row begins. `fields` are what else a row must have, and of which
+    kind (common.KINDS).
     """
 
-    fields = {}              # what else a row must have
-
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, **fields):
         self.path = Path(path)
         self.begins = {}                                 # key -> where its row begins
         self.size = 0
@@ -54,7 +53,7 @@ class Journal:
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             hold(self.fd, self.path)
-            for end, row in journal_rows(self.path, self.fields):
+            for end, row in journal_rows(self.path, fields):
                 self.note(row, end)
         except BaseException:
             self.close()

@@ -102,7 +102,7 @@ class Replies(Journal):
     def __init__(self, path):
         self.earlier = defaultdict(list)     # key of an open question -> the states of its replies
         self.used = Counter()                # tokens, by kind
-        super().__init__(path)
+        super().__init__(path, **self.fields)
 
     def seen(self, row) -> bool:
         self.used.update(row["usage"])

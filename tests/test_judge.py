@@ -421,6 +421,8 @@ def test_a_torn_last_line_is_cut_off_and_a_damaged_one_is_named(tmp_path):
         path.write_text('{"key": "a"}\n' + line + '\n{"key": "c"}\n')
         with pytest.raises(BadInput, match="line 2 is damaged"):
             Journal(path)
+    with pytest.raises(BadInput, match="line 1 is damaged"):
+        Journal(path, answer="an object")
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
