@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
+import PIL
 import pytest
 
 import checkpoint
@@ -139,7 +140,8 @@ UNREADABLE = {"f.tif", "trunc.jpg", "empty.jpg", "html.jpg", "heic.heic"}     # 
 def test_every_picture_that_a_viewer_shows_is_read_upright_and_in_its_colours():
     folder = HERE / "picture-kinds"
     records, rejects = formats.read(folder / "data.jsonl")
-    assert {reject["id"] for reject in rejects} == UNREADABLE
+    older = {"ycc.tif"} if int(PIL.__version__.split(".")[0]) < 13 else set()    # Pillow 12.3, Python 3.10's last, cannot
+    assert {reject["id"] for reject in rejects} == UNREADABLE | older
     for record in records:
         [name] = record["images"]
         image = load_image(folder / name)
