@@ -11,6 +11,8 @@ tokenizers cannot be compared.
 Any .json or .jsonl file that formats.py reads will do, if its records have golden answers:
 AlpacaEval's `alpaca_eval.json`, for one.
 """
+from dataclasses import replace
+
 import torch
 
 import formats
@@ -46,6 +48,7 @@ def items(folder):
 def measure(model, tokens, pixels, items):
     """The items with their golden answers as texts, and in their rows the log-prob and the number
     of tokens; or with the reason why there is none."""
+    items = [replace(item, texts=[]) for item in items]
     asked, trees = [], []
     for item in items:
         try:

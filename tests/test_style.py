@@ -100,8 +100,9 @@ def test_what_likelihood_cannot_use_is_said(data, ckpt, tmp_path):
     model = checkpoint.load(ckpt)
     tokens = Tokens(ckpt, model.config)
     tokens.room = 10
-    [item] = likelihood.measure(model, tokens, Pixels(model.config), [Item(1, ["a"], {"id": "1", "messages": [{"role": "user", "content": "What?"}],
-                                                                                      "images": [], "golden": "This.", "root": ""})])
+    asked = [Item(1, ["a"], {"id": "1", "messages": [{"role": "user", "content": "What?"}], "images": [], "golden": "This.", "root": ""})]
+    [item] = likelihood.measure(model, tokens, Pixels(model.config), asked)
+    assert not asked[0].failed, "the caller's items stay as they are"
     assert "more than --max_length 10, or than the model has room for" in item.failed and not item.texts
 
 
