@@ -145,12 +145,13 @@ def sample_from_server(s, records, out) -> tuple[dict, list]:
 
         sampled, rejects = {}, []
         for name, questions in asked.items():
-            bad = [trouble for trouble in map(replies.trouble, questions) if trouble]
+            answers = list(map(replies.answer, questions))
+            bad = [answer for answer in answers if isinstance(answer, str)]
             if bad:
                 reason = f"{len(bad)} of {s.n} answers {bad[0]}; --retry_failed 1 asks again"
                 rejects.append({"id": name, "reason": reason})
             else:
-                sampled[name] = list(map(replies.answer, questions))
+                sampled[name] = answers
     return sampled, rejects
 
 

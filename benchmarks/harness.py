@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from common import BadInput, progress, sha, write_jsonl, write_whole
+from common import BadInput, progress, sha, write_json, write_jsonl
 from data import make_tree
 from generate import check_room, sample_answers
 from judge.client import continuation
@@ -218,7 +218,7 @@ def answer_from_server(items, client):
                 yield item, str(problem)
         client.ask(question for _, question in todo)
         for item, question in todo:
-            yield item, client.replies.trouble(question) or client.replies.answer(question)
+            yield item, client.replies.answer(question)
 
     return in_turns(items, ask)
 
@@ -332,7 +332,7 @@ def dump(path, rows):
     if path.suffix == ".jsonl":
         write_jsonl(path, rows)
     else:
-        write_whole(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, rows)
 
 
 def slug(name: str) -> str:

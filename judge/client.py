@@ -118,16 +118,13 @@ class Replies(Journal):
         reply = Reply(row["state"], row["text"], row["reason"], row["version"], row["usage"])
         return reply.checked(q.check)
 
-    def answer(self, q: Question) -> dict:
-        """A sampled answer, and who the server says gave it."""
+    def answer(self, q: Question) -> dict | str:
+        """A sampled answer, and who the server says gave it; or why there is none."""
         row = self[q.key]
+        if row["state"] != "ok":
+            return f"{row['state']}: {row['reason']}"
         finish = "length" if row["reason"] == "length" else "stop"
         return {"text": row["text"], "finish": finish, "model": row["version"]}
-
-    def trouble(self, q: Question) -> str:
-        """Why there is none; empty where there is one."""
-        row = self[q.key]
-        return "" if row["state"] == "ok" else f"{row['state']}: {row['reason']}"
 
 
 def continuation(model: str, record: dict, pictures: str, how: dict) -> Question:
