@@ -493,8 +493,17 @@ class Pack:
 
 def make_pack(trees: list[Tree], pixels: Tensor | None = None) -> Pack:
     """Lay trees one after another. `pixels` (images of all trees in order, 3, S, S)."""
-    ids, positions, lo, hi, own = [], [], [], [], []     # per token
-    rows, targets, owner = [], [], []                    # per scored token
+    # Per token.
+    ids = []
+    positions = []
+    lo = []
+    hi = []
+    own = []
+
+    # Per scored token.
+    rows = []
+    targets = []
+    owner = []
     answers = 0
 
     def lay(tokens, position, sees):

@@ -99,7 +99,9 @@ def stream(
         if step == max_new - 1 or not going.any():
             return
         said[who[~going]] = ends[0]
-        who, token, lengths = who[going], token[going], lengths[going]
+        who = who[going]
+        token = token[going]
+        lengths = lengths[going]
         cache.keep(going)
         hidden = model.language_model(model.embed_text(token), lengths + step, cache.decode)
 

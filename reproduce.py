@@ -260,7 +260,9 @@ def outcome(job):
 
     torch.set_num_threads(1)
     began = time.perf_counter()
-    model, steps, lr = job.ckpt, 0, 0.0
+    model = job.ckpt
+    steps = 0
+    lr = 0.0
     with (open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log)):
         try:
             if job.how:

@@ -368,7 +368,9 @@ def run(s: Settings):
     if s.only == "lm":
         return
 
-    start, adapter, llava = out / "start", out / "tuning/adapter", out / "llava"
+    start = out / "start"
+    adapter = out / "tuning/adapter"
+    llava = out / "llava"
     if not start.exists():
         give_eyes(lm, start, s.seed)
     if s.story and not adapter.exists():

@@ -267,8 +267,9 @@ def bench_kernels(s: Settings, folder: Path) -> list[dict]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
-    T, heads, width = len(pack.ids), config.num_attention_heads, config.hidden_size
-    qkv = [draw(T, heads, config.head_dim) for _ in range(3)]
+    T = len(pack.ids)
+    width = config.hidden_size
+    qkv = [draw(T, config.num_attention_heads, config.head_dim) for _ in range(3)]
     hidden = draw(T, width)
     head = draw(config.vocab_size, width)
     head.data *= 2 * width**-0.5                         # logits of spread 2

@@ -489,7 +489,10 @@ def read(s: Settings, trees_of) -> Reading:
     config, _ = checkpoint.read_config(folder)
     tokens = Tokens(folder, config, s.template)
     pixels = Pixels(config)
-    trees, pictures, rejects, unused = [], [], [], Counter()
+    trees = []
+    pictures = []
+    rejects = []
+    unused = Counter()
     how = (s.image_root, pixels.size, s.follow_links, s.keep_marker, Path(s.out))
     for name, record in formats.stream(s.data, *how):
         try:

@@ -147,7 +147,9 @@ def in_turns(items, ask):
         todo = [item for item in items if not item.failed and turn < len(item.questions)]
         for item, found in ask(todo):
             if isinstance(found, str):
-                item.texts, item.finishes, item.failed = [], [], found
+                item.texts = []
+                item.finishes = []
+                item.failed = found
             else:
                 item.texts.append(found["text"])
                 item.finishes.append(found["finish"])

@@ -39,7 +39,10 @@ def scene_talk(question: str, text: str) -> bool:
 
 def style(items) -> dict:
     """{"words", "looping", "scene talk"} of answered items (harness.Item), with intervals."""
-    words, looping, talk, ids = [], [], [], []
+    words = []
+    looping = []
+    talk = []
+    ids = []
     for item in items:
         for question, text in zip(item.questions, item.texts):
             words.append(len(text.split()))

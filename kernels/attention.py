@@ -182,7 +182,9 @@ def make_plan(mask: Mask) -> tuple[list[Call], Tensor | None]:
         if len(ends) > 1:
             branches.append((ends[0], start, ends[-1]))
 
-    calls, computed, real = [], [], []
+    calls = []
+    computed = []
+    real = []
     kinds = ("full", full, 1.0), ("causal", trunks, PAD_WASTE), ("masked", branches, PAD_WASTE)
     for kind, problems, waste in kinds:
         for batch in by_size(problems, waste):
@@ -208,7 +210,9 @@ def make_plan(mask: Mask) -> tuple[list[Call], Tensor | None]:
 
 def by_size(problems: list[tuple], waste: float) -> list[list]:
     """Batch problems of similar shape: padded to one, at most `waste` times the scores needed."""
-    batches, needed, longest = [], 0, (0, 0)
+    batches = []
+    needed = 0
+    longest = 0, 0
     for first_query, first_key, end in sorted(problems, key=lambda p: (p[2] - p[1], p[2] - p[0])):
         queries, keys = end - first_query, end - first_key
         shape = max(longest[0], queries), max(longest[1], keys)

@@ -362,7 +362,8 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        do, mask, scale = do.contiguous(), ctx.mask, ctx.scale
+        do = do.contiguous()
+        mask, scale = ctx.mask, ctx.scale
         (T, H, D), G = q.shape, k.shape[1]
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
         row_sums[H, triton.cdiv(T, 64)](o, do, delta, T, H, D, 64)

@@ -45,7 +45,9 @@ def measure(model, tokens, folder, name, split="test", english=False) -> tuple[d
 
     The pictures go to `folder`; `name` stands on the progress bars. In English only pictures are
     asked about: a real language model's text has benchmarks of its own."""
-    scores, answers, judged = {}, [], []
+    scores = {}
+    answers = []
+    judged = []
     benches = list(ITEMS) if model.config.vision else ["text"]
     if english:
         benches.remove("text")

@@ -65,7 +65,9 @@ def facts(text) -> Counter:
 
 def truth_share(turn, text) -> float:
     """How much of the truth is told, 0 to 1; 1 only if nothing is missing and nothing invented."""
-    got, full, bare = claims(text), claims(turn["full"]), claims(turn["bare"])
+    got = claims(text)
+    full = claims(turn["full"])
+    bare = claims(turn["bare"])
     if turn["kind"] == "describe":
         return f1(facts(text), facts(turn["full"]))
 
