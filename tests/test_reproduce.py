@@ -17,6 +17,7 @@ import reproduce
 import smol
 import story
 import train
+from benchmarks import harness
 from common import BadInput, read_jsonl
 from conftest import ROOT, tiny_checkpoint
 from judge.rubric import RUBRIC
@@ -274,6 +275,11 @@ def test_the_pages_tables_are_drawn_from_results():
     page = [line.strip() for line in (ROOT / "docs" / "smol.md").read_text().splitlines()]
     for line in reproduce.table(rows, [*reproduce.SMOL_FIRST, *reproduce.SMOL_RUNS], reproduce.REAL_COLUMNS).splitlines():
         assert line.strip() in page, f"not in docs/smol.md: {line}"
+    for run in read_jsonl(ROOT / "results" / "smol_ifeval.jsonl"):
+        [result] = run["results"]
+        cells = [harness.shown(result["scores"][name], "5.1f", 100) for name in ("strict", "prompt", "instruction", "short", "long")]
+        cells.append(f"{result['style']['looping']['mean']:.2f}")
+        assert any(line.split() == " ".join([run["name"], *cells]).split() for line in page), f"not in docs/smol.md: {run['name']} {cells}"
 
 
 # ---- a real language model ---------------------------------------------------------------------------------------
