@@ -119,7 +119,7 @@ def sample(s, records, out, device) -> tuple[dict, list]:
     missing = [batch for batch in mine if not known.keys() >= set(batch)]
     if missing:
         model = checkpoint.load(folder, *device_and_dtype(device, s.dtype))
-        with closing(Journal(out / f"answers-{parallel.rank()}.jsonl", answers="a list")) as journal:
+        with closing(Journal(out / f"answers-{parallel.rank()}.jsonl")) as journal:
             for batch in progress(missing, "sampling", unit="batch", leave=False):
                 trees = [todo[key] for key in batch]
                 answers = dict(zip(batch, sample_answers(model, tokens, pixels, trees, **how)))

@@ -8,7 +8,7 @@ import torch
 import checkpoint
 import evaluate
 from benchmarks import likelihood
-from benchmarks.harness import Folder, Item
+from benchmarks.harness import Folder, Item, slug
 from benchmarks.style import loops, scene_talk, style
 from common import BadInput
 from conftest import tiny_checkpoint
@@ -114,3 +114,14 @@ def test_how_a_model_talks_stands_below_its_table(ckpt, tmp_path, capsys):
     (tmp_path / "said.jsonl").write_text(json.dumps({"prompt": "What is Mars?", "response": "I see a big red Mars."}))
     evaluate.run(evaluate.Settings(bench="ifeval", answers=str(tmp_path / "said.jsonl"), data_dir=str(tmp_path / "data"), out=str(tmp_path / "out")))
     assert "ifeval: 6 words an answer, 0.0% loop, 100.0% speak of a scene" in capsys.readouterr().out
+
+
+def test_an_answer_that_a_damaged_journal_lacks_is_named(ckpt, tmp_path):
+    (tmp_path / "data/ifeval").mkdir(parents=True)
+    row = {"key": 1, "prompt": "What is Mars?", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    (tmp_path / "data/ifeval/input_data.jsonl").write_text(json.dumps(row))
+    journal = tmp_path / "out" / slug(str(ckpt)) / "answers-journal.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.write_text('{"key": "a"}\n')
+    with pytest.raises(BadInput, match="line 1 is damaged; remove that line"):
+        evaluate.run(evaluate.Settings(ckpt=str(ckpt), bench="ifeval", data_dir=str(tmp_path / "data"), out=str(tmp_path / "out"), device="cpu", max_new=2))
